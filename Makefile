@@ -1,0 +1,47 @@
+# Everything here is one command; `make help` lists them.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+GUEST := $(CURDIR)/.demo/guest
+SWIFT_SOURCES = $(shell find Sources Tests -name '*.swift' -not -path 'Sources/FlotillaProtocol/Generated/*') Package.swift
+
+.PHONY: help setup build demo test format lint protos protos-check clean
+
+help: ## list these targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
+
+setup: ## install the Debian packages for building and testing
+	deploy/setup --test
+
+build: ## build the flotilla binary (release)
+	deploy/setup --build
+	swift build -c release --product flotilla
+
+demo: ## migrate two virtual machines into a private libvirt and boot them
+	Tests/testbeds/demo/run
+
+test: ## build everything with warnings as errors and run all tests
+	deploy/setup --test
+	Tests/testbeds/guest/build --out $(GUEST)
+	swift build --build-tests
+	FLOTILLA_TEST_GUEST=$(GUEST) FLOTILLA_TEST_BIN=$$(swift build --show-bin-path)/flotilla \
+		swift test --skip-build
+
+format: ## format all Swift code
+	swift format -i --configuration .swift-format $(SWIFT_SOURCES)
+
+lint: ## check the format of all Swift code
+	swift format lint --strict --configuration .swift-format $(SWIFT_SOURCES)
+
+protos: ## regenerate the protocol's Swift code
+	deploy/setup --build --protos
+	protocol/generate
+
+protos-check: ## check that the committed protocol code is what protoc makes
+	deploy/setup --build --protos
+	protocol/generate --check
+
+clean: ## remove build products and the demo's files
+	if [ -d .demo/libvirt ]; then Tests/testbeds/libvirt/run stop --dir .demo/libvirt; fi
+	rm -rf .build .demo 2>/dev/null || sudo rm -rf .build .demo

@@ -1,0 +1,115 @@
+// swift-tools-version: 6.2
+import PackageDescription
+
+let settings: [SwiftSetting] = [
+    .enableUpcomingFeature("ExistentialAny"),
+    .enableUpcomingFeature("MemberImportVisibility"),
+    .enableUpcomingFeature("InternalImportsByDefault"),
+    .enableUpcomingFeature("NonisolatedNonsendingByDefault"),
+    .treatAllWarnings(as: .error),
+]
+
+/// A system library found through pkg-config; `deploy/setup` installs the Debian package.
+func system(_ name: String, _ pkgConfig: String, apt: String) -> Target {
+    .systemLibrary(name: name, pkgConfig: pkgConfig, providers: [.apt([apt])])
+}
+
+func module(_ name: String, _ dependencies: [Target.Dependency] = []) -> Target {
+    .target(name: name, dependencies: dependencies, swiftSettings: settings)
+}
+
+/// `data`: folders of test data, read from the source tree.
+func tests(_ name: String, _ dependencies: [Target.Dependency], data: [String] = []) -> Target {
+    .testTarget(name: name, dependencies: dependencies, exclude: data, swiftSettings: settings)
+}
+
+let grpc: Target.Dependency = .product(name: "GRPCCore", package: "grpc-swift-2")
+let grpcInProcess: Target.Dependency = .product(name: "GRPCInProcessTransport", package: "grpc-swift-2")
+let grpcProtobuf: Target.Dependency = .product(name: "GRPCProtobuf", package: "grpc-swift-protobuf")
+let protobuf: Target.Dependency = .product(name: "SwiftProtobuf", package: "swift-protobuf")
+let grdb: Target.Dependency = .product(name: "GRDB", package: "GRDB.swift")
+let logging: Target.Dependency = .product(name: "Logging", package: "swift-log")
+let arguments: Target.Dependency = .product(name: "ArgumentParser", package: "swift-argument-parser")
+
+let package = Package(
+    name: "flotilla",
+    products: [.executable(name: "flotilla", targets: ["flotilla"])],
+    dependencies: [
+        .package(url: "https://github.com/grpc/grpc-swift-2", from: "2.4.3"),
+        .package(url: "https://github.com/grpc/grpc-swift-protobuf", from: "2.4.1"),
+        .package(url: "https://github.com/apple/swift-protobuf", from: "1.39.0", traits: []),
+        .package(url: "https://github.com/groue/GRDB.swift", from: "7.10.0"),
+        .package(url: "https://github.com/apple/swift-log", from: "1.16.2"),
+        .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
+    ],
+    targets: [
+        system("CDeflate", "libdeflate", apt: "libdeflate-dev"),
+        system("CLibvirt", "libvirt", apt: "libvirt-dev"),
+        .systemLibrary(name: "CLinux"),
+        system("COpenSSL", "libcrypto", apt: "libssl-dev"),
+        system("CXML", "libxml-2.0", apt: "libxml2-dev"),
+
+        module("MigrationModel"),
+        module("FlotillaProtocol", ["MigrationModel", protobuf, grpc, grpcProtobuf]),
+        module("HostKit", ["MigrationModel", "CLinux", "COpenSSL"]),
+        module("Messaging", ["MigrationModel", "FlotillaProtocol", "HostKit", grpc, grpcProtobuf, protobuf, logging]),
+
+        module("DiskImage", ["MigrationModel", "HostKit", "CDeflate"]),
+        module("Export", ["MigrationModel", "FlotillaProtocol", "HostKit", "CXML", protobuf]),
+        module("Convert", ["MigrationModel", "HostKit", "DiskImage"]),
+        module("Passthrough", ["MigrationModel", "FlotillaProtocol", "HostKit", protobuf]),
+        module(
+            "Deploy", ["MigrationModel", "FlotillaProtocol", "HostKit", "Passthrough", "CLibvirt", "CXML", protobuf]),
+
+        module(
+            "Worker",
+            [
+                "MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", "Export", "Convert", "Passthrough",
+                "Deploy",
+                grpc, grpcProtobuf, protobuf, logging,
+            ]),
+        module(
+            "Coordinator",
+            [
+                "MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", "Passthrough",
+                grpc, grpcProtobuf, protobuf, grdb, logging,
+            ]),
+        module(
+            "FlotillaCLI",
+            [
+                "MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", "Export", "Deploy", "Worker",
+                "Coordinator",
+                grpc, grpcInProcess, grpcProtobuf, protobuf, logging, arguments,
+            ]),
+        .executableTarget(name: "flotilla", dependencies: ["FlotillaCLI"], swiftSettings: settings),
+
+        .target(
+            name: "TestKit",
+            dependencies: ["MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", grpc, protobuf],
+            path: "Tests/TestKit", swiftSettings: settings),
+        tests("MigrationModelTests", ["MigrationModel"]),
+        tests(
+            "MessagingTests", ["Messaging", "MigrationModel", "FlotillaProtocol", "TestKit", grpc, protobuf, logging]),
+        tests("DiskImageTests", ["DiskImage", "HostKit", "MigrationModel"]),
+        tests("ConvertTests", ["Convert", "DiskImage", "HostKit", "MigrationModel"]),
+        tests("ExportTests", ["Export", "FlotillaProtocol", "HostKit", "MigrationModel", protobuf]),
+        tests(
+            "PassthroughTests", ["Passthrough", "FlotillaProtocol", "HostKit", "MigrationModel", protobuf],
+            data: ["Fixtures"]),
+        tests(
+            "DeployTests", ["Deploy", "Passthrough", "FlotillaProtocol", "HostKit", "MigrationModel", protobuf],
+            data: ["Golden"]),
+        tests(
+            "WorkerTests",
+            ["Worker", "Messaging", "MigrationModel", "FlotillaProtocol", "HostKit", "TestKit", protobuf]),
+        tests(
+            "CoordinatorTests",
+            [
+                "Coordinator", "Messaging", "MigrationModel", "FlotillaProtocol", "HostKit", "TestKit", grpc,
+                grpcInProcess,
+                protobuf, logging,
+            ]),
+        tests("IntegrationTests", ["MigrationModel", "FlotillaProtocol", "HostKit", "TestKit", protobuf]),
+    ],
+    swiftLanguageModes: [.v6]
+)

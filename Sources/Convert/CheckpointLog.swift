@@ -1,0 +1,235 @@
+import DiskImage
+import Glibc
+import HostKit
+import MigrationModel
+import Synchronization
+
+/// What a conversion has safely written so far: an append-only file of 64-byte records, little-endian, each protected
+/// by a CRC, after a header of the same size that binds it to its source and target. A torn last record is ignored.
+///
+/// Records are appended after the image bytes they speak of are on stable storage, never before. One conversion at a
+/// time: the file is locked while open.
+final class CheckpointLog: Sendable {
+    static let recordSize = 64
+    private static let magic: UInt64 = 0x3150_4B43_4154_4C46  // "FLTACKP1"
+
+    private enum Kind: UInt32 { case chunk = 1, source = 2, finished = 3 }
+
+    /// Which conversion a log belongs to.
+    struct Binding: Equatable {
+        let target: TargetFormat
+        let capacity: UInt64
+        /// SHA-256 over everything else: region, formats, chunk size, and each source file's identity.
+        let digest: [UInt8]
+
+        init(target: TargetFormat, capacity: UInt64, digest: [UInt8]) {
+            self.target = target
+            self.capacity = capacity
+            self.digest = digest
+        }
+
+        init(region: FileRegion, format: DiskFormat, disk: any DiskSource, target: TargetFormat) {
+            let digest = Digest()
+            func add(_ text: String) { digest.update(Array(text.utf8) + [0]) }
+            add("\(region.path)")
+            add("\(region.offset) \(region.length.map(String.init) ?? "-") \(format.rawValue) \(disk.capacity)")
+            add("\(target.rawValue) \(Chunk.size)")
+            for file in disk.files {
+                let id = file.identity
+                add(file.path)
+                add("\(file.offset) \(file.length) \(id.device) \(id.inode) \(id.size) \(id.modifiedNanoseconds)")
+            }
+            self.init(target: target, capacity: disk.capacity, digest: digest.finalize())
+        }
+    }
+
+    struct ChunkRecord: Sendable, Equatable {
+        let placement: ChunkPlacement
+        /// SHA-256 of the chunk as the guest sees it.
+        let digest: [UInt8]
+    }
+
+    /// The image is complete and synced; what remains is to publish it.
+    struct Finished: Equatable {
+        let inode: UInt64
+        let device: UInt64
+        let sourceBytes: UInt64
+        let sourceSHA256: [UInt8]?
+        let contentDigest: [UInt8]
+
+        init(image: FileIdentity, sourceBytes: UInt64, sourceSHA256: [UInt8]?, contentDigest: [UInt8]) {
+            self.init(
+                inode: image.inode, device: image.device, sourceBytes: sourceBytes, sourceSHA256: sourceSHA256,
+                contentDigest: contentDigest)
+        }
+
+        fileprivate init(
+            inode: UInt64, device: UInt64, sourceBytes: UInt64, sourceSHA256: [UInt8]?, contentDigest: [UInt8]
+        ) {
+            self.inode = inode
+            self.device = device
+            self.sourceBytes = sourceBytes
+            self.sourceSHA256 = sourceSHA256
+            self.contentDigest = contentDigest
+        }
+
+        func isImage(_ identity: FileIdentity) -> Bool { identity.inode == inode && identity.device == device }
+    }
+
+    struct Contents {
+        let binding: Binding
+        /// In the order they were written; a chunk may occur again, the later record counts.
+        var chunks: [ChunkRecord] = []
+        var finished: Finished?
+    }
+
+    private struct State {
+        /// Where the next record goes.
+        var end: UInt64 = 0
+        var isUnreadable = false
+    }
+
+    private let file: File
+    private let state = Mutex(State())
+
+    init(_ path: String) throws {
+        file = try File(path, O_RDWR | O_CREAT)
+        guard flock(file.descriptor, LOCK_EX | LOCK_NB) == 0 else {
+            throw MigrationError(
+                .failedPrecondition, "\(path): another conversion is working on this disk",
+                hint: "wait for it or stop it")
+        }
+    }
+
+    /// Ends this conversion's claim. Not left to closing: a thread about to end may hold the file a little longer.
+    func unlock() { _ = flock(file.descriptor, LOCK_UN) }
+
+    /// Whether `read` found bytes that no run of this program version wrote.
+    var isUnreadable: Bool { state.withLock { $0.isUnreadable } }
+
+    /// nil for a new log and for one without a valid header.
+    func read() throws -> Contents? {
+        try state.withLock { state in
+            let size = try file.size
+            state.isUnreadable = size > 0
+            guard let header = try record(at: 0, size), header.span.bytes.word(0) == Self.magic else { return nil }
+            let formatNumber = header.littleEndian(12)
+            let targets = TargetFormat.allCases
+            guard formatNumber < targets.count else { return nil }
+            var contents = Contents(
+                binding: Binding(
+                    target: targets[Int(formatNumber)], capacity: header.span.bytes.word(16),
+                    digest: Array(header[32..<64])))
+            state.isUnreadable = false
+            state.end = UInt64(Self.recordSize)
+            var source: (bytes: UInt64, digest: [UInt8]?)?
+            while let bytes = try record(at: state.end, size) {
+                let (first, second, third) = (
+                    bytes.span.bytes.word(8), bytes.span.bytes.word(16), bytes.span.bytes.word(24)
+                )
+                let digest = Array(bytes[32..<64])
+                switch Kind(rawValue: bytes.littleEndian(0)) {
+                case .chunk:
+                    let placement = ChunkPlacement(index: first, hostOffset: second, bitmap: third)
+                    contents.chunks.append(ChunkRecord(placement: placement, digest: digest))
+                case .source: source = (first, second == 1 ? digest : nil)
+                case .finished:
+                    contents.finished = source.map {
+                        Finished(
+                            inode: first, device: second, sourceBytes: $0.bytes, sourceSHA256: $0.digest,
+                            contentDigest: digest)
+                    }
+                case nil: return contents
+                }
+                state.end += UInt64(Self.recordSize)
+            }
+            return contents
+        }
+    }
+
+    /// After `read`: removes what follows the last valid record.
+    func cutTornTail() throws {
+        try state.withLock { try file.truncate(to: $0.end) }
+    }
+
+    /// Empties the log and writes a new header.
+    func start(_ binding: Binding) throws {
+        try state.withLock { state in
+            try file.truncate(to: 0)
+            var header = [UInt8](repeating: 0, count: Self.recordSize)
+            header.store(Self.magic, 0)
+            header.store(UInt32(TargetFormat.allCases.firstIndex(of: binding.target) ?? 0), 12)
+            header.store(binding.capacity, 16)
+            header.replaceSubrange(32..<64, with: binding.digest)
+            try file.write(seal(header, crcAt: 8), at: 0)
+            try file.synchronize()
+            try Files.synchronizeDirectory(of: file.path)
+            state.end = UInt64(Self.recordSize)
+        }
+    }
+
+    func append(_ records: [ChunkRecord]) throws {
+        try append(
+            records.flatMap {
+                record(.chunk, $0.placement.index, $0.placement.hostOffset, $0.placement.bitmap, $0.digest)
+            })
+    }
+
+    func append(_ finished: Finished) throws {
+        let source = record(
+            .source, finished.sourceBytes, finished.sourceSHA256 == nil ? 0 : 1, 0,
+            finished.sourceSHA256 ?? [UInt8](repeating: 0, count: 32))
+        try append(source + record(.finished, finished.inode, finished.device, 0, finished.contentDigest))
+    }
+
+    private func append(_ bytes: [UInt8]) throws {
+        try state.withLock { state in
+            try file.write(bytes, at: state.end)
+            try file.synchronizeData()
+            state.end += UInt64(bytes.count)
+        }
+    }
+
+    /// kind · CRC · three numbers · digest
+    private func record(_ kind: Kind, _ a: UInt64, _ b: UInt64, _ c: UInt64, _ digest: [UInt8]) -> [UInt8] {
+        var bytes = [UInt8](repeating: 0, count: Self.recordSize)
+        bytes.store(kind.rawValue, 0)
+        bytes.store(a, 8)
+        bytes.store(b, 16)
+        bytes.store(c, 24)
+        bytes.replaceSubrange(32..<64, with: digest)
+        return seal(bytes, crcAt: 4)
+    }
+
+    private func seal(_ bytes: [UInt8], crcAt offset: Int) -> [UInt8] {
+        var bytes = bytes
+        bytes.store(bytes.withUnsafeBytes { crc32($0) }, offset)
+        return bytes
+    }
+
+    /// The record at `offset` if it is whole and its CRC is right.
+    private func record(at offset: UInt64, _ size: UInt64) throws -> [UInt8]? {
+        guard offset + UInt64(Self.recordSize) <= size else { return nil }
+        let bytes = try file.readExactly(at: offset, count: Self.recordSize)
+        let place = offset == 0 ? 8 : 4
+        var unsealed = bytes
+        unsealed.store(0 as UInt32, place)
+        return unsealed.withUnsafeBytes { crc32($0) } == bytes.littleEndian(place) ? bytes : nil
+    }
+}
+
+extension RawSpan {
+    fileprivate func word(_ offset: Int) -> UInt64 {
+        UInt64(littleEndian: unsafeLoadUnaligned(fromByteOffset: offset, as: UInt64.self))
+    }
+}
+
+extension [UInt8] {
+    fileprivate func littleEndian(_ offset: Int) -> UInt32 {
+        UInt32(littleEndian: span.bytes.unsafeLoadUnaligned(fromByteOffset: offset, as: UInt32.self))
+    }
+
+    fileprivate mutating func store<Integer: FixedWidthInteger & BitwiseCopyable>(_ value: Integer, _ offset: Int) {
+        withUnsafeMutableBytes { $0.storeBytes(of: value.littleEndian, toByteOffset: offset, as: Integer.self) }
+    }
+}

@@ -1,0 +1,232 @@
+import FlotillaProtocol
+import HostKit
+package import Logging
+package import Messaging
+package import MigrationModel
+import SwiftProtobuf
+
+/// Decides who does what: turns migrations into tasks, publishes them from the outbox, takes the workers' events and
+/// moves each migration on. All decisions are made inside store transactions; a crash between any two lines leaves a
+/// store that the next start continues from.
+///
+/// Start reading at `handle(_:)` for what workers say, and at `Transitions` for what follows from it.
+package final class Coordinator: Sendable {
+    package struct Settings: Sendable {
+        package var names: Names
+        package var policy: TaskMachine.Policy
+        /// How often waits and leases are looked at.
+        package var tick: Duration
+
+        package init(
+            names: Names = Names(), policy: TaskMachine.Policy = .init(), tick: Duration = .milliseconds(250)
+        ) {
+            self.names = names
+            self.policy = policy
+            self.tick = tick
+        }
+    }
+
+    let store: any JobStore
+    let watchers = Watchers()
+    let settings: Settings
+    private let bus: any MessageBus
+    private let logger: Logger
+    private let outboxSignal: AsyncStream<Void>
+    private let outboxContinuation: AsyncStream<Void>.Continuation
+
+    package init(store: any JobStore, bus: any MessageBus, settings: Settings = .init(), logger: Logger) {
+        self.store = store
+        self.bus = bus
+        self.settings = settings
+        self.logger = logger
+        (outboxSignal, outboxContinuation) = AsyncStream.makeStream(bufferingPolicy: .bufferingNewest(1))
+    }
+
+    /// Runs until the task is cancelled. `hosts` get their queues; tasks that were out when the last process ended
+    /// are taken back first if the bus forgot them with it.
+    @concurrent
+    package func run(hosts: [String]) async throws {
+        try await bus.declare(settings.names.topology(hosts: hosts))
+        if !bus.isDurable { try await takeBackOrphans() }
+        let events = try await bus.subscribe(settings.names.coordinatorEvents, prefetch: 256)
+        defer { events.cancel() }
+        try await withThrowingTaskGroup(of: Void.self) { group in
+            group.addTask { try await self.consume(events) }
+            group.addTask { try await self.publishOutbox() }
+            group.addTask { try await self.watchTime() }
+            try await group.next()
+            group.cancelAll()
+        }
+    }
+
+    /// Applies one decision: a transaction, then what it asks to be told to workers and watchers.
+    func decide<Value: Sendable>(
+        _ body: @escaping @Sendable (inout Transitions) throws -> Value
+    ) async throws -> Value {
+        let policy = settings.policy
+        let (value, effects) = try await store.write { transaction in
+            var transitions = Transitions(store: transaction, now: .now, policy: policy)
+            let value = try body(&transitions)
+            return (value, transitions.effects)
+        }
+        await carryOut(effects)
+        return value
+    }
+
+    private func carryOut(_ effects: Transitions.Effects) async {
+        if effects.sendsTasks {
+            Failpoint.coordinatorTaskStored.hit()
+            outboxContinuation.yield()
+        }
+        for (host, message) in effects.control { await tell(host, message) }
+        for migration in effects.changed { watchers.publish(migration) }
+    }
+
+    private func tell(_ host: String, _ control: ControlMessage) async {
+        do {
+            var message = Message(
+                exchange: settings.names.control, routingKey: host, body: try control.serializedBytes())
+            message.type = "flotilla.v1.ControlMessage"
+            message.correlationID = control.taskID
+            try await bus.publish(message)
+        } catch {
+            // Whoever waits for it asks again: heartbeats, permits and results are all repeated.
+            logger.warning("control message not sent", metadata: ["host": "\(host)", "error": "\(error)"])
+        }
+    }
+
+    // MARK: - Loops
+
+    private func takeBackOrphans() async throws {
+        try await decide { transitions in
+            for task in try transitions.store.tasksWithWorkers() {
+                _ = try transitions.apply(.orphaned, to: task)
+            }
+        }
+    }
+
+    private func watchTime() async throws {
+        while !Task.isCancelled {
+            try await decide { transitions in
+                for task in try transitions.store.dueTasks(now: transitions.now) {
+                    let task = try transitions.apply(.tick, to: task)
+                    _ = try transitions.apply(.dispatch, to: task)
+                }
+            }
+            try await Task.sleep(for: settings.tick)
+        }
+    }
+
+    private func publishOutbox() async throws {
+        outboxContinuation.yield()
+        for await _ in outboxSignal {
+            while true {
+                let rows = try await store.write { try $0.unsent(limit: 100) }
+                if rows.isEmpty { break }
+                for row in rows {
+                    let call = TaskCall(
+                        identity: row.identity, method: row.method, audience: row.host, deadline: row.deadline,
+                        body: row.body)
+                    try await bus.publish(call.message(settings.names, messageID: row.id))
+                    try await store.write { try $0.markSent(row.id) }
+                    Failpoint.coordinatorTaskSent.hit()
+                }
+            }
+        }
+    }
+
+    private func consume(_ events: Subscription) async throws {
+        for await delivery in events.deliveries {
+            guard let event = try? WorkerEvent(serializedBytes: delivery.message.body) else {
+                await delivery.settle(.reject(reason: "undecodable event"))
+                continue
+            }
+            do {
+                try await handle(event)
+                await delivery.settle(.ack)
+            } catch {
+                logger.error("event not handled", metadata: ["host": "\(event.host)", "error": "\(error)"])
+                await delivery.settle(.requeue)
+            }
+        }
+    }
+
+    /// What a worker said. Safe to call twice with the same event.
+    func handle(_ event: WorkerEvent) async throws {
+        switch event.event {
+        case .inventory(let profile):
+            guard profile.name == event.host else { return }
+            try await store.write { try $0.save(profile) }
+            watchers.publish(host: profile.name)
+        case .task(let task):
+            if case .update(let bytes) = task.kind { return try await relay(task, bytes) }
+            try await decide { try $0.handle(task, from: event.host) }
+            if case .ended = task.kind { Failpoint.coordinatorResultStored.hit() }
+        case nil: break
+        }
+    }
+
+    /// Progress goes to those who watch, and is not stored.
+    private func relay(_ event: TaskEvent, _ bytes: some SwiftProtobufContiguousBytes) async throws {
+        guard let dash = event.taskID.lastIndex(of: "-"),
+            let stage = Stage(rawValue: String(event.taskID[event.taskID.index(after: dash)...]))
+        else { return }
+        let migrationID = String(event.taskID[..<dash])
+        guard watchers.hasWatcher(of: migrationID) else { return }
+        let progress: TaskProgress?
+        let step: TaskStep?
+        switch stage {
+        case .export: (progress, step) = try ExportUpdate(serializedBytes: bytes).report
+        case .convert: (progress, step) = try ConvertUpdate(serializedBytes: bytes).report
+        case .deploy: (progress, step) = try DeployUpdate(serializedBytes: bytes).report
+        }
+        var notice = MigrationEvent.with {
+            $0.migrationID = migrationID
+            $0.time = Moment.now.timestamp
+        }
+        if let progress {
+            notice.progress = .with {
+                $0.stage = stage.rawValue
+                $0.progress = progress
+            }
+        } else if let step {
+            notice.step = .with {
+                $0.stage = stage.rawValue
+                $0.step = step
+            }
+        } else {
+            return
+        }
+        watchers.publish(notice)
+    }
+}
+
+extension ExportUpdate {
+    fileprivate var report: (TaskProgress?, TaskStep?) {
+        switch update {
+        case .progress(let progress): (progress, nil)
+        case .step(let step): (nil, step)
+        case .result, nil: (nil, nil)
+        }
+    }
+}
+
+extension ConvertUpdate {
+    fileprivate var report: (TaskProgress?, TaskStep?) {
+        switch update {
+        case .progress(let progress): (progress, nil)
+        case .step(let step): (nil, step)
+        case .result, nil: (nil, nil)
+        }
+    }
+}
+
+extension DeployUpdate {
+    fileprivate var report: (TaskProgress?, TaskStep?) {
+        switch update {
+        case .progress(let progress): (progress, nil)
+        case .step(let step): (nil, step)
+        case .result, nil: (nil, nil)
+        }
+    }
+}

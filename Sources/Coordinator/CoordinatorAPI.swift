@@ -1,0 +1,154 @@
+package import FlotillaProtocol
+import FoundationEssentials
+package import GRPCCore
+import HostKit
+import MigrationModel
+import SwiftProtobuf
+
+/// The coordinator's gRPC API. Methods that this version does not have answer UNIMPLEMENTED by name.
+package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
+    private let coordinator: Coordinator
+
+    package init(_ coordinator: Coordinator) { self.coordinator = coordinator }
+
+    package func submitMigration(
+        request: SubmitMigrationRequest, context: ServerContext
+    ) async throws -> Migration {
+        guard !request.sourceURL.isEmpty, !request.host.isEmpty, !request.pool.isEmpty,
+            ["qcow2", "raw"].contains(request.format)
+        else {
+            throw MigrationError(.invalidArgument, "a migration needs source_url, host, pool, and format qcow2 or raw")
+        }
+        await coordinator.watchers.waitForHost(request.host)
+        try Task.checkCancellation()
+        let migration = try await coordinator.decide { try $0.submit(request) }
+        Failpoint.coordinatorMigrationStored.hit()
+        return migration
+    }
+
+    package func getMigration(request: GetMigrationRequest, context: ServerContext) async throws -> Migration {
+        let found = try await coordinator.store.write { store in
+            try store.migration(id: request.id).map { Migration($0, tasks: try store.tasks(ofMigration: $0.id)) }
+        }
+        guard let found else { throw MigrationError(.notFound, "there is no migration \(request.id)") }
+        return found
+    }
+
+    package func listMigrations(
+        request: ListMigrationsRequest, context: ServerContext
+    ) async throws -> ListMigrationsResponse {
+        let limit = request.limit == 0 ? nil : Int(request.limit)
+        let found = try await coordinator.store.write { store in
+            try store.migrations(limit: limit).map { Migration($0, tasks: try store.tasks(ofMigration: $0.id)) }
+        }
+        return .with { $0.migrations = found }
+    }
+
+    package func watchMigration(
+        request: WatchMigrationRequest, response: RPCWriter<MigrationEvent>, context: ServerContext
+    ) async throws {
+        // Watch first, then read the present state: no change falls between.
+        let events = coordinator.watchers.watch(request.id)
+        let present = try await getMigration(request: .with { $0.id = request.id }, context: context)
+        try await response.write(
+            .with {
+                $0.migrationID = request.id
+                $0.time = Moment.now.timestamp
+                $0.state = present
+            })
+        if present.state.isFinal { return }
+        for await event in events {
+            try await response.write(event)
+            if case .state(let migration) = event.event, migration.state.isFinal { return }
+        }
+    }
+
+    package func cancelMigration(request: CancelMigrationRequest, context: ServerContext) async throws -> Migration {
+        try await coordinator.decide { try $0.cancel(request.id) }
+    }
+
+    package func retryMigration(request: RetryMigrationRequest, context: ServerContext) async throws -> Migration {
+        try await coordinator.decide { transitions in
+            guard let record = try transitions.store.migration(id: request.id) else {
+                throw MigrationError(.notFound, "there is no migration \(request.id)")
+            }
+            return try transitions.submit(record.request)
+        }
+    }
+
+    package func listHosts(request: ListHostsRequest, context: ServerContext) async throws -> ListHostsResponse {
+        let hosts = try await coordinator.store.write { try $0.hosts() }
+        return .with { $0.hosts = hosts }
+    }
+
+    package func rollbackMigration(
+        request: RollbackMigrationRequest, context: ServerContext
+    ) async throws -> Migration { throw unimplemented("RollbackMigration") }
+
+    package func drainHost(request: DrainHostRequest, context: ServerContext) async throws -> HostProfile {
+        throw unimplemented("DrainHost")
+    }
+
+    package func applyPlan(request: ApplyPlanRequest, context: ServerContext) async throws -> ApplyPlanResponse {
+        throw unimplemented("ApplyPlan")
+    }
+
+    package func listWaves(request: ListWavesRequest, context: ServerContext) async throws -> ListWavesResponse {
+        throw unimplemented("ListWaves")
+    }
+
+    package func controlWave(request: ControlWaveRequest, context: ServerContext) async throws -> Wave {
+        throw unimplemented("ControlWave")
+    }
+
+    private func unimplemented(_ method: String) -> MigrationError {
+        MigrationError(.unimplemented, "CoordinatorService/\(method) is not in this version")
+    }
+}
+
+extension Transitions {
+    /// A new migration, or the one that the same request made before: running ones go on, ended ones are looked at
+    /// again from the export, which is cheap and finds a changed source.
+    mutating func submit(_ request: SubmitMigrationRequest) throws -> Migration {
+        let parts = [request.sourceURL, request.vmName, request.host, request.pool, request.options.domainName]
+        let key = hex(Digest.hash(.sha256, Array(parts.joined(separator: "\0").utf8)))
+        var record: MigrationRecord
+        if let earlier = try store.migration(key: key) {
+            record = earlier
+            if record.state.isFinal {
+                if record.state != .done { record.request = request }
+                record.error = nil
+                record.state = .exporting
+                try save(record)
+                try startExport(record)
+            }
+        } else {
+            record = MigrationRecord(
+                id: UUID().uuidString.lowercased(), key: key, request: request, state: .exporting, createdAt: now,
+                updatedAt: now)
+            try save(record)
+            try startExport(record)
+        }
+        return Migration(record, tasks: try store.tasks(ofMigration: record.id))
+    }
+
+    private mutating func startExport(_ record: MigrationRecord) throws {
+        try start(
+            .export, of: record,
+            ExportRequest.with {
+                $0.migrationID = record.id
+                $0.sourceURL = record.request.sourceURL
+                $0.vmName = record.request.vmName
+            })
+    }
+
+    mutating func cancel(_ id: String) throws -> Migration {
+        guard let record = try store.migration(id: id) else {
+            throw MigrationError(.notFound, "there is no migration \(id)")
+        }
+        for task in try store.tasks(ofMigration: id) where !task.machine.isEnded {
+            _ = try apply(.cancel, to: task)
+        }
+        return Migration(try store.migration(id: id) ?? record, tasks: try store.tasks(ofMigration: id))
+    }
+}

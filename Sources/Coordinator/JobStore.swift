@@ -1,0 +1,41 @@
+package import FlotillaProtocol
+package import MigrationModel
+
+/// The coordinator's database: the queue of record. SQLite here; the protocol is what another database would serve.
+package protocol JobStore: Sendable {
+    /// Runs `body` in one serializable transaction that is durable when this returns.
+    func write<Value: Sendable>(
+        _ body: @escaping @Sendable (any JobTransaction) throws -> Value
+    ) async throws -> Value
+}
+
+package protocol JobTransaction {
+    func migration(id: String) throws -> MigrationRecord?
+    func migration(key: String) throws -> MigrationRecord?
+    /// Newest first; nil: all.
+    func migrations(limit: Int?) throws -> [MigrationRecord]
+    func save(_ migration: MigrationRecord) throws
+
+    func task(id: String) throws -> TaskRecord?
+    /// In stage order.
+    func tasks(ofMigration id: String) throws -> [TaskRecord]
+    /// Tasks whose wait is over or whose lease has run out.
+    func dueTasks(now: Moment) throws -> [TaskRecord]
+    /// Tasks that were sent or run.
+    func tasksWithWorkers() throws -> [TaskRecord]
+    func save(_ task: TaskRecord) throws
+
+    func enqueue(_ message: OutboxRecord) throws
+    /// In the order they were enqueued.
+    func unsent(limit: Int) throws -> [OutboxRecord]
+    func markSent(_ id: String) throws
+    /// Drops messages of fences older than the task's present one.
+    func discardUnsent(task: String) throws
+
+    /// Notes an event for the record. False when it was noted before.
+    func note(_ event: TaskEvent, kind: String, at: Moment) throws -> Bool
+
+    func host(_ name: String) throws -> HostProfile?
+    func hosts() throws -> [HostProfile]
+    func save(_ host: HostProfile) throws
+}

@@ -1,0 +1,51 @@
+package import FlotillaProtocol
+package import MigrationModel
+
+/// A VM on its way. Stored with the whole request, so that a restart needs nothing else.
+package struct MigrationRecord: Sendable {
+    package var id: String
+    /// Equal for requests that mean the same migration: source, VM, host, pool and domain name.
+    package var key: String
+    package var request: SubmitMigrationRequest
+    package var state: MigrationState
+    /// As captured by the last export, with what later stages added.
+    package var manifest: Manifest?
+    package var result: DeployResult?
+    package var findings: [Finding] = []
+    package var error: TaskEnded?
+    package var createdAt: Moment
+    package var updatedAt: Moment
+}
+
+/// One stage's task. Its id is the same over all attempts.
+package struct TaskRecord: Sendable {
+    package var id: String
+    package var migrationID: String
+    package var stage: Stage
+    package var host: String
+    /// The stage's request message, serialized.
+    package var request: [UInt8]
+    package var machine: TaskMachine
+    package var startedAt: Moment?
+    package var endedAt: Moment?
+
+    package init(migrationID: String, stage: Stage, host: String, request: [UInt8], now: Moment) {
+        id = stage.taskID(ofMigration: migrationID)
+        self.migrationID = migrationID
+        self.stage = stage
+        self.host = host
+        self.request = request
+        machine = TaskMachine(now: now)
+    }
+}
+
+/// A task message to be published; written in the transaction that decided it.
+package struct OutboxRecord: Sendable {
+    /// Property `message-id`: the same each time the row is published.
+    package var id: String
+    package var identity: CallIdentity
+    package var method: String
+    package var host: String
+    package var deadline: Moment?
+    package var body: [UInt8]
+}

@@ -1,0 +1,128 @@
+package import FlotillaProtocol
+import Glibc
+import HostKit
+import MigrationModel
+import Passthrough
+
+extension LibvirtDomain {
+    /// From the domain's flotilla metadata; nil when the domain is not ours.
+    package func migrationID() throws -> String? {
+        guard let element = try metadata(namespace: DomainXML.metadataNamespace) else { return nil }
+        return try XMLTree.parse(element, of: "the metadata of domain \(name)").attributes["id"]
+    }
+
+    /// Starts it; one that runs is fine.
+    package func start() throws {
+        guard try !state().isActive else { return }
+        do {
+            try create()
+        } catch let error as MigrationError {
+            // Someone else was faster.
+            guard try state().isActive else { throw error }
+        }
+    }
+}
+
+/// Everything done to one migration's domain. Blocking, and safe to repeat after a crash at any point.
+package struct Deployment: Sendable {
+    package let connection: LibvirtConnection
+    package let migrationID: String
+
+    package init(connection: LibvirtConnection, migrationID: String) {
+        self.connection = connection
+        self.migrationID = migrationID
+    }
+
+    /// Defines the domain, or redefines this migration's own.
+    ///
+    /// - Throws: `alreadyExists` when another domain has the name or UUID, `failedPrecondition` when ours runs under another
+    ///   UUID, `invalidArgument` with libvirt's words when it refuses the document.
+    package func define(_ domain: DomainXML) throws -> LibvirtDomain {
+        guard domain.manifest.migrationID == migrationID else {
+            throw MigrationError(.invalidArgument, "domain \(domain.name) is of another migration's manifest")
+        }
+        let xml = try domain.text()
+        if let existing = try connection.domain(named: domain.name) {
+            try requireOwn(existing)
+            if try existing.uuid() != domain.uuid() {
+                guard try !existing.state().isActive else {
+                    throw MigrationError(
+                        .failedPrecondition, "domain \(domain.name) is running with another UUID",
+                        hint: "shut it down, or deploy with the same UUID choice as before")
+                }
+                try existing.undefine()
+            }
+        } else if let namesake = try connection.domain(uuid: domain.uuid()) {
+            throw MigrationError(
+                .alreadyExists, "domain \(namesake.name) already has the UUID \(try domain.uuid()) of \(domain.name)",
+                hint: "deploy without keeping the UUID, or undefine that domain")
+        }
+        return try connection.define(xml, name: domain.name)
+    }
+
+    /// Stops and removes this migration's domain, its NVRAM and saved state; disks stay, and libvirt gives managed
+    /// devices back to the host. A domain that is gone already is fine.
+    package func undefine(_ name: String) throws {
+        guard let domain = try connection.domain(named: name) else { return }
+        try requireOwn(domain)
+        if try domain.state().isActive { try domain.destroy() }
+        try domain.undefine()
+    }
+
+    private func requireOwn(_ domain: LibvirtDomain) throws {
+        let owner = try domain.migrationID()
+        guard owner == migrationID else {
+            throw MigrationError(
+                .alreadyExists,
+                "domain \(domain.name) (\(try domain.uuid())) "
+                    + (owner.map { "belongs to migration \($0)" } ?? "was not made by a migration"),
+                hint: "choose another domain name, or rename that domain")
+        }
+    }
+}
+
+/// Ids of the manifest's disks whose images can't be opened with O_DIRECT: tmpfs before Linux 6.6, some FUSE and
+/// overlay file systems. A disk that can't be opened at all is not listed; starting the domain says why.
+package func disksWithoutDirectIO(_ manifest: Manifest) -> Set<String> {
+    Set(
+        manifest.disks.filter { disk in
+            let descriptor = open(disk.target.path, O_RDONLY | openDirect | O_CLOEXEC)
+            guard descriptor < 0 else {
+                close(descriptor)
+                return false
+            }
+            return errno == EINVAL
+        }.map(\.id))
+}
+
+/// O_DIRECT, which Swift's Glibc leaves out and whose value depends on the architecture.
+#if arch(arm64)
+    private let openDirect: Int32 = 0o200000
+#else
+    private let openDirect: Int32 = 0o40000
+#endif
+
+/// Whether libvirt can give a domain a TPM: it refuses to define one with a TPM without swtpm.
+///
+/// - Parameter folders: where to look for the program.
+package func tpmEmulatorInstalled(in folders: [String] = ["/usr/bin", "/usr/local/bin", "/bin"]) -> Bool {
+    folders.contains { Files.exists("\($0)/swtpm") }
+}
+
+/// What arrives differently for reasons of this very host, for the deploy's result: disks without direct I/O, a TPM
+/// that had to be left out.
+package func placementFindings(_ domain: DomainXML) -> [Finding] {
+    var findings = domain.manifest.disks.filter { domain.bufferedDisks.contains($0.id) }.map { disk in
+        Finding.make(
+            .note, disk.id,
+            "\(disk.target.path): the file system takes no direct I/O; the disk goes through the page cache",
+            remedy: "use a pool on ext4, XFS, NFS or a block device for better throughput")
+    }
+    if domain.manifest.vm.tpm, !domain.tpmEmulator {
+        findings.append(
+            .warning(
+                "vm", "the VM has a TPM and this host has no swtpm: the domain is defined without a TPM",
+                remedy: "install swtpm and swtpm-tools, then deploy again"))
+    }
+    return findings
+}

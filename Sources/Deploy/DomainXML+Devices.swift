@@ -1,0 +1,173 @@
+import FlotillaProtocol
+import MigrationModel
+import Passthrough
+
+extension DomainXML {
+    func writeDisks(_ xml: inout XMLWriter, _ boot: BootOrder) throws {
+        let bus = options.diskBus(for: vm)
+        let (busName, prefix) =
+            switch bus {
+            case .scsi: ("scsi", "sd")
+            case .sataBus: ("sata", "sd")
+            default: ("virtio", "vd")
+            }
+        for (index, disk) in manifest.disks.enumerated() {
+            guard disk.target.path.hasPrefix("/"), ["qcow2", "raw"].contains(disk.target.format) else {
+                throw MigrationError(
+                    .failedPrecondition, "\(disk.id): has no converted image", hint: "convert the VM's disks first")
+            }
+            let buffered = bufferedDisks.contains(disk.id)
+            xml.element("disk", ["type": "file", "device": "disk"]) { xml in
+                // QEMU accepts native AIO only with O_DIRECT, that is cache "none".
+                xml.element(
+                    "driver",
+                    [
+                        "name": "qemu", "type": disk.target.format, "cache": buffered ? "writeback" : "none",
+                        "io": buffered ? "threads" : "native", "discard": "unmap",
+                    ])
+                xml.element("source", ["file": disk.target.path])
+                xml.element("target", ["dev": prefix + diskLetters(index), "bus": busName])
+                if let serial = diskSerial(disk, bus) { xml.element("serial", text: serial) }
+                if let order = boot.disks[disk.id] { xml.element("boot", ["order": "\(order)"]) }
+                if bus == .scsi {
+                    // Explicit, or libvirt starts a second controller of another model after the seventh disk.
+                    xml.element(
+                        "address",
+                        ["type": "drive", "controller": "0", "bus": "0", "target": "0", "unit": "\(index)"])
+                }
+            }
+        }
+    }
+
+    /// The disk UUID without its separators, as VMware shows it to the guest. SCSI carries it whole; virtio-blk and
+    /// SATA hold 20 characters, the last ones here since the first are VMware's vendor code.
+    private func diskSerial(_ disk: Disk, _ bus: DiskBus) -> String? {
+        let serial = disk.uuid.lowercased().filter { $0.isASCII && ($0.isLetter || $0.isNumber) }
+        guard !serial.isEmpty else { return nil }
+        return String(serial.suffix(bus == .scsi ? 36 : 20))
+    }
+
+    func writeControllers(_ xml: inout XMLWriter) throws {
+        if options.diskBus(for: vm) == .scsi {
+            xml.element("controller", ["type": "scsi", "index": "0", "model": "virtio-scsi"])
+        }
+        xml.element("controller", ["type": "usb", "index": "0", "model": "qemu-xhci"])
+        guard !devices.isEmpty else { return }
+        xml.element("controller", ["type": "pci", "index": "0", "model": "pcie-root"])
+        for index in devices.indices {
+            xml.element("controller", ["type": "pci", "index": "\(index + 1)", "model": "pcie-root-port"])
+        }
+    }
+
+    func writeNICs(_ xml: inout XMLWriter, _ boot: BootOrder) throws {
+        for nic in manifest.nics {
+            let type: String
+            let source: KeyValuePairs<String, String>
+            switch options.mapping(for: nic.network)?.target {
+            case .bridge(let name): (type, source) = ("bridge", ["bridge": name])
+            case .network(let name): (type, source) = ("network", ["network": name])
+            case nil:
+                throw MigrationError(
+                    .failedPrecondition, "\(nic.id): network \"\(nic.network)\" is mapped to nothing",
+                    hint: "map it with --network")
+            }
+            guard nic.mac.isEmpty || isUnicastMAC(nic.mac) else {
+                throw MigrationError(.invalidArgument, "\(nic.id): \"\(nic.mac)\" is not a NIC's MAC address")
+            }
+            xml.element("interface", ["type": type]) { xml in
+                if !nic.mac.isEmpty { xml.element("mac", ["address": nic.mac.lowercased()]) }
+                xml.element("source", source)
+                xml.element("model", ["type": options.nicModel(for: vm)])
+                if !nic.connected { xml.element("link", ["state": "down"]) }
+                if let order = boot.nics[nic.id] { xml.element("boot", ["order": "\(order)"]) }
+            }
+        }
+    }
+
+    /// A serial console, and a screen on a Unix socket: VNC on a TCP port, even a local one, would let every user of
+    /// the host into the guest.
+    func writeConsole(_ xml: inout XMLWriter) {
+        xml.element("serial", ["type": "pty"]) { xml in
+            if let consoleLog { xml.element("log", ["file": consoleLog, "append": "off"]) }
+            xml.element("target", ["type": "isa-serial", "port": "0"])
+        }
+        xml.element("console", ["type": "pty"]) { $0.element("target", ["type": "serial", "port": "0"]) }
+        xml.element("channel", ["type": "unix"]) {
+            $0.element("target", ["type": "virtio", "name": "org.qemu.guest_agent.0"])
+        }
+        xml.element("input", ["type": "tablet", "bus": "usb"])
+        xml.element("graphics", ["type": "vnc"]) { $0.element("listen", ["type": "socket"]) }
+        // Plain VGA: every firmware and guest has a driver for it.
+        xml.element("video") { $0.element("model", ["type": "vga", "primary": "yes"]) }
+    }
+
+    func writePlatform(_ xml: inout XMLWriter) {
+        if vm.tpm && tpmEmulator {
+            xml.element("tpm", ["model": "tpm-crb"]) {
+                $0.element("backend", ["type": "emulator", "version": "2.0"])
+            }
+        }
+        // All memory is pinned by VFIO; a balloon could only take it away from under the device.
+        xml.element("memballoon", ["model": devices.isEmpty ? "virtio" : "none"])
+        xml.element("rng", ["model": "virtio"]) { $0.element("backend", ["model": "random"], text: "/dev/urandom") }
+    }
+
+    /// Device N sits on slot 0 of the root port with index N + 1. Function numbers are the host's, since drivers
+    /// look for a GPU's audio at function 1; a device without function 0 on the host is numbered from 0.
+    func writeHostdevs(_ xml: inout XMLWriter) throws {
+        for (index, functions) in devices.enumerated() {
+            let addresses = try functions.map { function in
+                guard let address = PciAddress(function.address) else {
+                    throw MigrationError(.invalidArgument, "\"\(function.address)\" is not a PCI address")
+                }
+                return address
+            }
+            let keep =
+                addresses.contains { $0.function == 0 } && Set(addresses.map(\.function)).count == addresses.count
+            guard addresses.count <= 8 else {
+                throw MigrationError(.outOfRange, "\(addresses[0]): has more functions than one guest slot holds")
+            }
+            for (position, address) in addresses.enumerated() {
+                let function = keep ? Int(address.function) : position
+                xml.element("hostdev", ["mode": "subsystem", "type": "pci", "managed": "yes"]) { xml in
+                    xml.element("source") { $0.element("address", pciAttributes(address)) }
+                    let place = ("0x\(padded(index + 1, 2))", "0x\(function)")
+                    let multifunction = function == 0 && addresses.count > 1
+                    xml.element(
+                        "address",
+                        multifunction
+                            ? [
+                                "type": "pci", "domain": "0x0000", "bus": place.0, "slot": "0x00", "function": place.1,
+                                "multifunction": "on",
+                            ]
+                            : ["type": "pci", "domain": "0x0000", "bus": place.0, "slot": "0x00", "function": place.1])
+                }
+            }
+        }
+    }
+
+    private func pciAttributes(_ address: PciAddress) -> KeyValuePairs<String, String> {
+        [
+            "domain": "0x\(padded(address.domain, 4))", "bus": "0x\(padded(address.bus, 2))",
+            "slot": "0x\(padded(address.slot, 2))", "function": "0x\(address.function)",
+        ]
+    }
+}
+
+/// "a" … "z", "aa" …, as the kernel letters disks.
+func diskLetters(_ index: Int) -> String {
+    var (index, letters) = (index, "")
+    repeat {
+        letters = String(UnicodeScalar(UInt8(97 + index % 26))) + letters
+        index = index / 26 - 1
+    } while index >= 0
+    return letters
+}
+
+private func isUnicastMAC(_ text: String) -> Bool {
+    let bytes = text.split(separator: ":", omittingEmptySubsequences: false)
+    guard bytes.count == 6, bytes.allSatisfy({ $0.count == 2 && $0.allSatisfy { $0.isASCII && $0.isHexDigit } }),
+        let first = UInt8(bytes[0], radix: 16)
+    else { return false }
+    return first & 1 == 0
+}

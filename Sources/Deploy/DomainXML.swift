@@ -1,0 +1,186 @@
+package import FlotillaProtocol
+import HostKit
+import MigrationModel
+import Passthrough
+import SwiftProtobuf
+
+/// The libvirt domain of a migrated VM, as text. Pure: the same inputs give the same bytes.
+///
+/// Reference: https://libvirt.org/formatdomain.html
+package struct DomainXML: Sendable {
+    package var manifest: Manifest
+    package var options: DeployOptions
+    /// "kvm", "qemu" or "test".
+    package var domainType: String
+    /// Devices to hand over, each the functions that stay together on one guest slot (`DeviceMatch.devices`).
+    package var devices: [[PciFunction]] = []
+    /// Ids of disks whose file system takes no O_DIRECT (`disksWithoutDirectIO`): those go through the page cache.
+    package var bufferedDisks: Set<String> = []
+    /// The host has swtpm (`tpmEmulatorInstalled`). Without, the VM's TPM is left out.
+    package var tpmEmulator = true
+    /// Where virtlogd records the serial console; absolute. Nil: not recorded.
+    package var consoleLog: String?
+
+    package init(manifest: Manifest, options: DeployOptions, host: HostProfile) {
+        self.manifest = manifest
+        self.options = options
+        domainType = host.domainType
+    }
+
+    package static let metadataNamespace = "https://flotilla.dev/xmlns/domain/1"
+
+    var vm: VirtualMachine { manifest.vm }
+    var isKVM: Bool { domainType == "kvm" }
+    var secureBoot: Bool { vm.firmware == .efi && vm.secureBoot }
+    package var name: String { options.domainName(for: manifest.vm) }
+
+    /// The source's BIOS UUID when it is to be kept, else one made from the migration's id (RFC 9562 version 8), so
+    /// that repeating a deploy redefines the same domain.
+    package func uuid() throws -> String {
+        guard options.keepUuid else {
+            var bytes = Array(Digest.hash(.sha256, Array("flotilla domain \(manifest.migrationID)".utf8)).prefix(16))
+            bytes[6] = bytes[6] & 0x0f | 0x80
+            bytes[8] = bytes[8] & 0x3f | 0x80
+            let text = Array(hex(bytes))
+            return [0..<8, 8..<12, 12..<16, 16..<20, 20..<32].map { String(text[$0]) }.joined(separator: "-")
+        }
+        let uuid = vm.biosUuid.lowercased()
+        let groups = uuid.split(separator: "-", omittingEmptySubsequences: false)
+        guard groups.map(\.count) == [8, 4, 4, 4, 12],
+            groups.allSatisfy({ $0.allSatisfy { $0.isASCII && $0.isHexDigit } })
+        else {
+            throw MigrationError(
+                .invalidArgument, "VM \(vm.name): \"\(vm.biosUuid)\" is not a UUID", hint: "deploy without keeping it")
+        }
+        return uuid
+    }
+
+    /// - Throws: `invalidArgument` naming what in the manifest can't be expressed, `failedPrecondition` for a disk
+    ///   that is not converted or a network that is not mapped.
+    package func text() throws -> String {
+        guard isValidDomainName(name) else {
+            throw MigrationError(.invalidArgument, "\"\(name)\" can't be a domain's name")
+        }
+        guard !manifest.migrationID.isEmpty else {
+            throw MigrationError(.invalidArgument, "VM \(vm.name): the manifest has no migration id")
+        }
+        let memory = vm.memory.bytes / 1024
+        guard memory > 0 else {
+            throw MigrationError(.invalidArgument, "VM \(vm.name): the manifest states no memory size")
+        }
+        let uuid = try uuid()
+        let digest = try manifestDigest(manifest)
+        var xml = XMLWriter()
+        try xml.element("domain", ["type": domainType]) { xml in
+            xml.element("name", text: name)
+            xml.element("uuid", text: uuid)
+            let title = String(vm.name.prefix(256).map { $0.isNewline ? " " : $0 })
+            if !title.isEmpty { xml.element("title", text: title) }
+            if !vm.annotation.isEmpty { xml.element("description", text: String(vm.annotation.prefix(8192))) }
+            xml.element("metadata") { xml in
+                xml.element(
+                    "flotilla:migration",
+                    [
+                        "xmlns:flotilla": Self.metadataNamespace, "id": manifest.migrationID,
+                        "manifest-sha256": digest,
+                    ])
+            }
+            xml.element("memory", ["unit": "KiB"], text: "\(memory)")
+            writeMemoryLock(&xml, memory)
+            xml.element("vcpu", ["placement": "static"], text: "\(max(1, vm.cpu.count))")
+            writeOS(&xml)
+            writeFeatures(&xml)
+            writeCPU(&xml)
+            writeClock(&xml)
+            xml.element("on_poweroff", text: "destroy")
+            xml.element("on_reboot", text: "restart")
+            // A crashed guest must end as "crashed", not restart forever before anyone has seen it.
+            xml.element("on_crash", text: "destroy")
+            try xml.element("devices") { xml in
+                let boot = bootOrder()
+                try writeDisks(&xml, boot)
+                try writeControllers(&xml)
+                try writeNICs(&xml, boot)
+                writeConsole(&xml)
+                writePlatform(&xml)
+                try writeHostdevs(&xml)
+            }
+        }
+        return xml.text
+    }
+
+    /// VFIO pins all guest memory, and the limit also bounds QEMU's own use: guest memory and 1 GiB per device.
+    private func writeMemoryLock(_ xml: inout XMLWriter, _ memory: UInt64) {
+        guard !devices.isEmpty else { return }
+        xml.element("memtune") { xml in
+            xml.element("hard_limit", ["unit": "KiB"], text: "\(memory + UInt64(devices.count) << 20)")
+        }
+        xml.element("memoryBacking") { $0.element("locked") }
+    }
+
+    private func writeOS(_ xml: inout XMLWriter) {
+        let machine: KeyValuePairs = ["arch": "x86_64", "machine": "q35"]
+        guard vm.firmware == .efi else {
+            xml.element("os") { $0.element("type", machine, text: "hvm") }
+            return
+        }
+        xml.element("os", ["firmware": "efi"]) { xml in
+            xml.element("type", machine, text: "hvm")
+            // Said outright: left to libvirt, it may take a Secure Boot firmware that refuses the guest's loader.
+            xml.element("firmware") { xml in
+                xml.element("feature", ["enabled": secureBoot ? "yes" : "no", "name": "enrolled-keys"])
+                xml.element("feature", ["enabled": secureBoot ? "yes" : "no", "name": "secure-boot"])
+            }
+        }
+    }
+
+    private func writeFeatures(_ xml: inout XMLWriter) {
+        xml.element("features") { xml in
+            xml.element("acpi")
+            xml.element("apic")
+            // Both are KVM's; QEMU's emulation knows neither.
+            if isKVM && vm.isWindows { writeHyperV(&xml) }
+            if isKVM && vm.hypervisorHidden { xml.element("kvm") { $0.element("hidden", ["state": "on"]) } }
+            if secureBoot { xml.element("smm", ["state": "on"]) }
+        }
+    }
+
+    private func writeHyperV(_ xml: inout XMLWriter) {
+        xml.element("hyperv", ["mode": "custom"]) { xml in
+            for feature in ["relaxed", "vapic"] { xml.element(feature, ["state": "on"]) }
+            xml.element("spinlocks", ["state": "on", "retries": "8191"])
+            for feature in ["vpindex", "runtime", "synic", "stimer", "reset"] { xml.element(feature, ["state": "on"]) }
+            // Older GPU drivers look for Microsoft's own signature.
+            if vm.hypervisorHidden { xml.element("vendor_id", ["state": "on", "value": "flotilla"]) }
+        }
+    }
+
+    private func writeCPU(_ xml: inout XMLWriter) {
+        let count = max(1, vm.cpu.count)
+        let asked = max(1, vm.cpu.coresPerSocket)
+        let cores = count % asked == 0 ? asked : 1
+        let topology: KeyValuePairs = [
+            "sockets": "\(count / cores)", "dies": "1", "cores": "\(cores)", "threads": "1",
+        ]
+        xml.element("cpu", ["mode": isKVM ? "host-passthrough" : "maximum"]) { $0.element("topology", topology) }
+    }
+
+    /// Windows keeps local time in the real-time clock, everything else UTC, unless the source says.
+    private func writeClock(_ xml: inout XMLWriter) {
+        let utc = vm.hasClockUtc ? vm.clockUtc : !vm.isWindows
+        xml.element("clock", ["offset": utc ? "utc" : "localtime"]) { xml in
+            xml.element("timer", ["name": "rtc", "tickpolicy": "catchup"])
+            xml.element("timer", ["name": "pit", "tickpolicy": "delay"])
+            xml.element("timer", ["name": "hpet", "present": "no"])
+            if isKVM && vm.isWindows { xml.element("timer", ["name": "hypervclock", "present": "yes"]) }
+        }
+    }
+}
+
+/// SHA-256 of the manifest's deterministic binary form, hexadecimal.
+package func manifestDigest(_ manifest: Manifest) throws -> String {
+    var options = BinaryEncodingOptions()
+    options.useDeterministicOrdering = true
+    let bytes: [UInt8] = try manifest.serializedBytes(options: options)
+    return hex(Digest.hash(.sha256, bytes))
+}

@@ -1,0 +1,140 @@
+import CLibvirt
+import Glibc
+import HostKit
+import MigrationModel
+
+/// A connection to the local libvirt daemon. libvirt allows calls from any thread; each blocks until the daemon has
+/// answered, so callers go through `HostKit.blocking`. Closes when the last reference, a domain's included, is gone.
+package final class LibvirtConnection: Sendable {
+    package let uri: String
+    // Owned: closed in deinit. libvirt's own lock guards it.
+    nonisolated(unsafe) let pointer: OpaquePointer
+
+    /// Without a handler libvirt prints every error to stderr.
+    private static let silenced: Bool = {
+        virInitialize()
+        virSetErrorFunc(nil) { _, _ in }
+        return true
+    }()
+
+    /// - Parameter uri: a local one: `qemu:///system`, `qemu:///system?socket=…`, `test:///default`.
+    /// - Throws: `failedPrecondition` for a URI that names a remote server, `unavailable` when no daemon answers.
+    package init(uri: String = "qemu:///system") throws {
+        try Self.requireLocal(uri)
+        _ = Self.silenced
+        guard let pointer = virConnectOpen(uri) else {
+            var error = libvirtError("connect to \(uri)")
+            if error.code != .unauthenticated && error.code != .permissionDenied { error.code = .unavailable }
+            error.hint =
+                "check that the daemon runs (`systemctl status virtqemud libvirtd`) and that this user may use it "
+                + "(group libvirt, or root)"
+            throw error
+        }
+        self.uri = uri
+        self.pointer = pointer
+    }
+
+    deinit { virConnectClose(pointer) }
+
+    /// False once the daemon has hung up: a restarted daemon needs a new connection.
+    package var isAlive: Bool { virConnectIsAlive(pointer) == 1 }
+
+    /// Disks, GPUs and console logs are this host's: a connection to another one would mix up two machines.
+    static func requireLocal(_ uri: String) throws {
+        guard let colon = uri.firstIndex(of: ":"), uri[colon...].hasPrefix("://") else {
+            throw MigrationError(
+                .invalidArgument, "\"\(uri)\" is not a libvirt URI", hint: "for example qemu:///system")
+        }
+        let scheme = uri[..<colon].split(separator: "+", omittingEmptySubsequences: false)
+        guard let driver = scheme.first, driver == "qemu" || driver == "test", scheme.count <= 2 else {
+            throw MigrationError(
+                .invalidArgument, "\(uri): only QEMU domains can be deployed", hint: "for example qemu:///system")
+        }
+        let transport = scheme.count == 2 ? scheme[1] : "unix"
+        guard transport == "unix", uri[colon...].dropFirst(3).hasPrefix("/") else {
+            throw MigrationError(
+                .failedPrecondition, "\(uri) names a remote server; disks and GPUs must be local to libvirt",
+                hint: "run the worker on that host")
+        }
+    }
+
+    /// libvirt's version, "9.0.0".
+    package func libraryVersion() throws -> String {
+        var number: UInt = 0
+        guard virConnectGetLibVersion(pointer, &number) == 0 else { throw libvirtError("version of \(uri)") }
+        return version(number)
+    }
+
+    /// "QEMU", "TEST".
+    package func hypervisor() throws -> String {
+        guard let name = virConnectGetType(pointer) else { throw libvirtError("type of \(uri)") }
+        return String(cString: name)
+    }
+
+    package func hypervisorVersion() throws -> String {
+        var number: UInt = 0
+        guard virConnectGetVersion(pointer, &number) == 0 else { throw libvirtError("hypervisor version of \(uri)") }
+        return version(number)
+    }
+
+    /// CPUs and bytes of memory of the host.
+    package func node() throws -> (cpus: UInt32, memoryBytes: UInt64) {
+        var info = virNodeInfo()
+        guard virNodeGetInfo(pointer, &info) == 0 else { throw libvirtError("node information of \(uri)") }
+        return (info.cpus, UInt64(info.memory) * 1024)
+    }
+
+    /// Names of the active virtual networks.
+    package func networks() throws -> [String] {
+        var list: UnsafeMutablePointer<OpaquePointer?>?
+        let count = virConnectListAllNetworks(pointer, &list, UInt32(VIR_CONNECT_LIST_NETWORKS_ACTIVE.rawValue))
+        guard count >= 0 else { throw libvirtError("list the networks of \(uri)") }
+        defer { free(list) }
+        return (0..<Int(count)).compactMap { index in
+            guard let network = list?[index] else { return nil }
+            defer { virNetworkFree(network) }
+            return virNetworkGetName(network).map { String(cString: $0) }
+        }.sorted()
+    }
+
+    package func domains() throws -> [LibvirtDomain] {
+        var list: UnsafeMutablePointer<OpaquePointer?>?
+        let count = virConnectListAllDomains(pointer, &list, 0)
+        guard count >= 0 else { throw libvirtError("list the domains of \(uri)") }
+        defer { free(list) }
+        return (0..<Int(count)).compactMap { index in
+            list?[index].map { LibvirtDomain(owning: $0, of: self) }
+        }
+    }
+
+    /// Nil when there is no domain of this name.
+    package func domain(named name: String) throws -> LibvirtDomain? {
+        if let domain = virDomainLookupByName(pointer, name) { return LibvirtDomain(owning: domain, of: self) }
+        guard lastLibvirtError().0 == VIR_ERR_NO_DOMAIN else { throw libvirtError("look up domain \(name)") }
+        return nil
+    }
+
+    func domain(uuid: String) throws -> LibvirtDomain? {
+        if let domain = virDomainLookupByUUIDString(pointer, uuid) { return LibvirtDomain(owning: domain, of: self) }
+        guard lastLibvirtError().0 == VIR_ERR_NO_DOMAIN else { throw libvirtError("look up domain \(uuid)") }
+        return nil
+    }
+
+    /// Defines a persistent domain after checking it against libvirt's schema.
+    func define(_ xml: String, name: String) throws -> LibvirtDomain {
+        guard let domain = virDomainDefineXMLFlags(pointer, xml, UInt32(VIR_DOMAIN_DEFINE_VALIDATE.rawValue)) else {
+            throw libvirtError("define domain \(name)")
+        }
+        return LibvirtDomain(owning: domain, of: self)
+    }
+
+    /// Capabilities document of q35 domains of this type ("kvm", "qemu"), or why there is none.
+    func domainCapabilities(type: String) -> Result<String, MigrationError> {
+        let text = virConnectGetDomainCapabilities(pointer, nil, "x86_64", "q35", type, 0)
+        return takeString(text).map { .success($0) } ?? .failure(libvirtError("capabilities of \(type) domains"))
+    }
+
+    private func version(_ number: UInt) -> String {
+        "\(number / 1_000_000).\(number / 1000 % 1000).\(number % 1000)"
+    }
+}

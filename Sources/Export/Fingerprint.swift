@@ -1,0 +1,50 @@
+package import FlotillaProtocol
+import Glibc
+import HostKit
+import MigrationModel
+
+/// SHA-256 over path, size and modification time of every file of a manifest's source, hexadecimal. Computed from the
+/// files as they are now: differs from `source.fingerprint` when the source changed since its capture.
+///
+/// - Throws: `notFound` when a file is gone, `invalidArgument` for a manifest that isn't from an OVA, OVF or VMX.
+package func fingerprint(of manifest: Manifest) throws -> String {
+    let digest = Digest()
+    var seen: Set<String> = []
+    for path in try sourceFiles(of: manifest) where seen.insert(path).inserted {
+        digest.update(Array(try identity(of: path).utf8))
+    }
+    return hex(digest.finalize())
+}
+
+/// One line: the path's length and the path, size, modification time in nanoseconds.
+func identity(of path: String) throws -> String {
+    var info = stat()
+    guard stat(path, &info) == 0 else { throw systemError("stat", path) }
+    return "\(path.utf8.count):\(path) \(info.st_size) \(info.st_mtim.tv_sec).\(info.st_mtim.tv_nsec)\n"
+}
+
+private func sourceFiles(of manifest: Manifest) throws -> [String] {
+    let path = manifest.source.path
+    let folder = SourceFolder(path: Files.parent(of: path))
+    var files = [path]
+    switch manifest.source.kind {
+    case .ova: return files
+    case .ovf:
+        let stem = path.lowercased().hasSuffix(".ovf") ? String(path.dropLast(4)) : path
+        if Files.exists(stem + ".mf") { files.append(stem + ".mf") }
+    case .vmx: break
+    default:
+        throw MigrationError(
+            .invalidArgument, "the manifest of \(manifest.vm.name) is not from an OVA, OVF or VMX file")
+    }
+    for disk in manifest.disks where disk.hasSource {
+        let prefix = folder.path == "/" ? "/" : folder.path + "/"
+        guard disk.source.path.hasPrefix(prefix) else {
+            throw MigrationError(
+                .invalidArgument, "\(disk.id): \(disk.source.path) does not lie in the source's folder \(folder.path)")
+        }
+        let name = String(disk.source.path.dropFirst(prefix.count))
+        files += try VMDKChain(name, in: folder, owner: path).files(in: folder)
+    }
+    return files
+}

@@ -1,0 +1,104 @@
+import Coordinator
+import Deploy
+import FlotillaProtocol
+import GRPCCore
+import GRPCInProcessTransport
+import Glibc
+import HostKit
+import Logging
+import Messaging
+import MigrationModel
+import Worker
+
+/// Coordinator and worker of one machine in this process, over the in-process bus: the same state machine, task
+/// transport and store as a fleet has.
+///
+/// The state folder belongs to one process at a time. Holding its lock proves that whoever had tasks before is gone,
+/// so they are taken back at once instead of when their leases run out.
+struct EmbeddedFleet {
+    typealias Client = CoordinatorService.Client<InProcessTransport.Client>
+
+    let libvirtURI: String
+    let pool: String
+    let stateDirectory: String
+    let logger: Logger
+    /// Migrations whose stages run at once.
+    var slots = 2
+
+    /// Runs the fleet around `body`, which talks to it through the coordinator's API. `interrupted` returns when the
+    /// work is to stop early.
+    func run<Value: Sendable>(
+        interrupted: @escaping @Sendable () async -> Void,
+        _ body: @escaping @Sendable (Client) async throws -> Value
+    ) async throws -> Value {
+        let lock = try lockState()
+        defer { withExtendedLifetime(lock) {} }
+        let bus = InProcessBus()
+        let names = Names()
+        let coordinator = Coordinator(
+            store: try SQLiteStore(path: "\(stateDirectory)/flotilla.sqlite"), bus: bus,
+            settings: .init(names: names), logger: logger)
+        try await bus.declare(names.topology(hosts: [libvirtURI]))
+        let worker = try Worker(
+            WorkerConfiguration(
+                host: libvirtURI, libvirtURI: libvirtURI, pools: [PoolFolder(name: pool, path: pool)],
+                // The sources are named by the person at this command line, with that person's rights.
+                sourceFolders: ["/"], stateDirectory: stateDirectory, names: names,
+                transport: .init(host: libvirtURI, slots: slots)),
+            bus: bus, logger: logger)
+
+        let transport = InProcessTransport()
+        let server = GRPCServer(
+            transport: transport.server, services: [CoordinatorAPI(coordinator)], interceptors: [ErrorInterceptor()])
+        let client = GRPCClient(transport: transport.client)
+
+        return try await withThrowingTaskGroup(of: Value?.self) { group in
+            group.addTask {
+                try await coordinator.run(hosts: [libvirtURI])
+                return nil
+            }
+            group.addTask {
+                try await worker.run()
+                return nil
+            }
+            group.addTask {
+                try await server.serve()
+                return nil
+            }
+            group.addTask {
+                try await client.runConnections()
+                return nil
+            }
+            group.addTask {
+                await interrupted()
+                worker.stopNow()
+                throw MigrationError(.cancelled, "interrupted", hint: "run the same command again to continue")
+            }
+            group.addTask {
+                let value = try await body(Client(wrapping: client))
+                // Results are confirmed and work folders gone before the process is.
+                await worker.settle()
+                return value
+            }
+            defer {
+                worker.stopNow()
+                group.cancelAll()
+            }
+            while let ended = try await group.next() {
+                if let value = ended { return value }
+            }
+            throw MigrationError(.internal, "the embedded fleet ended on its own")
+        }
+    }
+
+    private func lockState() throws -> File {
+        try Files.createDirectories(stateDirectory, mode: 0o700)
+        let lock = try File("\(stateDirectory)/lock", O_RDWR | O_CREAT)
+        guard flock(lock.descriptor, LOCK_EX | LOCK_NB) == 0 else {
+            throw MigrationError(
+                .unavailable, "another flotilla process uses the state folder \(stateDirectory)",
+                hint: "wait for it to end, or name another folder with --state")
+        }
+        return lock
+    }
+}

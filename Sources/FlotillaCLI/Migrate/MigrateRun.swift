@@ -1,0 +1,91 @@
+import Coordinator
+import FlotillaProtocol
+import GRPCCore
+import Glibc
+import HostKit
+import Logging
+import Messaging
+import MigrationModel
+import SwiftProtobuf
+
+/// Submits the migrations, follows them to their ends, and shows it.
+struct MigrateRun {
+    let requests: [SubmitMigrationRequest]
+    let libvirtURI: String
+    let pool: String
+    let stateDirectory: String
+    let isDryRun: Bool
+    let output: OutputStyle
+    let verbose: Bool
+
+    func run() async throws -> Exit {
+        let signals = Signals(SIGINT, SIGTERM)
+        var logger = Logger(label: "flotilla") { StreamLogHandler.standardError(label: $0) }
+        logger.logLevel = verbose ? .debug : .error
+
+        // A dry run leaves no trace, not even records.
+        let folder = isDryRun ? try temporaryDirectory() : stateDirectory
+        defer { if isDryRun { try? Files.remove(folder) } }
+        let fleet = EmbeddedFleet(libvirtURI: libvirtURI, pool: pool, stateDirectory: folder, logger: logger)
+        let view = output.view()
+        let migrations = try await fleet.run(interrupted: { await signals.first() }) { client in
+            try await follow(client, view)
+        }
+        view.finish(migrations)
+        return Exit(migrations)
+    }
+
+    private func follow(_ client: EmbeddedFleet.Client, _ view: any MigrationView) async throws -> [Migration] {
+        try await withThrowingTaskGroup(of: (Int, Migration).self) { group in
+            for (index, request) in requests.enumerated() {
+                group.addTask {
+                    do {
+                        let submitted = try await client.submitMigration(request)
+                        return (index, try await watch(submitted, client, view))
+                    } catch let error as RPCError {
+                        throw MigrationError(error)
+                    }
+                }
+            }
+            var ended: [Int: Migration] = [:]
+            for try await (index, migration) in group { ended[index] = migration }
+            return requests.indices.compactMap { ended[$0] }
+        }
+    }
+
+    private func watch(
+        _ migration: Migration, _ client: EmbeddedFleet.Client, _ view: any MigrationView
+    ) async throws -> Migration {
+        try await client.watchMigration(.with { $0.id = migration.id }) { response in
+            var last = migration
+            for try await event in response.messages {
+                view.show(event)
+                if case .state(let state) = event.event { last = state }
+            }
+            return last
+        }
+    }
+
+    private func temporaryDirectory() throws -> String {
+        let base = getenv("TMPDIR").map { String(cString: $0) } ?? "/tmp"
+        var template = Array("\(base)/flotilla-dry-run-XXXXXX".utf8CString)
+        guard mkdtemp(&template) != nil else { throw systemError("create a folder in", base) }
+        return String(decoding: template.dropLast().map { UInt8(bitPattern: $0) }, as: UTF8.self)
+    }
+}
+
+extension Exit {
+    /// The worst of several: what failed for good before what may go on, before what never began.
+    init(_ migrations: [Migration]) {
+        let exits = migrations.map { migration -> Exit in
+            switch migration.state {
+            case .done, .ready: .done
+            case .preflightBlocked: .blocked
+            case .cancelled: .cancelled
+            default:
+                Exit(MigrationError(.init(rawValue: Int(migration.errorCode)) ?? .unknown, migration.errorMessage))
+            }
+        }
+        self = [.failed, .tryAgain, .blocked, .cancelled].first(where: exits.contains) ?? .done
+    }
+}

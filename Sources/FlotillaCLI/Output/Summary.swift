@@ -1,0 +1,112 @@
+import FlotillaProtocol
+import MigrationModel
+
+/// What came of each VM, for people.
+struct Summary {
+    private let migrations: [Migration]
+
+    init(_ migrations: [Migration]) { self.migrations = migrations }
+
+    var text: String { migrations.map(section).joined(separator: "\n") }
+
+    private func section(_ migration: Migration) -> String {
+        var lines = ["", heading(migration)]
+        if !migration.stages.isEmpty {
+            lines += table(
+                ["stage", "state", "time", "attempts"],
+                migration.stages.map { [$0.name, $0.state, $0.duration, "\($0.attempt)"] })
+        }
+        let disks = migration.manifest.disks.filter { $0.hasTarget }
+        if !disks.isEmpty {
+            lines += table(
+                ["disk", "size", "on disk", "image"],
+                disks.map {
+                    [
+                        $0.id, byteText($0.capacityBytes),
+                        $0.target.allocatedBytes > 0 ? byteText($0.target.allocatedBytes) : "-", $0.target.path,
+                    ]
+                })
+            for disk in disks where !disk.source.contentSha256.isEmpty {
+                if !disk.source.sha256.isEmpty { lines.append("  \(disk.id) source   sha256:\(disk.source.sha256)") }
+                lines.append("  \(disk.id) content  sha256:\(disk.source.contentSha256)")
+            }
+        }
+        for finding in migration.findings { lines += describe(finding) }
+        if migration.result.hasDomainState {
+            lines.append(
+                "  domain   \(migration.result.domainName), \(migration.result.domainState), "
+                    + "UUID \(migration.result.domainUuid)")
+        }
+        if !migration.result.devices.isEmpty {
+            lines.append("  devices  \(migration.result.devices.joined(separator: ", "))")
+        }
+        if !migration.result.proof.isEmpty { lines.append("  proof    \(migration.result.proof)") }
+        if !migration.errorMessage.isEmpty, migration.state == .failed {
+            lines.append("  error    \(migration.errorMessage)")
+            if !migration.errorHint.isEmpty { lines.append("           \(migration.errorHint)") }
+        }
+        if !migration.result.domainXml.isEmpty {
+            lines.append("  would define:")
+            lines += migration.result.domainXml.split(separator: "\n", omittingEmptySubsequences: false).map {
+                "    \($0)"
+            }
+        }
+        return lines.joined(separator: "\n")
+    }
+
+    private func heading(_ migration: Migration) -> String {
+        let outcome =
+            switch migration.state {
+            case .done: "done"
+            case .failed: "FAILED"
+            case .preflightBlocked: "BLOCKED, nothing was changed"
+            case .cancelled: "cancelled"
+            case .ready: "ready, nothing was changed"
+            default: "unfinished"
+            }
+        return "\(migration.title)  \(outcome)"
+    }
+
+    private func describe(_ finding: Finding) -> [String] {
+        let word =
+            switch finding.severity {
+            case .blocked: "BLOCKED"
+            case .warning: "warning"
+            default: "note   "
+            }
+        let remedy = finding.remedy.isEmpty ? [] : ["           \(finding.remedy)"]
+        return ["  \(word)  \(finding.message)"] + remedy
+    }
+
+    /// Columns as wide as their widest cell, two spaces apart.
+    private func table(_ head: [String], _ rows: [[String]]) -> [String] {
+        let all = [head] + rows
+        let widths = head.indices.map { column in all.map { $0[column].count }.max() ?? 0 }
+        return all.map { row in
+            let cells = row.enumerated().map { column, cell in
+                column == row.count - 1 ? cell : cell.padding(to: widths[column])
+            }
+            return "  " + cells.joined(separator: "  ")
+        }
+    }
+}
+
+extension String {
+    fileprivate func padding(to width: Int) -> String {
+        self + String(repeating: " ", count: max(width - count, 0))
+    }
+}
+
+extension DeployResult {
+    fileprivate var hasDomainState: Bool { !domainState.isEmpty }
+}
+
+extension StageSummary {
+    /// Seconds from acceptance to end, "12.3 s"; "-" when it did not run.
+    fileprivate var duration: String {
+        guard hasStartedAt, hasEndedAt else { return "-" }
+        let milliseconds = endedAt.moment.milliseconds - startedAt.moment.milliseconds
+        let tenths = (milliseconds + 50) / 100
+        return milliseconds < 1000 ? "\(milliseconds) ms" : "\(tenths / 10).\(tenths % 10) s"
+    }
+}

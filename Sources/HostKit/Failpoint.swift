@@ -1,0 +1,43 @@
+import Glibc
+import Synchronization
+
+/// Named places where a test can make the process die as if its power was cut. Each stands right after or right
+/// before something durable changes. `FLOTILLA_FAILPOINT=name` (or `name:3` for the third time it is reached) sends
+/// this process SIGKILL there; without the variable a failpoint costs one comparison.
+package enum Failpoint: String, CaseIterable, Sendable {
+    case coordinatorMigrationStored = "coordinator.migration-stored"
+    case coordinatorTaskStored = "coordinator.task-stored"
+    case coordinatorTaskSent = "coordinator.task-sent"
+    case coordinatorResultStored = "coordinator.result-stored"
+    case workerAccepted = "worker.accepted"
+    case workerAcceptedPublished = "worker.accepted-published"
+    case workerResultJournaled = "worker.result-journaled"
+    case workerResultPublished = "worker.result-published"
+    case exportManifestWritten = "export.manifest-written"
+    case convertImageCreated = "convert.image-created"
+    case convertChunkWritten = "convert.chunk-written"
+    case convertCheckpoint = "convert.checkpoint"
+    case convertImageFinished = "convert.image-finished"
+    case convertDiskPublished = "convert.disk-published"
+    case deployPermitted = "deploy.permitted"
+    case deployDefined = "deploy.defined"
+    case deployStarted = "deploy.started"
+
+    package static let environmentKey = "FLOTILLA_FAILPOINT"
+
+    private static let armed: (name: String, count: Int)? = {
+        guard let value = getenv(environmentKey).map({ String(cString: $0) }), !value.isEmpty else { return nil }
+        let parts = value.split(separator: ":", maxSplits: 1)
+        return (String(parts[0]), parts.count > 1 ? Int(parts[1]) ?? 1 : 1)
+    }()
+    private static let reached = Atomic<Int>(0)
+
+    package func hit() {
+        guard let armed = Self.armed, armed.name == rawValue else { return }
+        if Self.reached.add(1, ordering: .relaxed).newValue == armed.count {
+            kill(getpid(), SIGKILL)
+            // The signal is on its way; nothing may happen after the failpoint.
+            while true { pause() }
+        }
+    }
+}

@@ -1,0 +1,121 @@
+import CLinux
+import Glibc
+import MigrationModel
+
+/// Whole-file operations that survive a crash at any point.
+package enum Files {
+    /// Writes to a temporary name in the same directory, fsyncs, renames over `path` and fsyncs the directory:
+    /// after a crash `path` holds the old bytes or the new ones, never a mixture.
+    package static func writeAtomically(_ bytes: [UInt8], to path: String, mode: UInt32 = 0o600) throws {
+        let temporary = "\(path).tmp"
+        let file = try File(temporary, O_WRONLY | O_CREAT | O_TRUNC, mode: mode)
+        try file.write(bytes, at: 0)
+        try file.synchronize()
+        guard rename(temporary, path) == 0 else { throw systemError("rename \(temporary) to", path) }
+        try synchronizeDirectory(of: path)
+    }
+
+    /// Publishes a finished file under its final name. Never replaces: throws `alreadyExists` when `path` is taken.
+    package static func publish(_ temporary: String, as path: String) throws {
+        guard flotilla_rename_noreplace(temporary, path) == 0 else {
+            throw systemError("rename \(temporary) to", path)
+        }
+        try synchronizeDirectory(of: path)
+    }
+
+    package static func synchronizeDirectory(of path: String) throws {
+        try File(parent(of: path), O_RDONLY | O_DIRECTORY).synchronize()
+    }
+
+    package static func parent(of path: String) -> String {
+        guard let slash = path.lastIndex(of: "/") else { return "." }
+        return slash == path.startIndex ? "/" : String(path[..<slash])
+    }
+
+    package static func name(of path: String) -> String {
+        path.lastIndex(of: "/").map { String(path[path.index(after: $0)...]) } ?? path
+    }
+
+    /// The bytes of a small file. Throws `outOfRange` when it holds more than `limit` bytes.
+    package static func read(_ path: String, limit: Int = 16 << 20) throws -> [UInt8] {
+        let file = try File(path, O_RDONLY)
+        var bytes: [UInt8] = []
+        // A pseudo-file's size reads 0, so read until the end rather than by size.
+        while true {
+            let piece = try [UInt8](unsafeUninitializedCapacity: 64 << 10) { buffer, count in
+                count = try file.read(at: UInt64(bytes.count), into: UnsafeMutableRawBufferPointer(buffer))
+            }
+            if piece.isEmpty { return bytes }
+            bytes += piece
+            guard bytes.count <= limit else {
+                throw MigrationError(.outOfRange, "\(path): larger than the \(limit) bytes such a file may have")
+            }
+        }
+    }
+
+    package static func exists(_ path: String) -> Bool {
+        var info = stat()
+        return lstat(path, &info) == 0
+    }
+
+    package static func isDirectory(_ path: String) -> Bool {
+        var info = stat()
+        return stat(path, &info) == 0 && info.st_mode & S_IFMT == S_IFDIR
+    }
+
+    /// A plain file, not a link to one.
+    package static func isRegular(_ path: String) -> Bool {
+        var info = stat()
+        return lstat(path, &info) == 0 && info.st_mode & S_IFMT == S_IFREG
+    }
+
+    /// Creates `path` and its parents; one that exists is fine.
+    package static func createDirectories(_ path: String, mode: UInt32 = 0o755) throws {
+        if isDirectory(path) { return }
+        let above = parent(of: path)
+        if above != path { try createDirectories(above, mode: mode) }
+        guard mkdir(path, mode) == 0 || (errno == EEXIST && isDirectory(path)) else {
+            throw systemError("create directory", path)
+        }
+    }
+
+    /// The names in a directory, without `.` and `..`, sorted.
+    package static func list(_ path: String) throws -> [String] {
+        guard let directory = opendir(path) else { throw systemError("list", path) }
+        defer { closedir(directory) }
+        var names: [String] = []
+        while let entry = readdir(directory) {
+            let name = withUnsafePointer(to: &entry.pointee.d_name) {
+                $0.withMemoryRebound(to: CChar.self, capacity: 256) { String(cString: $0) }
+            }
+            if name != "." && name != ".." { names.append(name) }
+        }
+        return names.sorted()
+    }
+
+    /// Removes a file or a whole tree; a missing one is fine. Never follows a symbolic link.
+    package static func remove(_ path: String) throws {
+        var info = stat()
+        guard lstat(path, &info) == 0 else { return }
+        if info.st_mode & S_IFMT == S_IFDIR {
+            for name in try list(path) { try remove("\(path)/\(name)") }
+            guard rmdir(path) == 0 || errno == ENOENT else { throw systemError("remove", path) }
+        } else {
+            guard unlink(path) == 0 || errno == ENOENT else { throw systemError("remove", path) }
+        }
+    }
+
+    /// Bytes an unprivileged writer may still put on the file system that holds `path`.
+    package static func freeBytes(_ path: String) throws -> UInt64 {
+        var info = statvfs()
+        guard statvfs(path, &info) == 0 else { throw systemError("statvfs", path) }
+        return UInt64(info.f_bavail) * UInt64(info.f_frsize)
+    }
+
+    /// The absolute path with every symbolic link resolved.
+    package static func canonical(_ path: String) throws -> String {
+        guard let resolved = realpath(path, nil) else { throw systemError("resolve", path) }
+        defer { free(resolved) }
+        return String(cString: resolved)
+    }
+}

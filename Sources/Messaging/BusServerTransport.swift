@@ -1,0 +1,257 @@
+package import FlotillaProtocol
+package import GRPCCore
+import HostKit
+package import Logging
+package import MigrationModel
+import SwiftProtobuf
+import Synchronization
+
+/// Serves gRPC services from a host's task queue. For each delivered task:
+///
+///  1. decode and check it; what can't be right goes to the dead letters with the reason
+///  2. enter it in the ledger, publish `Accepted`, settle the delivery: from here on the lease owns the task
+///  3. run the handler; its messages become update events, a heartbeat renews the lease
+///  4. enter the end in the ledger, publish it, and again until the coordinator confirms that it has it
+///
+/// Concurrency: any number of tasks is accepted, `slots` of them run at once, the rest wait their turn with their
+/// lease alive. A lease that runs out stops the handler before the coordinator may give the task away.
+package final class BusServerTransport: ServerTransport {
+    package typealias Bytes = [UInt8]
+
+    package struct Settings: Sendable {
+        package var host: String
+        /// Handlers that run at once.
+        package var slots: Int
+        package var heartbeat: Duration
+        /// Until the coordinator's first answer says otherwise.
+        package var leaseDuration: Duration
+
+        package init(
+            host: String, slots: Int = 4, heartbeat: Duration = .seconds(10), leaseDuration: Duration = .seconds(60)
+        ) {
+            self.host = host
+            self.slots = slots
+            self.heartbeat = heartbeat
+            self.leaseDuration = leaseDuration
+        }
+    }
+
+    typealias StreamHandler = @concurrent @Sendable (RPCStream<Inbound, Outbound>, ServerContext) async -> Void
+
+    let settings: Settings
+    let ledger: any TaskLedger
+    let events: EventPublisher
+    let logger: Logger
+    private let bus: any MessageBus
+    private let names: Names
+    private let slots: Slots
+
+    private struct State {
+        var methods: [String: MethodDescriptor] = [:]
+        var calls: [String: RunningCall] = [:]
+        var subscription: Subscription?
+        var isShuttingDown = false
+    }
+
+    private let state = Mutex(State())
+
+    package init(
+        bus: any MessageBus, names: Names, settings: Settings, ledger: any TaskLedger, logger: Logger
+    ) {
+        self.bus = bus
+        self.names = names
+        self.settings = settings
+        self.ledger = ledger
+        self.logger = logger
+        events = EventPublisher(bus: bus, names: names, host: settings.host)
+        slots = Slots(settings.slots)
+    }
+
+    package func configure(context: GRPCServerContext) {
+        state.withLock { state in
+            for method in context.methods { state.methods[method.fullyQualifiedMethod] = method }
+        }
+    }
+
+    package func listen(
+        streamHandler: @escaping @concurrent @Sendable (RPCStream<Inbound, Outbound>, ServerContext) async -> Void
+    ) async throws {
+        let control = try await bus.subscribe(names.control(of: settings.host), prefetch: 256)
+        let tasks = try await bus.subscribe(names.tasks(of: settings.host), prefetch: 64)
+        let stopped = state.withLock {
+            $0.subscription = tasks
+            return $0.isShuttingDown
+        }
+        if stopped { tasks.cancel() }
+
+        await withTaskGroup(of: Void.self) { group in
+            group.addTask { for await delivery in control.deliveries { await self.obey(delivery) } }
+            group.addTask { await self.heartbeat() }
+            await withDiscardingTaskGroup { calls in
+                for await delivery in tasks.deliveries {
+                    calls.addTask { await self.receive(delivery, streamHandler) }
+                }
+            }
+            control.cancel()
+            group.cancelAll()
+        }
+    }
+
+    /// Takes no more tasks; those that run go on to their end, and `listen` returns after them.
+    package func beginGracefulShutdown() {
+        let subscription = state.withLock {
+            $0.isShuttingDown = true
+            return $0.subscription
+        }
+        subscription?.cancel()
+    }
+
+    /// Takes no more tasks and stops those that run, at their last checkpoint. Nothing is said about them: the next
+    /// process goes on with them.
+    package func stopNow() {
+        beginGracefulShutdown()
+        for call in state.withLock({ Array($0.calls.values) }) { call.stop(.shutdown) }
+    }
+
+    /// Asks the coordinator for the one-shot right to an irreversible step. Throws when it is refused, or when the
+    /// call has been stopped.
+    package func permit(_ step: String, for identity: CallIdentity) async throws {
+        guard let call = state.withLock({ $0.calls[identity.task] }), call.identity == identity else {
+            throw MigrationError(.aborted, "\(identity) does not run here any more")
+        }
+        try await call.permit(step) { await self.ask(step, call) }
+    }
+
+    // MARK: - One task
+
+    private func receive(_ delivery: Delivery, _ handler: @escaping StreamHandler) async {
+        let call: TaskCall
+        let method: MethodDescriptor
+        do {
+            call = try TaskCall(decoding: delivery.message)
+            guard call.audience == settings.host else {
+                throw MigrationError(.permissionDenied, "addressed to \(call.audience), this is \(settings.host)")
+            }
+            guard let known = state.withLock({ $0.methods[call.method] }) else {
+                throw MigrationError(.unimplemented, "method /\(call.method) is not served here")
+            }
+            method = known
+        } catch {
+            logger.warning(
+                "task refused", metadata: ["reason": "\(error)", "task": "\(delivery.message.correlationID)"])
+            return await delivery.settle(.reject(reason: "\(error)"))
+        }
+        do {
+            try await take(call, method, delivery, handler)
+        } catch {
+            // The ledger or the bus failed: nothing was taken on that the queue does not still hold.
+            logger.error("task not taken on", metadata: ["task": "\(call.identity)", "error": "\(error)"])
+            await delivery.settle(.requeue)
+        }
+    }
+
+    private func take(
+        _ call: TaskCall, _ method: MethodDescriptor, _ delivery: Delivery, _ handler: @escaping StreamHandler
+    ) async throws {
+        // An older attempt on this host must be out of the way before the new one touches its files.
+        if let older = state.withLock({ $0.calls[call.identity.task] }) {
+            guard older.identity.fence < call.identity.fence else { return await delivery.settle(.ack) }
+            older.stop(.lostOwnership("attempt \(call.identity.attempt) was issued"))
+            await older.waitForEnd()
+        }
+        let admission = try await ledger.admit(call)
+        if admission == .stale { return await delivery.settle(.ack) }
+
+        let running = RunningCall(call.identity, leaseUntil: .now + settings.leaseDuration)
+        state.withLock { $0.calls[call.identity.task] = running }
+        defer {
+            state.withLock { if $0.calls[call.identity.task] === running { $0.calls[call.identity.task] = nil } }
+            running.markEnded()
+        }
+        Failpoint.workerAccepted.hit()
+        let accepted = running.nextSequence(asksForLease: true)
+        try await events.publish(
+            TaskEvent(call.identity, sequence: accepted, .accepted(TaskAccepted())), kind: "accepted")
+        await delivery.settle(.ack)
+        Failpoint.workerAcceptedPublished.hit()
+
+        switch admission {
+        case .stale: return
+        case .ended(let ended): await end(running, ended)
+        case .run:
+            guard let ended = await slots.with({ await self.execute(call, method, running, handler) }) else { return }
+            await end(running, ended)
+        }
+    }
+
+    /// Journals and publishes the end. A publish that fails is made up for by the heartbeat.
+    private func end(_ call: RunningCall, _ ended: TaskEnded) async {
+        let event = TaskEvent(call.identity, sequence: call.nextSequence(), .ended(ended))
+        do {
+            try await ledger.recordEnd(of: call.identity, event)
+            Failpoint.workerResultJournaled.hit()
+            try await events.publish(event, kind: "ended")
+            Failpoint.workerResultPublished.hit()
+        } catch {
+            logger.error("result not published yet", metadata: ["task": "\(call.identity)", "error": "\(error)"])
+        }
+    }
+
+    // MARK: - Control and heartbeat
+
+    private func obey(_ delivery: Delivery) async {
+        guard let control = try? ControlMessage(serializedBytes: delivery.message.body) else {
+            return await delivery.settle(.reject(reason: "undecodable control message"))
+        }
+        await delivery.settle(.ack)
+        if case .stored = control.kind {
+            do { try await ledger.acknowledge(task: control.taskID) } catch {
+                logger.error("ledger", metadata: ["task": "\(control.taskID)", "error": "\(error)"])
+            }
+            return
+        }
+        guard let call = state.withLock({ $0.calls[control.taskID] }), call.identity.fence == control.fence else {
+            return
+        }
+        switch control.kind {
+        case .lease(let lease): call.renew(answering: lease.answersSeq, ttl: .milliseconds(lease.ttlMs))
+        case .permit(let reply): call.answer(reply)
+        case .cancel(let cancel) where cancel.revoked: call.stop(.lostOwnership(cancel.reason))
+        case .cancel(let cancel): call.stop(.cancelled(cancel.reason))
+        case .stored, nil: break
+        }
+    }
+
+    private func ask(_ step: String, _ call: RunningCall) async {
+        let event = TaskEvent(
+            call.identity, sequence: call.nextSequence(), .permit(.with { $0.step = step }))
+        do { try await events.publish(event, kind: "permit") } catch {
+            logger.warning("permit not asked for yet", metadata: ["task": "\(call.identity)", "error": "\(error)"])
+        }
+    }
+
+    /// Until cancelled: renews leases, stops calls whose lease is about to run out, repeats unanswered questions.
+    private func heartbeat() async {
+        while (try? await Task.sleep(for: settings.heartbeat)) != nil {
+            for call in state.withLock({ Array($0.calls.values) }) {
+                // A quarter of the lease is kept to stop in.
+                if call.leaseUntil - settings.leaseDuration / 4 < .now {
+                    call.stop(.lostOwnership("its lease was not renewed"))
+                    continue
+                }
+                let event = TaskEvent(
+                    call.identity, sequence: call.nextSequence(asksForLease: true), .heartbeat(TaskHeartbeat()))
+                try? await events.publish(event, kind: "heartbeat")
+                for step in call.pendingPermits { await ask(step, call) }
+            }
+            await republish()
+        }
+    }
+
+    package func publishInventory(_ profile: HostProfile) async throws { try await events.publish(profile) }
+
+    /// Says again what ended and was never confirmed. Called at start as well.
+    package func republish() async {
+        for event in await ledger.unacknowledged() { try? await events.publish(event, kind: "ended") }
+    }
+}

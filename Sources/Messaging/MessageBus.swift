@@ -1,0 +1,90 @@
+/// A message as AMQP 0-9-1 knows it, with the properties this project uses. `protocol/amqp.md` says what goes where.
+package struct Message: Sendable, Equatable {
+    package var exchange: String
+    package var routingKey: String
+    /// Property `type`: the gRPC method, or the kind of event.
+    package var type = ""
+    /// Property `correlation-id`: the task.
+    package var correlationID = ""
+    /// Property `message-id`: the idempotency key.
+    package var messageID = ""
+    /// Property `user-id`, verified by the broker.
+    package var userID = ""
+    package var headers: [String: HeaderValue] = [:]
+    package var body: [UInt8]
+
+    package init(exchange: String, routingKey: String, body: [UInt8]) {
+        self.exchange = exchange
+        self.routingKey = routingKey
+        self.body = body
+    }
+
+    /// Larger bodies are refused by publishers and dead-lettered by consumers.
+    package static let maximumBody = 1 << 20
+}
+
+package enum HeaderValue: Sendable, Equatable {
+    case string(String)
+    case integer(Int64)
+    case bytes([UInt8])
+
+    package var string: String? { if case .string(let value) = self { value } else { nil } }
+    package var integer: Int64? { if case .integer(let value) = self { value } else { nil } }
+}
+
+/// What becomes of a delivery.
+package enum Settlement: Sendable, Equatable {
+    case ack
+    /// Back to the queue, for this consumer or another.
+    case requeue
+    /// To the dead-letter exchange, with a reason for people.
+    case reject(reason: String)
+}
+
+package struct Delivery: Sendable {
+    package var message: Message
+    /// Times it was delivered before.
+    package var redeliveries: Int
+    private let settlement: @Sendable (Settlement) async -> Void
+
+    package init(
+        message: Message, redeliveries: Int, settlement: @escaping @Sendable (Settlement) async -> Void
+    ) {
+        self.message = message
+        self.redeliveries = redeliveries
+        self.settlement = settlement
+    }
+
+    /// Only the first settlement counts. A delivery that is never settled goes back when its subscription ends.
+    package func settle(_ settlement: Settlement) async { await self.settlement(settlement) }
+}
+
+/// A running consumer. What it has not settled goes back to the queue when it is cancelled.
+package struct Subscription: Sendable {
+    package let deliveries: AsyncStream<Delivery>
+    private let onCancel: @Sendable () -> Void
+
+    package init(deliveries: AsyncStream<Delivery>, onCancel: @escaping @Sendable () -> Void) {
+        self.deliveries = deliveries
+        self.onCancel = onCancel
+    }
+
+    package func cancel() { onCancel() }
+}
+
+/// The seam between tasks and transports: RabbitMQ, or this process alone.
+package protocol MessageBus: Sendable {
+    /// Whether messages outlive this process. Where they don't, what was sent is gone after a restart and the store
+    /// sends it again.
+    var isDurable: Bool { get }
+
+    /// Makes exchanges, queues and bindings; those that exist stay.
+    func declare(_ topology: Topology) async throws
+
+    /// Returns once the bus has taken responsibility for the message (persistent, mandatory, confirmed).
+    /// Throws `notFound` when no queue takes it, `resourceExhausted` when it is too large or refused.
+    func publish(_ message: Message) async throws
+
+    /// Consumes with at most `prefetch` unsettled deliveries. Throws `notFound` for an unknown queue.
+    func subscribe(_ queue: String, prefetch: Int) async throws -> Subscription
+}

@@ -1,0 +1,26 @@
+package import FlotillaProtocol
+package import MigrationModel
+
+/// What a worker remembers of tasks across its own crashes. Every method is durable when it returns.
+package protocol TaskLedger: Sendable {
+    /// Decides about a delivered task, and takes it on if it is to run.
+    func admit(_ call: TaskCall) async throws -> Admission
+
+    /// Keeps how an attempt ended until the coordinator says that it has it.
+    func recordEnd(of call: CallIdentity, _ event: TaskEvent) async throws
+
+    /// The coordinator has the result: clean up after the task and forget it.
+    func acknowledge(task: String) async throws
+
+    /// Ends that the coordinator has not confirmed.
+    func unacknowledged() async -> [TaskEvent]
+}
+
+package enum Admission: Sendable, Equatable {
+    /// Taken on: run it.
+    case run
+    /// A larger fence was seen: someone else, or a later attempt here, owns the task.
+    case stale
+    /// An earlier attempt of the same request ended well and its result never reached the coordinator.
+    case ended(TaskEnded)
+}

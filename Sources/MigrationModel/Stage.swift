@@ -1,0 +1,15 @@
+/// The three tasks of a migration, in order.
+package enum Stage: String, CaseIterable, Sendable, Codable {
+    case export, convert, deploy
+
+    /// Identifies a migration's task of this stage; the same over all its attempts. Safe as a file name.
+    package func taskID(ofMigration id: String) -> String { "\(id)-\(rawValue)" }
+
+    package var next: Stage? {
+        switch self {
+        case .export: .convert
+        case .convert: .deploy
+        case .deploy: nil
+        }
+    }
+}

@@ -1,0 +1,151 @@
+/// One task's life, as a value: events in, actions out, no clock and no I/O of its own.
+///
+/// ```
+///            dispatch          accepted            ended ok
+///  waiting ------------> sent ----------> running ------------> succeeded
+///     ^                    |                 |   ended, retryable / lease expired
+///     +--------------------+-----------------+--------------------------+
+///                                            |   ended, final  --> failed
+///                                            |   cancel        --> cancelled
+/// ```
+/// Every dispatch raises `attempt` and `fence`. What carries an older fence changes nothing: its worker may still
+/// be running, but it no longer owns the task.
+package struct TaskMachine: Hashable, Sendable, Codable {
+    package enum State: Hashable, Sendable, Codable {
+        /// To be sent, not before the given moment.
+        case waiting(notBefore: Moment)
+        /// In the outbox or in the host's queue.
+        case sent
+        /// A worker holds the lease.
+        case running(leaseUntil: Moment)
+        case succeeded
+        case failed(code: Int)
+        case cancelled
+    }
+
+    package enum Event: Sendable {
+        /// Time has come to send it, if it is due.
+        case dispatch
+        case accepted(fence: UInt64)
+        case heartbeat(fence: UInt64)
+        case ended(fence: UInt64, outcome: Outcome)
+        /// Time has passed.
+        case tick
+        /// The worker that had it is known to be gone (its process ended), so no lease needs to run out.
+        case orphaned
+        /// Run it again although it ended; a person or an earlier stage asked for it.
+        case restart
+        case cancel
+    }
+
+    package enum Outcome: Hashable, Sendable {
+        case success
+        /// A gRPC status code.
+        case failure(code: Int)
+    }
+
+    package enum Action: Hashable, Sendable {
+        /// Put the task into the outbox under this attempt and fence.
+        case send(attempt: UInt32, fence: UInt64)
+        case renewLease(fence: UInt64)
+        /// The sender does not own the task: tell it to stop and be silent.
+        case revoke(fence: UInt64)
+        /// The task is no longer wanted: tell its worker to stop, clean up and report.
+        case cancel(fence: UInt64)
+        /// The task ended with this outcome, now and for good.
+        case finish(Outcome)
+    }
+
+    /// How long a worker owns a task without a heartbeat, and how failures are retried.
+    package struct Policy: Sendable {
+        package var leaseDuration: Duration
+        /// Failures after which a retryable task is failed for good.
+        package var maximumFailures: Int
+        /// Wait after the first failure; doubles with each, up to a minute.
+        package var backoff: Duration
+
+        package init(
+            leaseDuration: Duration = .seconds(60), maximumFailures: Int = 3, backoff: Duration = .seconds(1)
+        ) {
+            self.leaseDuration = leaseDuration
+            self.maximumFailures = maximumFailures
+            self.backoff = backoff
+        }
+    }
+
+    package private(set) var state: State
+    /// 0 before the first dispatch.
+    package private(set) var attempt: UInt32 = 0
+    package private(set) var fence: UInt64 = 0
+    /// Ends with a retryable failure since the last restart. Lost leases and orphans don't count: the task may be fine.
+    package private(set) var failures = 0
+
+    package init(now: Moment) { state = .waiting(notBefore: now) }
+
+    package var isEnded: Bool {
+        switch state {
+        case .succeeded, .failed, .cancelled: true
+        case .waiting, .sent, .running: false
+        }
+    }
+
+    package mutating func handle(_ event: Event, now: Moment, policy: Policy) -> [Action] {
+        switch (event, state) {
+        case (.dispatch, .waiting(let notBefore)) where notBefore <= now:
+            attempt += 1
+            fence += 1
+            state = .sent
+            return [.send(attempt: attempt, fence: fence)]
+
+        case (.accepted(let from), _), (.heartbeat(let from), _):
+            guard from == fence, !isEnded else { return [.revoke(fence: from)] }
+            switch state {
+            case .sent, .running:
+                state = .running(leaseUntil: now + policy.leaseDuration)
+                return [.renewLease(fence: fence)]
+            default: return [.revoke(fence: from)]
+            }
+
+        case (.ended(let from, let outcome), .sent), (.ended(let from, let outcome), .running):
+            guard from == fence else { return [] }
+            return end(outcome, now: now, policy: policy)
+
+        case (.tick, .running(let leaseUntil)) where leaseUntil <= now:
+            state = .waiting(notBefore: now)
+            return [.revoke(fence: fence)]
+
+        case (.orphaned, .sent), (.orphaned, .running):
+            state = .waiting(notBefore: now)
+            return []
+
+        case (.restart, _) where isEnded:
+            failures = 0
+            state = .waiting(notBefore: now)
+            return []
+
+        case (.cancel, _) where !isEnded:
+            let wasOut = fence > 0
+            state = .cancelled
+            return (wasOut ? [.cancel(fence: fence)] : []) + [.finish(.failure(code: 1))]
+
+        default:
+            return []
+        }
+    }
+
+    private mutating func end(_ outcome: Outcome, now: Moment, policy: Policy) -> [Action] {
+        guard case .failure(let code) = outcome else {
+            state = .succeeded
+            return [.finish(.success)]
+        }
+        failures += 1
+        let retryable = MigrationError.Code(rawValue: code)?.isRetryable ?? false
+        if retryable && failures < policy.maximumFailures {
+            let factor = 1 << min(failures - 1, 6)
+            state = .waiting(notBefore: now + min(policy.backoff * factor, .seconds(60)))
+            return []
+        }
+        state = .failed(code: code)
+        return [.finish(outcome)]
+    }
+}

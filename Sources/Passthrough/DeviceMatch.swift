@@ -1,0 +1,101 @@
+package import FlotillaProtocol
+
+/// What a host can hand over for the devices a VM had.
+package struct DeviceMatch: Sendable {
+    package struct Entry: Sendable {
+        package var device: AssignedDevice
+        /// Every function to hand over for it: the whole slot and its companions, in address order. Empty when
+        /// blocked. Two entries of one source slot (GPU and its audio) share the same functions.
+        package var functions: [PciFunction]
+        /// Why it can't be served; empty when it is.
+        package var findings: [Finding]
+    }
+
+    /// One per wanted device, in the order asked.
+    package var entries: [Entry]
+
+    package var findings: [Finding] { entries.flatMap(\.findings) }
+    package var isComplete: Bool { entries.allSatisfy { $0.findings.isEmpty } }
+
+    /// The devices to hand over, each a list of functions that stay together. None twice.
+    package var devices: [[PciFunction]] {
+        var seen: Set<String> = []
+        return entries.compactMap { entry in
+            guard let first = entry.functions.first, seen.insert(first.address).inserted else { return nil }
+            return entry.functions
+        }
+    }
+}
+
+/// What `PciFunction.inUseBy` holds for a function that a libvirt domain owns.
+package func inUseBy(domain name: String) -> String { "domain \(name)" }
+
+/// Finds a device of the host for each wanted one, or says why there is none. Pure: judges the profile as it was
+/// captured; binding may still fail when the host changed since.
+///
+/// Vendor and device id must be equal. An equal subsystem id is preferred, not required: the same chip on another
+/// vendor's board takes the same driver. A device of several wanted functions of one source slot is matched as one.
+///
+/// - Parameter domain: the domain being deployed; devices it already holds count as free and are preferred, so that
+///   a repeated deploy picks the same.
+package func matchDevices(
+    _ wanted: [AssignedDevice], on host: HostProfile, for domain: String = ""
+) -> DeviceMatch {
+    let requests = DeviceRequest.group(wanted)
+    let inventory = HostDevices(host, owner: domain)
+    var entries = wanted.map { DeviceMatch.Entry(device: $0, functions: [], findings: []) }
+
+    let candidates = requests.map { inventory.candidates(for: $0) }
+    let servable = requests.indices.map { index in
+        requests[index].unsupported.isEmpty && inventory.hostProblem == nil ? candidates[index] : []
+    }
+    // A group shared only with other devices of this VM is fine, so judge sharing against all that may go with it.
+    let together = Set(servable.joined().flatMap(\.addresses))
+    let usable = servable.map { list in
+        let possible = list.filter {
+            inventory.problems($0).isEmpty && inventory.unrelated($0, besides: together).isEmpty
+        }
+        let alone = possible.filter { inventory.unrelated($0, besides: []).isEmpty }
+        return alone + possible.filter { unit in !alone.contains { $0.key == unit.key } }
+    }
+    var chosen = assign(usable)
+    var taken = Set(chosen.values.flatMap(\.addresses))
+    while let index = chosen.keys.sorted().first(where: { index in
+        chosen[index].map { !inventory.unrelated($0, besides: taken).isEmpty } ?? false
+    }) {
+        taken.subtract(chosen.removeValue(forKey: index)?.addresses ?? [])
+    }
+
+    for (index, request) in requests.enumerated() {
+        for member in request.members {
+            if let unit = chosen[index] {
+                entries[member].functions = unit.functions
+            } else {
+                entries[member].findings = inventory.explain(
+                    wanted[member], request, candidates[index], taken: taken, wantedAlike: requests)
+            }
+        }
+    }
+    return DeviceMatch(entries: entries)
+}
+
+/// Maximum bipartite matching by augmenting paths, so that a device with a choice makes room for one without.
+/// Requests and candidates keep their order of preference.
+private func assign(_ usable: [[HostDevice]]) -> [Int: HostDevice] {
+    var owner: [String: Int] = [:]
+    var result: [Int: HostDevice] = [:]
+    func place(_ request: Int, _ visited: inout Set<String>) -> Bool {
+        for unit in usable[request] where visited.insert(unit.key).inserted {
+            if let other = owner[unit.key], !place(other, &visited) { continue }
+            owner[unit.key] = request
+            result[request] = unit
+            return true
+        }
+        return false
+    }
+    for request in usable.indices {
+        var visited: Set<String> = []
+        _ = place(request, &visited)
+    }
+    return result
+}

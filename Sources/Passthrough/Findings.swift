@@ -1,0 +1,55 @@
+package import FlotillaProtocol
+
+extension Finding {
+    package static func make(_ severity: Severity, _ subject: String, _ message: String, remedy: String) -> Finding {
+        var finding = Finding()
+        finding.severity = severity
+        finding.subject = subject
+        finding.message = message
+        finding.remedy = remedy
+        return finding
+    }
+
+    package static func blocked(_ subject: String, _ message: String, remedy: String) -> Finding {
+        make(.blocked, subject, message, remedy: remedy)
+    }
+
+    package static func warning(_ subject: String, _ message: String, remedy: String) -> Finding {
+        make(.warning, subject, message, remedy: remedy)
+    }
+}
+
+extension PciId {
+    /// "10de:20f1", as lspci writes it.
+    package var text: String { "\(padded(vendor, 4)):\(padded(device, 4))" }
+}
+
+extension AssignedDevice {
+    /// "gpu0 (NVIDIA A100, 10de:20f1)".
+    package var text: String {
+        let parts = [name, allowedIDs.map(\.text).joined(separator: " or ")].filter { !$0.isEmpty }
+        return parts.isEmpty ? id : "\(id) (\(parts.joined(separator: ", ")))"
+    }
+
+    /// The ids any of which serves the VM. Empty for backings that aren't a whole PCI device, and where the source
+    /// doesn't say.
+    package var allowedIDs: [PciId] {
+        switch backing {
+        case .passthrough(let device): device.id.vendor == 0 ? [] : [device.id]
+        case .dynamic(let pool): pool.allowed.filter { $0.vendor != 0 }
+        default: []
+        }
+    }
+
+    /// Class 03 (display), or not known.
+    var mayBeDisplay: Bool { classCode == 0 || classCode >> 8 == 0x03 }
+}
+
+extension PciFunction {
+    package var isDisplay: Bool { classCode >> 8 == 0x03 }
+
+    /// "0000:3b:00.0 (10de:20f1, nvidia)".
+    package var text: String {
+        "\(address) (\(id.text), \(driver.isEmpty ? "no driver" : driver))"
+    }
+}

@@ -1,0 +1,141 @@
+import FlotillaProtocol
+
+/// Functions of a host that move together.
+struct HostDevice {
+    /// In address order.
+    var functions: [PciFunction]
+
+    var key: String { functions.first?.address ?? "" }
+    var addresses: [String] { functions.map(\.address) }
+}
+
+/// A host's PCI devices as candidates for one domain.
+struct HostDevices {
+    let host: HostProfile
+    /// `inUseBy` of what the domain itself already holds.
+    let own: String?
+    let byAddress: [String: PciFunction]
+    let byGroup: [Int32: [PciFunction]]
+
+    init(_ host: HostProfile, owner: String) {
+        self.host = host
+        own = owner.isEmpty ? nil : inUseBy(domain: owner)
+        byAddress = Dictionary(host.pciFunctions.map { ($0.address, $0) }) { first, _ in first }
+        byGroup = Dictionary(grouping: host.pciFunctions.filter { $0.iommuGroup >= 0 }, by: \.iommuGroup)
+    }
+
+    /// Every device with the wanted ids, usable or not: own first, then the same board, then by address.
+    func candidates(for request: DeviceRequest) -> [HostDevice] {
+        var seen: Set<String> = []
+        let units = host.pciFunctions.filter { request.isServed(by: [$0]) || request.devices.count > 1 }
+            .map(device(of:))
+            .filter { request.isServed(by: $0.functions) && seen.insert($0.key).inserted }
+        func rank(_ unit: HostDevice) -> Int {
+            if let own, unit.functions.contains(where: { $0.inUseBy == own }) { return 0 }
+            return request.prefers(unit.functions) ? 1 : 2
+        }
+        return units.enumerated().sorted { (rank($0.element), $0.offset) < (rank($1.element), $1.offset) }.map(
+            \.element)
+    }
+
+    private func device(of function: PciFunction) -> HostDevice {
+        let companions = function.companions.compactMap { byAddress[$0] }
+        return HostDevice(
+            functions: ([function] + companions).sorted { a, b in
+                guard let first = PciAddress(a.address), let second = PciAddress(b.address) else {
+                    return a.address < b.address
+                }
+                return first < second
+            })
+    }
+
+    /// What is wrong with the host for any device.
+    var hostProblem: (message: String, remedy: String)? {
+        if !host.iommuEnabled {
+            return (
+                "the IOMMU of host \(host.name) is off, so no device can be handed to a VM",
+                "enable VT-d or AMD-Vi in the firmware, boot the host with \(kernelSwitch), and try again"
+            )
+        }
+        if !host.vfioAvailable {
+            return (
+                "host \(host.name) has no vfio-pci driver for its kernel \(host.kernel)",
+                "install the kernel's full module package and run `modprobe vfio-pci`"
+            )
+        }
+        return nil
+    }
+
+    /// AMD's IOMMU driver is on by default once the firmware offers it.
+    private var kernelSwitch: String {
+        switch byAddress["0000:00:00.0"]?.id.vendor {
+        case 0x8086: "`intel_iommu=on iommu=pt`"
+        case 0x1022: "`iommu=pt` (and no `amd_iommu=off`)"
+        default: "`intel_iommu=on iommu=pt` (Intel) or `iommu=pt` (AMD)"
+        }
+    }
+
+    /// Reasons that lie in the device itself. Each with the next step.
+    func problems(_ unit: HostDevice) -> [(message: String, remedy: String)] {
+        var problems: [(String, String)] = []
+        for function in unit.functions {
+            if function.bridge {
+                problems.append(
+                    (
+                        "\(function.text) is a bridge, which can't be handed to a VM", "choose another device"
+                    ))
+            }
+            if function.bootVga {
+                problems.append(
+                    (
+                        "\(function.text) is the GPU the host booted with (boot VGA); its console would go with it",
+                        "make another adapter (the board's BMC) the primary display in the host's firmware"
+                    ))
+            }
+            if let user = foreignUser(function) {
+                problems.append(
+                    (
+                        "\(function.text) is in use by \(user)", "free it there, or choose a host with a free one"
+                    ))
+            }
+            if function.iommuGroup < 0 {
+                problems.append(
+                    (
+                        "\(function.text) is in no IOMMU group, so the IOMMU does not cover it",
+                        "check the host's firmware settings for DMA remapping"
+                    ))
+            }
+        }
+        // A group can belong to one domain only.
+        let inside = Set(unit.addresses)
+        for function in peers(unit) where !inside.contains(function.address) && function.driver.hasPrefix("vfio") {
+            if let user = foreignUser(function) {
+                problems.append(
+                    (
+                        "\(unit.functions[0].address) shares IOMMU group \(function.iommuGroup) with \(function.text), "
+                            + "which is in use by \(user)",
+                        "free it there, or choose a host with a free one"
+                    ))
+            }
+        }
+        return problems
+    }
+
+    private func foreignUser(_ function: PciFunction) -> String? {
+        function.inUseBy.isEmpty || function.inUseBy == own ? nil : function.inUseBy
+    }
+
+    private func peers(_ unit: HostDevice) -> [PciFunction] {
+        Set(unit.functions.map(\.iommuGroup)).sorted().flatMap { byGroup[$0] ?? [] }
+    }
+
+    /// Members of the unit's groups that keep them from being viable: bound to a host driver, not a bridge, and not
+    /// among `besides`. Bridges and functions without a driver don't matter (kernel: vfio_dev_viable).
+    func unrelated(_ unit: HostDevice, besides: Set<String>) -> [PciFunction] {
+        let inside = Set(unit.addresses)
+        return peers(unit).filter {
+            !inside.contains($0.address) && !besides.contains($0.address) && !$0.bridge && !$0.driver.isEmpty
+                && !$0.driver.hasPrefix("vfio")
+        }
+    }
+}

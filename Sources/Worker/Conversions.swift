@@ -1,0 +1,82 @@
+import Convert
+import DiskImage
+import Export
+import FlotillaProtocol
+import HostKit
+import MigrationModel
+import SwiftProtobuf
+
+extension DiskConversion {
+    /// The conversion of one captured disk.
+    init(_ disk: Disk, format: TargetFormat, work: String, pool: String, domain: String) throws {
+        guard let sourceFormat = DiskFormat(rawValue: disk.source.format) else {
+            throw MigrationError(
+                .unimplemented, "\(disk.id): source format \"\(disk.source.format)\" is not read by this version")
+        }
+        guard isDiskID(disk.id) else { throw MigrationError(.invalidArgument, "\"\(disk.id)\" is not a disk id") }
+        var options = Options()
+        for digest in disk.source.expected {
+            guard let algorithm = Digest.Algorithm(rawValue: digest.algorithm) else {
+                throw MigrationError(.invalidArgument, "\(disk.id): unknown digest \"\(digest.algorithm)\"")
+            }
+            options.expectedDigests[algorithm] = digest.hex
+        }
+        self.init(
+            source: FileRegion(
+                path: disk.source.path, offset: disk.source.offset,
+                length: disk.source.length == 0 ? nil : disk.source.length),
+            sourceFormat: sourceFormat, targetFormat: format, workDirectory: work, name: disk.id,
+            finalPath: targetPath(pool: pool, domain: domain, disk: disk.id, format: format.rawValue), options: options)
+    }
+}
+
+/// Names become file names: "disk" and a number, as captures make them.
+private func isDiskID(_ id: String) -> Bool { id.hasPrefix("disk") && id.count > 4 && Int(id.dropFirst(4)) != nil }
+
+extension Disk {
+    mutating func take(_ result: DiskConversion.Result) {
+        source.sha256 = result.sourceSHA256 ?? ""
+        source.streamBytes = result.sourceBytes
+        source.contentSha256 = result.contentDigest
+        source.contentChunkBytes = UInt64(Chunk.size)
+        target = .with {
+            $0.path = result.path
+            $0.format = result.format.rawValue
+            $0.allocatedBytes = result.allocatedBytes
+        }
+    }
+}
+
+extension DiskConversion.Notice {
+    /// What a person should know; nil for the usual.
+    var text: String? {
+        switch self {
+        case .fresh: nil
+        case .resumed: "continued from its checkpoint"
+        case .restarted: "started over: its source changed since the interrupted run"
+        case .alreadyPublished: "was finished by an earlier run"
+        }
+    }
+}
+
+/// Throws `failedPrecondition` when the source is not what was captured.
+func requireUnchanged(_ manifest: Manifest) throws {
+    guard try fingerprint(of: manifest) == manifest.source.fingerprint else {
+        throw MigrationError(
+            .failedPrecondition, "\(manifest.source.path) or one of its files changed since it was captured",
+            hint: "make sure that nothing writes to it and run the same command again")
+    }
+}
+
+extension Manifest {
+    /// "demo-web: 2 CPUs, 512 MiB, efi, 2 disks (384 MiB), 2 NICs, 1 GPU".
+    var summary: String {
+        let bytes = disks.reduce(0) { $0 &+ $1.capacityBytes }
+        var parts = ["\(vm.cpu.count) CPUs", byteText(vm.memory.bytes), vm.firmware == .efi ? "EFI" : "BIOS"]
+        parts.append("\(disks.count) disks (\(byteText(bytes)))")
+        parts.append("\(nics.count) NICs")
+        if !gpus.isEmpty { parts.append("\(gpus.count) GPUs") }
+        if !otherDevices.isEmpty { parts.append("\(otherDevices.count) other devices") }
+        return parts.joined(separator: ", ")
+    }
+}

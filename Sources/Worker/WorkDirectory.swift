@@ -1,0 +1,39 @@
+import HostKit
+import MigrationModel
+
+/// A task's place in a pool for what is not finished: `<pool>/.flotilla/<task>/<fence>`, on the file system where the
+/// finished disks go. Only the largest fence's folder is ever worked in.
+struct WorkDirectory: Sendable {
+    let pool: String
+    let task: String
+
+    private var root: String { "\(pool)/.flotilla" }
+    private var path: String { "\(root)/\(task)" }
+
+    /// The fence's folder. What an older attempt on this host left is taken over by renaming its folder, after which
+    /// nothing can reach it under the old fence.
+    func adopt(fence: UInt64) throws -> String {
+        let folder = "\(path)/\(fence)"
+        try Files.createDirectories(path, mode: 0o700)
+        let others = try Files.list(path).compactMap { UInt64($0) }.filter { $0 != fence }.sorted()
+        if let newer = others.last, newer > fence {
+            throw MigrationError(.aborted, "\(task): fence \(newer) works in \(path) already, this is \(fence)")
+        }
+        if !Files.exists(folder) {
+            if let latest = others.last {
+                try Files.publish("\(path)/\(latest)", as: folder)
+            } else {
+                try Files.createDirectories(folder, mode: 0o700)
+                try Files.synchronizeDirectory(of: folder)
+            }
+        }
+        for old in others { try Files.remove("\(path)/\(old)") }
+        return folder
+    }
+
+    func remove() throws {
+        try Files.remove(path)
+        // Stays while other tasks have folders in it.
+        if try Files.isDirectory(root) && Files.list(root).isEmpty { try Files.remove(root) }
+    }
+}

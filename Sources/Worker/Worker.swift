@@ -1,0 +1,63 @@
+import Deploy
+import FlotillaProtocol
+import GRPCCore
+package import Logging
+package import Messaging
+import HostKit
+import MigrationModel
+
+/// One KVM host's hands: serves the three stages from the host's queue. Start reading at `MigrationServices`.
+package final class Worker: Sendable {
+    private let configuration: WorkerConfiguration
+    private let journal: Journal
+    private let transport: BusServerTransport
+    private let server: GRPCServer<BusServerTransport>
+
+    /// Opens the journal. Blocking.
+    package init(_ configuration: WorkerConfiguration, bus: any MessageBus, logger: Logger) throws {
+        self.configuration = configuration
+        let pools = configuration.pools
+        journal = try Journal(path: "\(configuration.stateDirectory)/worker.journal") { task in
+            for pool in pools { try WorkDirectory(pool: pool.path, task: task).remove() }
+        }
+        let transport = BusServerTransport(
+            bus: bus, names: configuration.names, settings: configuration.transport, ledger: journal, logger: logger)
+        self.transport = transport
+        let permit: @Sendable (String, CallIdentity) async throws -> Void = { try await transport.permit($0, for: $1) }
+        server = GRPCServer(
+            transport: transport,
+            services: [
+                ExportHandler(configuration: configuration),
+                ConvertHandler(configuration: configuration, permit: permit),
+                DeployHandler(configuration: configuration, permit: permit),
+            ],
+            interceptors: [ErrorInterceptor()])
+    }
+
+    /// Tells the coordinator what this host is, then serves until `drain` or `stopNow`.
+    /// Throws `unavailable` when libvirt can't be reached: a worker without it would only fail its tasks.
+    @concurrent
+    package func run() async throws {
+        try await announce()
+        await transport.republish()
+        try await server.serve()
+    }
+
+    private func announce() async throws {
+        let profile = try await blocking("inventory") { [configuration] in
+            try hostProfile(
+                name: configuration.host, connection: LibvirtConnection(uri: configuration.libvirtURI),
+                pools: configuration.pools)
+        }
+        try await transport.publishInventory(profile)
+    }
+
+    /// Takes no more tasks; returns once results are confirmed and cleaned up after. Tasks that run go on.
+    package func settle() async { await journal.settled() }
+
+    /// Takes no more tasks and lets those that run end.
+    package func drain() { server.beginGracefulShutdown() }
+
+    /// Stops what runs at its last checkpoint.
+    package func stopNow() { transport.stopNow() }
+}

@@ -1,0 +1,51 @@
+package import Deploy
+import HostKit
+package import Messaging
+import MigrationModel
+
+/// What a worker is told about itself and its host. Nothing in a message can widen it.
+package struct WorkerConfiguration: Sendable {
+    /// Names the queues.
+    package var host: String
+    package var libvirtURI: String
+    package var pools: [PoolFolder]
+    /// Folders that file sources may lie in; a task that names another is refused.
+    package var sourceFolders: [String]
+    /// Absolute; holds the journal, manifests and console logs.
+    package var stateDirectory: String
+    package var names: Names
+    package var transport: BusServerTransport.Settings
+
+    package init(
+        host: String, libvirtURI: String, pools: [PoolFolder], sourceFolders: [String], stateDirectory: String,
+        names: Names = Names(), transport: BusServerTransport.Settings? = nil
+    ) {
+        self.host = host
+        self.libvirtURI = libvirtURI
+        self.pools = pools
+        self.sourceFolders = sourceFolders
+        self.stateDirectory = stateDirectory
+        self.names = names
+        self.transport = transport ?? BusServerTransport.Settings(host: host)
+    }
+
+    func pool(named name: String) throws -> PoolFolder {
+        guard let pool = pools.first(where: { $0.name == name }) else {
+            throw MigrationError(
+                .failedPrecondition, "host \(host) has no pool \(name)",
+                hint: "its pools are \(pools.map(\.name).joined(separator: ", "))")
+        }
+        return pool
+    }
+
+    /// Throws `permissionDenied` unless `path`, with its links resolved, lies in one of the source folders.
+    func requireSource(_ path: String) throws {
+        let resolved = try Files.canonical(path)
+        let allowed = try sourceFolders.map(Files.canonical)
+        guard allowed.contains(where: { $0 == "/" || resolved.hasPrefix($0 + "/") }) else {
+            throw MigrationError(
+                .permissionDenied, "source \(path) lies in none of host \(host)'s source folders",
+                hint: "add its folder to the worker's configuration")
+        }
+    }
+}

@@ -1,0 +1,6 @@
+import FlotillaCLI
+
+@main
+struct Main {
+    static func main() async { await Flotilla.start() }
+}

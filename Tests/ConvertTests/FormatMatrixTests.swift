@@ -1,0 +1,106 @@
+import Convert
+import DiskImage
+import Glibc
+import HostKit
+import MigrationModel
+import Testing
+
+enum SourceKind: String, CaseIterable, Sendable {
+    case raw, monolithicSparse, monolithicFlat, twoGbMaxExtentSparse, twoGbMaxExtentFlat, streamOptimized
+    /// streamOptimized with a footer, as ESXi writes it.
+    case stream
+
+    var format: DiskFormat { self == .raw ? .raw : .vmdk }
+
+    /// Makes a source of this kind from a raw disk; returns its path.
+    func make(from raw: String, in folder: TemporaryFolder) throws -> String {
+        let path = folder.file("source.vmdk")
+        switch self {
+        case .raw: return raw
+        case .stream:
+            let made = try SourceKind.streamOptimized.make(from: raw, in: folder)
+            try rewriteAsStream(made, folder.file("stream.vmdk"))
+            return folder.file("stream.vmdk")
+        default:
+            try run("qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=\(rawValue)", raw, path)
+            return path
+        }
+    }
+}
+
+@Suite struct FormatMatrixTests {
+    static let sizes: [UInt64] = [512, 20 << 20 | 1536, 70 << 20, 5 << 30 | 512]
+
+    /// Every kind of source into every format, judged by qemu-img.
+    @Test(arguments: SourceKind.allCases, sizes)
+    func convertsExactly(_ kind: SourceKind, _ size: UInt64) throws {
+        let folder = try TemporaryFolder()
+        try makeRawDisk(folder.file("made.raw"), size: size, seed: size)
+        let source = try kind.make(from: folder.file("made.raw"), in: folder)
+        let judged = folder.file("judged.raw")
+        try run("qemu-img", "convert", "-f", kind.format.rawValue, "-O", "raw", source, judged)
+        let digest = try documentedDigest(judged)
+        #expect(try ContentDigest.compute(kind.format.open(FileRegion(path: source))) == digest)
+        for target in TargetFormat.allCases {
+            let conversion = DiskConversion(
+                source: FileRegion(path: source), sourceFormat: kind.format, targetFormat: target,
+                workDirectory: folder.file("work"), name: target.rawValue, finalPath: folder.file("disk.\(target)"))
+            var last: DiskConversion.Progress?
+            let result = try conversion.run { last = $0 }
+            #expect(result.contentDigest == digest)
+            #expect(result.capacity == (try File(judged, O_RDONLY).size))
+            #expect(result.notice == .fresh)
+            #expect(last?.doneBytes == result.capacity)
+            #expect(result.allocatedBytes < 16 << 20)
+            if kind == .streamOptimized || kind == .stream {
+                #expect(result.sourceSHA256 == hex(Digest.hash(.sha256, try Files.read(source))))
+            }
+            if target == .qcow2 { try run("qemu-img", "check", "-f", "qcow2", result.path) }
+            try run("qemu-img", "compare", "-f", "raw", "-F", target.rawValue, judged, result.path)
+            #expect(!Files.exists(conversion.partialPath) && Files.exists(conversion.checkpointPath))
+        }
+    }
+
+    @Test func convertsAMemberOfAnArchiveInPlace() throws {
+        let folder = try TemporaryFolder()
+        try makeRawDisk(folder.file("made.raw"), size: 9 << 20, seed: 1)
+        let stream = try Files.read(SourceKind.stream.make(from: folder.file("made.raw"), in: folder))
+        let archive = try File(folder.file("appliance.ova"), O_RDWR | O_CREAT)
+        try archive.write([UInt8](repeating: 0xAA, count: 2560) + stream + [UInt8](repeating: 0xBB, count: 9000), at: 0)
+        var options = DiskConversion.Options()
+        options.expectedDigests = [
+            .sha1: hex(Digest.hash(.sha1, stream)), .sha256: hex(Digest.hash(.sha256, stream)).uppercased(),
+            .sha512: hex(Digest.hash(.sha512, stream)),
+        ]
+        let result = try DiskConversion(
+            source: FileRegion(path: archive.path, offset: 2560, length: UInt64(stream.count)), sourceFormat: .vmdk,
+            targetFormat: .qcow2, workDirectory: folder.file("work"), name: "disk0",
+            finalPath: folder.file("disk.qcow2"), options: options
+        ).run()
+        #expect(result.sourceBytes == UInt64(stream.count))
+        #expect(result.contentDigest == (try documentedDigest(folder.file("made.raw"))))
+        try run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", folder.file("made.raw"), result.path)
+    }
+
+    /// 64 TiB with two pieces of data: tables, time and space follow the data.
+    @Test func hugeSparseDisks() throws {
+        let folder = try TemporaryFolder()
+        let lines = [
+            "# Disk DescriptorFile", "createType=\"vmfs\"", "RW 2048 FLAT \"a-flat.vmdk\"",
+            "RW \((1 << 37) - 4096) ZERO", "RW 2048 FLAT \"a-flat.vmdk\"",
+        ]
+        let flat = try File(folder.file("a-flat.vmdk"), O_RDWR | O_CREAT)
+        try flat.write([UInt8](repeating: 3, count: 1 << 20), at: 0)
+        let text = Array(lines.joined(separator: "\n").utf8)
+        try File(folder.file("a.vmdk"), O_RDWR | O_CREAT).write(text, at: 0)
+        let result = try DiskConversion(
+            source: FileRegion(path: folder.file("a.vmdk")), sourceFormat: .vmdk, targetFormat: .qcow2,
+            workDirectory: folder.file("work"), name: "disk0", finalPath: folder.file("disk.qcow2")
+        ).run()
+        #expect(result.capacity == ((1 << 37) - 4096 + 4096) * 512)
+        #expect(result.allocatedBytes < 4 << 20)
+        try run("qemu-img", "check", "-f", "qcow2", result.path)
+        try run("qemu-io", "-f", "qcow2", "-c", "read -P 3 0 1M", "-c", "read -P 0 1M 64M", result.path)
+        try run("qemu-io", "-f", "qcow2", "-c", "read -P 3 \(result.capacity - 1_048_576) 1M", result.path)
+    }
+}

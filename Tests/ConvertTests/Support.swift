@@ -1,0 +1,114 @@
+import Convert
+import DiskImage
+import Glibc
+import HostKit
+import MigrationModel
+import Testing
+
+/// A folder that goes away with the value.
+final class TemporaryFolder: Sendable {
+    let path: String
+
+    init() throws {
+        var template = Array("/tmp/flotilla-convert-XXXXXX".utf8CString)
+        try #require(mkdtemp(&template) != nil)
+        path = String(decoding: template.dropLast().map { UInt8(bitPattern: $0) }, as: UTF8.self)
+        try Files.createDirectories("\(path)/work")
+    }
+
+    deinit { try? Files.remove(path) }
+
+    func file(_ name: String) -> String { "\(path)/\(name)" }
+}
+
+/// The error that `body` throws; nil when it throws none.
+func failure(_ body: () throws -> Void) -> MigrationError? {
+    do {
+        try body()
+        return nil
+    } catch let error as MigrationError {
+        return error
+    } catch {
+        Issue.record("not a MigrationError: \(error)")
+        return nil
+    }
+}
+
+/// Runs a program found in PATH; fails the test unless it exits with 0.
+func run(_ arguments: String...) throws {
+    var pointers: [UnsafeMutablePointer<CChar>?] = arguments.map { strdup($0) }
+    defer { for pointer in pointers { free(pointer) } }
+    pointers.append(nil)
+    let output = try File("/tmp/flotilla-output-\(getpid())-\(UInt64.random(in: 0 ... .max))", O_RDWR | O_CREAT)
+    defer { try? Files.remove(output.path) }
+    var actions = posix_spawn_file_actions_t()
+    posix_spawn_file_actions_init(&actions)
+    defer { posix_spawn_file_actions_destroy(&actions) }
+    posix_spawn_file_actions_adddup2(&actions, output.descriptor, 1)
+    posix_spawn_file_actions_adddup2(&actions, output.descriptor, 2)
+    var pid: pid_t = 0
+    try #require(posix_spawnp(&pid, arguments[0], &actions, nil, pointers, environ) == 0)
+    var status: Int32 = 0
+    while waitpid(pid, &status, 0) < 0 { try #require(errno == EINTR) }
+    if status != 0 {
+        let text = String(decoding: try Files.read(output.path), as: UTF8.self)
+        Issue.record("\(arguments.joined(separator: " ")): status \(status)\n\(text)")
+    }
+}
+
+/// Repeatable pseudo-random numbers (SplitMix64).
+struct Seeded: RandomNumberGenerator {
+    var state: UInt64
+
+    mutating func next() -> UInt64 {
+        state &+= 0x9E37_79B9_7F4A_7C15
+        var z = state
+        z = (z ^ z >> 30) &* 0xBF58_476D_1CE4_E5B9
+        z = (z ^ z >> 27) &* 0x94D0_49BB_1331_11EB
+        return z ^ z >> 31
+    }
+}
+
+/// Makes a sparse raw disk: random bytes at its start and end, over 2 and 4 GiB if it is that large, and some
+/// incompressible, compressible and single-sector pieces at places drawn from `seed`.
+func makeRawDisk(_ path: String, size: UInt64, seed: UInt64) throws {
+    let file = try File(path, O_RDWR | O_CREAT | O_TRUNC)
+    try file.truncate(to: size)
+    var random = Seeded(state: seed)
+    func put(_ offset: UInt64, _ count: Int, compressible: Bool) throws {
+        let start = min(offset, size - 512) / 512 * 512
+        var words = (0..<count / 8).map { _ in compressible ? 0x0101_0101_0101_0101 : random.next() }
+        words[0] = random.next() | 1
+        try words.withUnsafeBytes {
+            try file.write(UnsafeRawBufferPointer(rebasing: $0[..<min(count, Int(size - start))]), at: start)
+        }
+    }
+    try put(0, 200 << 10, compressible: false)
+    try put(size, 512, compressible: false)
+    for edge: UInt64 in [2 << 30, 4 << 30] where edge < size { try put(edge - 4096, 70 << 10, compressible: false) }
+    for piece in 0..<10 {
+        let offset = UInt64.random(in: 0..<size, using: &random)
+        let count = [512, 4096, 64 << 10, 300 << 10, 1 << 20][piece % 5]
+        try put(offset, count, compressible: piece % 2 == 0)
+    }
+}
+
+/// The content digest of a raw image, computed as the documentation says, apart from the code under test.
+func documentedDigest(_ raw: String) throws -> String {
+    let file = try File(raw, O_RDONLY)
+    let total = Digest()
+    var offset: UInt64 = 0
+    let size = try file.size
+    let zeros = Digest.hash(.sha256, [UInt8](repeating: 0, count: 4 << 20))
+    while offset < size {
+        let count = min(4 << 20, size - offset)
+        let data = lseek(file.descriptor, Int(offset), 3)
+        if count == 4 << 20, data < 0 || UInt64(data) >= offset + count {
+            total.update(zeros)
+        } else {
+            total.update(Digest.hash(.sha256, try file.readExactly(at: offset, count: Int(count))))
+        }
+        offset += count
+    }
+    return hex(total.finalize())
+}

@@ -1,0 +1,249 @@
+import Coordinator
+import FlotillaProtocol
+import GRPCCore
+import Messaging
+import MigrationModel
+import SwiftProtobuf
+import TestKit
+import Testing
+
+@Suite(.timeLimit(.minutes(1))) struct CoordinatorTests {
+    @Test func migrationGoesThroughItsStages() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let migration = try await client.submitMigration(Rig.request)
+            #expect(migration.state == .exporting)
+            let export = try await worker.work(.export)
+            #expect(try ExportRequest(serializedBytes: export.body).sourceURL == Rig.request.sourceURL)
+            let convert = try await worker.work(.convert)
+            let request = try ConvertRequest(serializedBytes: convert.body)
+            #expect(request.pool == "fast" && request.format == "qcow2" && request.domainName == "web")
+            #expect(request.manifest.migrationID == migration.id)
+            let deploy = try DeployRequest(serializedBytes: try await worker.work(.deploy).body)
+            #expect(deploy.manifest.disks.map(\.target.path) == ["/pool/web-disk0.qcow2"])
+            let ended = try await client.end(migration.id)
+            #expect(ended.state == .done)
+            #expect(ended.result.domainState == "running")
+            #expect(ended.stages.map(\.state) == ["succeeded", "succeeded", "succeeded"])
+        }
+    }
+
+    @Test func preflightStopsBeforeAnythingIsConverted() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            var request = Rig.request
+            request.options.gpu = .gpuRequire
+            let migration = try await client.submitMigration(request)
+            var manifest = Rig.manifest
+            manifest.gpus = [
+                .with {
+                    $0.id = "gpu0"
+                    $0.vgpu.profile = "grid_a100-40c"
+                }
+            ]
+            try await worker.work(.export, manifest: manifest)
+            let ended = try await client.end(migration.id)
+            #expect(ended.state == .preflightBlocked)
+            #expect(ended.findings.contains { $0.subject == "gpu0" && $0.severity == .blocked })
+            #expect(ended.stages.map(\.name) == ["export"])
+
+            // The same VM without its GPU: the same migration goes on.
+            request.options.gpu = .gpuDrop
+            #expect(try await client.submitMigration(request).id == migration.id)
+            try await worker.work(.export, manifest: manifest)
+            try await worker.work(.convert)
+            try await worker.work(.deploy)
+            let done = try await client.end(migration.id)
+            #expect(done.state == .done)
+            #expect(done.findings.contains { $0.subject == "gpu0" && $0.severity == .warning })
+        }
+    }
+
+    @Test(arguments: Stage.allCases)
+    func restartTakesTheTaskBackUnderALargerFence(_ stage: Stage) async throws {
+        let rig = try Rig()
+        var id = ""
+        var lost: TaskCall?
+        try await rig.process { client, worker in
+            id = try await client.submitMigration(Rig.request).id
+            for earlier in Stage.allCases.prefix(while: { $0 != stage }) { try await worker.work(earlier) }
+            let call = try await worker.take()
+            try await worker.accept(call)
+            _ = try await worker.told { if case .lease = $0.kind { true } else { nil } }
+            lost = call
+        }
+        try await rig.process { client, worker in
+            let first = try #require(lost)
+            #expect(try await client.submitMigration(Rig.request).id == id)
+            let again = try await worker.take()
+            #expect(again.identity.task == first.identity.task)
+            #expect(again.identity.fence == first.identity.fence + 1)
+            #expect(again.body == first.body)
+            try await worker.accept(again)
+            // What the dead process's worker says now changes nothing.
+            try await worker.fail(first, .dataLoss, "stale")
+            #expect(try await client.getMigration(.with { $0.id = id }).state != .failed)
+            try await worker.fail(again, .dataLoss, "this one counts")
+            let ended = try await client.end(id)
+            #expect(ended.state == .failed)
+            #expect(ended.errorMessage == "this one counts")
+        }
+    }
+
+    @Test func expiredLeaseRevokesAndIssuesAgain() async throws {
+        let rig = try Rig(policy: .init(leaseDuration: .milliseconds(100)))
+        try await rig.process { client, worker in
+            _ = try await client.submitMigration(Rig.request)
+            let first = try await worker.take()
+            try await worker.accept(first)
+            let second = try await worker.take()
+            #expect(second.identity.fence == first.identity.fence + 1)
+            let revoked = try await worker.told { control in
+                if case .cancel(let cancel) = control.kind, cancel.revoked { control.fence } else { nil }
+            }
+            #expect(revoked == first.identity.fence)
+        }
+    }
+
+    @Test func retryableFailureIsTriedAgainWithBackoffThenFails() async throws {
+        let rig = try Rig(policy: .init(maximumFailures: 2, backoff: .milliseconds(20)))
+        try await rig.process { client, worker in
+            let migration = try await client.submitMigration(Rig.request)
+            for fence in 1...2 {
+                let call = try await worker.take()
+                #expect(call.identity.fence == UInt64(fence))
+                try await worker.accept(call)
+                try await worker.fail(call, .unavailable, "libvirt is restarting")
+            }
+            let ended = try await client.end(migration.id)
+            #expect(ended.state == .failed)
+            #expect(ended.stages.first?.attempt == 2)
+        }
+    }
+
+    @Test func permitIsGrantedToTheOwnerAlone() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            _ = try await client.submitMigration(Rig.request)
+            var call = try await worker.take()
+            try await worker.accept(call)
+            func ask(_ call: TaskCall) async throws -> PermitReply {
+                try await worker.say(call, .permit(.with { $0.step = "define-domain" }))
+                return try await worker.told { if case .permit(let reply) = $0.kind { reply } else { nil } }
+            }
+            #expect(try await ask(call).granted)
+            #expect(try await ask(call).granted)
+            call.identity.fence += 1
+            let refused = try await ask(call)
+            #expect(!refused.granted && refused.reason.contains("fence 1"))
+        }
+    }
+
+    @Test func endSaidTwiceMovesTheMigrationOnce() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let migration = try await client.submitMigration(Rig.request)
+            let export = try await worker.work(.export)
+            try await worker.succeed(export, ExportUpdate.with { $0.result.manifest = Rig.manifest })
+            let convert = try await worker.take()
+            #expect(convert.identity.fence == 1)
+            try await worker.accept(convert)
+            try await worker.succeed(export, ExportUpdate.with { $0.result.manifest = Rig.manifest })
+            _ = try await worker.told { $0.taskID == export.identity.task ? true : nil }
+            #expect(try await client.getMigration(.with { $0.id = migration.id }).stages.last?.attempt == 1)
+        }
+    }
+
+    @Test func doneMigrationIsCheckedAgainNotRepeated() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let migration = try await client.submitMigration(Rig.request)
+            for stage in Stage.allCases { try await worker.work(stage) }
+            #expect(try await client.end(migration.id).state == .done)
+
+            worker.profile.domains = [
+                .with {
+                    $0.name = "web"
+                    $0.migrationID = migration.id
+                }
+            ]
+            try await worker.announce()
+            #expect(try await client.submitMigration(Rig.request).id == migration.id)
+            try await worker.work(.export)
+            #expect(try await client.end(migration.id).state == .done)
+
+            // A changed source must not pass for done.
+            _ = try await client.submitMigration(Rig.request)
+            var changed = Rig.manifest
+            changed.source.fingerprint = "f2"
+            try await worker.work(.export, manifest: changed)
+            let ended = try await client.end(migration.id)
+            #expect(ended.state == .failed)
+            #expect(ended.errorMessage.contains("changed"))
+        }
+    }
+
+    @Test func domainThatIsGoneIsDeployedAgain() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let migration = try await client.submitMigration(Rig.request)
+            for stage in Stage.allCases { try await worker.work(stage) }
+            _ = try await client.end(migration.id)
+            _ = try await client.submitMigration(Rig.request)
+            try await worker.work(.export)
+            try await worker.work(.deploy)
+            #expect(try await client.end(migration.id).state == .done)
+        }
+    }
+
+    @Test func dryRunEndsReadyWithTheTargetsNamed() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            var request = Rig.request
+            request.dryRun = true
+            let migration = try await client.submitMigration(request)
+            try await worker.work(.export)
+            let deploy = try DeployRequest(serializedBytes: try await worker.work(.deploy).body)
+            #expect(deploy.dryRun)
+            #expect(deploy.manifest.disks.map(\.target.path) == ["/pool/web-disk0.qcow2"])
+            #expect(try await client.end(migration.id).state == .ready)
+        }
+    }
+
+    @Test func cancelReachesTheWorkerAndEndsTheMigration() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let migration = try await client.submitMigration(Rig.request)
+            let call = try await worker.take()
+            try await worker.accept(call)
+            _ = try await client.cancelMigration(.with { $0.id = migration.id })
+            let cancel = try await worker.told { if case .cancel(let cancel) = $0.kind { cancel } else { nil } }
+            #expect(!cancel.revoked)
+            try await worker.fail(call, .cancelled, "stopped")
+            _ = try await worker.told { if case .stored = $0.kind { true } else { nil } }
+            #expect(try await client.end(migration.id).state == .cancelled)
+        }
+    }
+
+    @Test func whatIsNotThereYetAnswersUnimplemented() async throws {
+        let rig = try Rig()
+        try await rig.process { client, _ in
+            let calls: [(String, () async throws -> Void)] = [
+                ("ApplyPlan", { _ = try await client.applyPlan(ApplyPlanRequest()) }),
+                ("ListWaves", { _ = try await client.listWaves(ListWavesRequest()) }),
+                ("ControlWave", { _ = try await client.controlWave(ControlWaveRequest()) }),
+                ("DrainHost", { _ = try await client.drainHost(DrainHostRequest()) }),
+                ("RollbackMigration", { _ = try await client.rollbackMigration(RollbackMigrationRequest()) }),
+            ]
+            for (name, call) in calls {
+                await #expect("\(name)") { try await call() } throws: {
+                    let error = $0 as? RPCError
+                    return error?.code == .unimplemented && error?.message.contains(name) ?? false
+                }
+            }
+            await #expect { _ = try await client.getMigration(.with { $0.id = "nope" }) } throws: {
+                ($0 as? RPCError)?.code == .notFound
+            }
+        }
+    }
+}

@@ -1,0 +1,202 @@
+import Coordinator
+import FlotillaProtocol
+import FoundationEssentials
+import GRPCCore
+import GRPCInProcessTransport
+import HostKit
+import Logging
+import Messaging
+import MigrationModel
+import SwiftProtobuf
+import TestKit
+import Testing
+
+/// A coordinator on a store that outlives it, its API, and the worker's end of the bus in the test's hands.
+struct Rig {
+    typealias Client = CoordinatorService.Client<InProcessTransport.Client>
+
+    static let host = "kvm1"
+
+    let folder: TemporaryFolder
+    var policy = TaskMachine.Policy()
+
+    init(policy: TaskMachine.Policy = .init()) throws {
+        folder = try TemporaryFolder()
+        self.policy = policy
+    }
+
+    /// One coordinator process: runs around `body` with a bus of its own, and ends as abruptly as a task can.
+    func process(_ body: (Client, inout FakeWorker) async throws -> Void) async throws {
+        let bus = InProcessBus()
+        let names = Names()
+        let coordinator = Coordinator(
+            store: try SQLiteStore(path: "\(folder.path)/store.sqlite"), bus: bus,
+            settings: .init(names: names, policy: policy, tick: .milliseconds(10)),
+            logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() })
+        try await bus.declare(names.topology(hosts: [Self.host]))
+        let transport = InProcessTransport()
+        let server = GRPCServer(
+            transport: transport.server, services: [CoordinatorAPI(coordinator)], interceptors: [ErrorInterceptor()])
+        let client = GRPCClient(transport: transport.client)
+        let running = [
+            Task { try await coordinator.run(hosts: [Self.host]) }, Task { try await server.serve() },
+            Task { try await client.runConnections() },
+        ]
+        var worker = try await FakeWorker(bus, names, Self.host)
+        try await worker.announce()
+        do {
+            try await body(Client(wrapping: client), &worker)
+        } catch {
+            for task in running { task.cancel() }
+            throw error
+        }
+        for task in running { task.cancel() }
+        for task in running { _ = await task.result }
+    }
+
+    static let request = SubmitMigrationRequest.with {
+        $0.sourceURL = "ova:/images/web.ova"
+        $0.host = host
+        $0.pool = "fast"
+        $0.format = "qcow2"
+        $0.options.networks = [
+            .with {
+                $0.source = "VM Network"
+                $0.bridge = "br0"
+            }
+        ]
+    }
+
+    static let manifest = Manifest.with {
+        $0.schemaVersion = 1
+        $0.source.fingerprint = "f1"
+        $0.vm.name = "web"
+        $0.vm.memory.bytes = 1 << 30
+        $0.vm.cpu.count = 1
+        $0.disks = [
+            .with {
+                $0.id = "disk0"
+                $0.capacityBytes = 1 << 20
+            }
+        ]
+        $0.nics = [
+            .with {
+                $0.id = "nic0"
+                $0.network = "VM Network"
+            }
+        ]
+    }
+}
+
+/// Says what a worker would.
+struct FakeWorker {
+    private let names: Names
+    private let host: String
+    private let bus: InProcessBus
+    private let events: EventPublisher
+    private var tasks: AsyncStream<Delivery>.Iterator
+    private var control: AsyncStream<Delivery>.Iterator
+    private var sequence: UInt64 = 0
+    var profile: HostProfile
+
+    init(_ bus: InProcessBus, _ names: Names, _ host: String) async throws {
+        (self.names, self.host, self.bus) = (names, host, bus)
+        events = EventPublisher(bus: bus, names: names, host: host)
+        tasks = try await bus.subscribe(names.tasks(of: host), prefetch: 10).deliveries.makeAsyncIterator()
+        control = try await bus.subscribe(names.control(of: host), prefetch: 10).deliveries.makeAsyncIterator()
+        profile = .with {
+            $0.name = host
+            $0.domainType = "kvm"
+            $0.memoryBytes = 64 << 30
+            $0.cpus = 32
+            $0.bridges = ["br0"]
+            $0.pools = [
+                .with {
+                    $0.name = "fast"
+                    $0.path = "/pool"
+                    $0.freeBytes = 1 << 40
+                    $0.writable = true
+                }
+            ]
+        }
+    }
+
+    func announce() async throws { try await events.publish(profile) }
+
+    /// The next task of the queue, settled.
+    mutating func take() async throws -> TaskCall {
+        let next = await tasks.next(isolation: #isolation)
+        let delivery = try #require(next)
+        await delivery.settle(.ack)
+        return try TaskCall(decoding: delivery.message)
+    }
+
+    mutating func say(_ call: TaskCall, _ kind: TaskEvent.OneOf_Kind) async throws {
+        sequence += 1
+        try await events.publish(TaskEvent(call.identity, sequence: sequence, kind), kind: "test")
+    }
+
+    mutating func accept(_ call: TaskCall) async throws { try await say(call, .accepted(TaskAccepted())) }
+
+    mutating func succeed(_ call: TaskCall, _ result: some SwiftProtobuf.Message) async throws {
+        let bytes: Data = try result.serializedBytes()
+        try await say(call, .ended(.with { $0.result = bytes }))
+    }
+
+    mutating func fail(_ call: TaskCall, _ code: MigrationError.Code, _ message: String) async throws {
+        try await say(
+            call,
+            .ended(
+                .with {
+                    $0.code = Int32(code.rawValue)
+                    $0.message = message
+                }))
+    }
+
+    /// Skips to the first control message of which `pick` makes something.
+    mutating func told<Value>(_ pick: (ControlMessage) -> Value?) async throws -> Value {
+        while true {
+            let next = await control.next(isolation: #isolation)
+            let delivery = try #require(next)
+            await delivery.settle(.ack)
+            if let value = pick(try ControlMessage(serializedBytes: delivery.message.body)) { return value }
+        }
+    }
+
+    /// Takes a task of the stage and answers it as a worker that works.
+    @discardableResult
+    mutating func work(_ stage: Stage, manifest: Manifest = Rig.manifest) async throws -> TaskCall {
+        let call = try await take()
+        #expect(call.identity.task.hasSuffix(stage.rawValue))
+        try await accept(call)
+        switch stage {
+        case .export: try await succeed(call, ExportUpdate.with { $0.result.manifest = manifest })
+        case .convert:
+            var disks = try ConvertRequest(serializedBytes: call.body).manifest.disks
+            for index in disks.indices { disks[index].target.path = "/pool/web-disk\(index).qcow2" }
+            try await succeed(call, ConvertUpdate.with { [disks] in $0.result.disks = disks })
+        case .deploy:
+            try await succeed(
+                call,
+                DeployUpdate.with {
+                    $0.result.domainName = "web"
+                    $0.result.domainState = "running"
+                })
+        }
+        _ = try await told { if case .stored = $0.kind { true } else { nil } }
+        return call
+    }
+}
+
+extension Rig.Client {
+    /// The migration once it has ended.
+    func end(_ id: String) async throws -> Migration {
+        try await watchMigration(.with { $0.id = id }) { response in
+            var last = Migration()
+            for try await event in response.messages {
+                if case .state(let migration) = event.event { last = migration }
+            }
+            return last
+        }
+    }
+}

@@ -1,0 +1,91 @@
+import Deploy
+import FlotillaProtocol
+import Foundation
+import HostKit
+import MigrationModel
+import Testing
+
+private let daemonURI = ProcessInfo.processInfo.environment["FLOTILLA_TEST_LIBVIRT_URI"]
+
+/// Against a real daemon whose URI is in the environment, for example a private one:
+/// `FLOTILLA_TEST_LIBVIRT_URI='qemu:///system?socket=…' swift test --filter DaemonTests`.
+@Suite(.enabled(if: daemonURI != nil), .serialized) struct DaemonTests {
+    /// A boot sector that writes a line and a prompt to the first serial port, byte by byte, and halts.
+    static let bootSector: [UInt8] = {
+        var sector: [UInt8] = [
+            0xbe, 0x22, 0x7c,  // mov si, 0x7c22
+            0x31, 0xc0, 0x8e, 0xd8, 0xfc,  // xor ax, ax; mov ds, ax; cld
+            0xac, 0x84, 0xc0, 0x74, 0x12,  // next: lodsb; test al, al; jz done
+            0x88, 0xc3, 0xba, 0xfd, 0x03,  // mov bl, al; mov dx, 0x3fd
+            0xec, 0xa8, 0x20, 0x74, 0xfb,  // wait: in al, dx; test al, 0x20; jz wait
+            0xba, 0xf8, 0x03, 0x88, 0xd8, 0xee,  // mov dx, 0x3f8; mov al, bl; out dx, al
+            0xeb, 0xe9,  // jmp next
+            0xf4, 0xeb, 0xfd,  // done: hlt; jmp done
+        ]
+        sector += Array("flotilla booted\r\n\u{1b}[1mdemo\u{1b}[0m login: ".utf8) + [0]
+        sector += [UInt8](repeating: 0, count: 510 - sector.count) + [0x55, 0xaa]
+        return sector
+    }()
+
+    private func smallVM(_ id: String, _ image: String) -> Manifest {
+        linuxVM(id) {
+            $0.vm.memory.bytes = 64 << 20
+            $0.nics = []
+            $0.disks[0].target.path = image
+            $0.disks[0].target.format = "raw"
+        }
+    }
+
+    @Test func aGuestBootsAndIsRemoved() throws {
+        try withFolder { folder in
+            let connection = try LibvirtConnection(uri: daemonURI ?? "")
+            let profile = try hostProfile(name: "here", connection: connection, pools: [])
+            #expect(profile.hypervisor == "QEMU" && ["kvm", "qemu"].contains(profile.domainType))
+            #expect(profile.domainType == "kvm" || !profile.domainTypeReason.isEmpty)
+
+            let id = UUID().uuidString.lowercased()
+            let deployment = Deployment(connection: connection, migrationID: id)
+            try Files.writeAtomically(
+                Self.bootSector + [UInt8](repeating: 0, count: (1 << 20) - 512), to: "\(folder)/disk.raw")
+            let manifest = smallVM(id, "\(folder)/disk.raw")
+            for bus in [DiskBus.virtio, .scsi, .sataBus] {
+                let options = mapped { ($0.domainName, $0.diskBus) = ("flotilla-daemon-test", bus) }
+                var xml = DomainXML(manifest: manifest, options: options, host: profile)
+                xml.consoleLog = "\(folder)/console.log"
+                xml.bufferedDisks = disksWithoutDirectIO(manifest)
+                let domain = try deployment.define(xml)
+                defer { try? deployment.undefine(domain.name) }
+                try domain.start()
+                let line = try waitForConsole(
+                    logPath: "\(folder)/console.log", pattern: "login: $", timeout: .seconds(60), stop: StopFlag(),
+                    domainState: { try domain.state() }, progress: { _ in })
+                #expect(line == "demo login: ")
+                let silent = #expect(throws: MigrationError.self) {
+                    try waitForAgent(domain, timeout: .milliseconds(1), stop: StopFlag()) { _ in }
+                }
+                #expect(silent?.code == .deadlineExceeded, "\(silent.map { "\($0)" } ?? "")")
+                try deployment.undefine(domain.name)
+                #expect(try connection.domain(named: "flotilla-daemon-test") == nil)
+                try Files.remove("\(folder)/console.log")
+            }
+        }
+    }
+
+    @Test(arguments: [false, true]) func firmwareIsFound(_ secureBoot: Bool) throws {
+        let connection = try LibvirtConnection(uri: daemonURI ?? "")
+        let profile = try hostProfile(name: "here", connection: connection, pools: [])
+        guard secureBoot ? profile.secureBootFirmware : profile.efiFirmware else { return }
+        let id = UUID().uuidString.lowercased()
+        var manifest = smallVM(id, "/nonexistent.raw")
+        (manifest.vm.firmware, manifest.vm.secureBoot) = (.efi, secureBoot)
+        let deployment = Deployment(connection: connection, migrationID: id)
+        let options = mapped { $0.domainName = "flotilla-firmware-test" }
+        var xml = DomainXML(manifest: manifest, options: options, host: profile)
+        xml.tpmEmulator = tpmEmulatorInstalled()
+        let domain = try deployment.define(xml)
+        defer { try? deployment.undefine(domain.name) }
+        #expect(try domain.migrationID() == id)
+        let error = #expect(throws: MigrationError.self) { try domain.start() }
+        #expect(error?.message.contains("/nonexistent.raw") == true, "\(error?.message ?? "")")
+    }
+}

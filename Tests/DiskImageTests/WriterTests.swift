@@ -1,0 +1,63 @@
+import Glibc
+import HostKit
+import MigrationModel
+import Testing
+
+@testable import DiskImage
+
+@Suite struct WriterTests {
+    @Test func zerosAreFound() {
+        for count in [0, 1, 7, 8, 9, 63, 64, 65, 4096] {
+            var bytes = [UInt8](repeating: 0, count: count)
+            #expect(bytes.withUnsafeBytes { isZero($0) })
+            for index in 0..<count {
+                bytes[index] = 1
+                #expect(!bytes.withUnsafeBytes { isZero($0) }, "\(index) of \(count)")
+                bytes[index] = 0
+            }
+        }
+    }
+
+    @Test func clusterBitmapCoversAShortChunk() {
+        var bytes = [UInt8](repeating: 0, count: 3 * Chunk.clusterSize + 512)
+        bytes[0] = 1
+        bytes[3 * Chunk.clusterSize + 511] = 1
+        #expect(bytes.withUnsafeBytes { Chunk.clusterBitmap($0) } == 0b1001)
+    }
+
+    @Test(arguments: [0, 1, 1 << 63, .max, 0xF0F0_0000_0000_0001, 0x5555_5555_5555_5555] as [UInt64])
+    func packingIsUndoneByUnpacking(_ bitmap: UInt64) {
+        var bytes = [UInt8](repeating: 0, count: Chunk.size)
+        for cluster in 0..<64 where bitmap >> UInt64(cluster) & 1 == 1 {
+            bytes[cluster * Chunk.clusterSize] = UInt8(cluster + 1)
+        }
+        var moved = bytes
+        moved.withUnsafeMutableBytes {
+            Packing.pack($0, bitmap)
+            Packing.unpack($0, bitmap)
+        }
+        #expect(moved == bytes)
+    }
+
+    @Test func newerRunsWinOverOlderOnes() {
+        var allocator = QCOW2.Allocator()
+        let kept = allocator.adopt([(10, 5), (1, 3), (12, 2), (20, 1), (2, 9)])
+        #expect(kept.sorted() == [2, 3, 4])
+        #expect(allocator.end == 21)
+        // Gaps: 1, 11, 14 to 19.
+        #expect(allocator.allocate(6) == 14)
+        #expect(allocator.allocate(2) == 21)
+        #expect(allocator.allocate(1) == 1)
+        #expect(allocator.allocate(1) == 11)
+        #expect(allocator.allocate(1) == 23)
+    }
+
+    @Test func refcountsCoverThemselves() {
+        for dataEnd in [1, 2, 32760, 32764, 32766, 32768, 65530, 1 << 28, 1 << 34] as [UInt64] {
+            let layout = QCOW2.Layout(dataEnd: dataEnd, l2Tables: dataEnd / 8192 + 1, l1Clusters: 1)
+            #expect(layout.refcountBlockCount * 32768 >= layout.total)
+            #expect((layout.refcountBlockCount - 1) * 32768 < layout.total)
+            #expect(layout.refcountTableClusters * 8192 >= layout.refcountBlockCount)
+        }
+    }
+}

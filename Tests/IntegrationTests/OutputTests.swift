@@ -1,0 +1,60 @@
+import FlotillaProtocol
+import HostKit
+import Testing
+
+extension Integration {
+    /// libvirt's test driver: no guest runs, so this is quick.
+    @Suite(.serialized) struct Output {
+        private func migrate(_ options: [String]) throws -> (Outcome, Place) {
+            let place = try Place(uri: "test:///default")
+            let outcome = try run(
+                Environment.flotilla(),
+                ["migrate", try web(), "--host", place.uri, "--pool", place.pool, "--state", place.state]
+                    + ["--network", "VM Network=network:default", "--network", "Storage Network=network:default"]
+                    + options)
+            return (outcome, place)
+        }
+
+        @Test func linesWhenPiped() throws {
+            let (outcome, place) = try migrate([])
+            #expect(outcome.status == 0, "\(outcome.errors)")
+            #expect(!outcome.output.contains("\u{1B}"))
+            for part in ["demo-web: done", "demo-web-disk0.qcow2", "disk1 content  sha256:", "stage", "deploy"] {
+                #expect(outcome.output.contains(part), "\(part) in \(outcome.output)")
+            }
+            try place.expectDisks("demo-web")
+        }
+
+        @Test func oneObjectPerEvent() throws {
+            let (outcome, _) = try migrate(["--json"])
+            #expect(outcome.status == 0)
+            let events = try events(outcome)
+            #expect(events.contains { $0.progress.progress.subject == "disk0" && $0.progress.progress.bytesTotal > 0 })
+            #expect(events.contains { $0.hasStep })
+            let last = try #require(events.last)
+            #expect(last.state.state == .done)
+            #expect(last.state.manifest.disks.count == 2)
+        }
+
+        @Test func barOnATerminal() throws {
+            let place = try Place(uri: "test:///default")
+            let command = [
+                try Environment.flotilla(), "migrate", try web(), "--host", place.uri, "--pool", place.pool, "--state",
+                place.state, "--network", "'VM Network=network:default'", "--network",
+                "'Storage Network=network:default'",
+            ].joined(separator: " ")
+            let outcome = try run(
+                "/usr/bin/script", ["-qec", command, "/dev/null"], environment: ["TERM": "xterm"])
+            #expect(outcome.status == 0, "\(outcome.output)")
+            for part in ["demo-web disk0 [", "100%", "/s", "256 MiB of 256 MiB"] {
+                #expect(outcome.output.contains(part), "\(part) in \(outcome.output)")
+            }
+        }
+
+        @Test func rawDisks() throws {
+            let (outcome, place) = try migrate(["--format", "raw"])
+            #expect(outcome.status == 0)
+            try place.expectDisks("demo-web", format: "raw")
+        }
+    }
+}

@@ -1,0 +1,131 @@
+import MigrationModel
+import Testing
+
+/// One event and what it must lead to, in order. The machine has no clock: times are milliseconds of the table.
+private struct Step {
+    var at: Int64
+    var event: TaskMachine.Event
+    var actions: [TaskMachine.Action]
+    var state: TaskMachine.State
+}
+
+private let policy = TaskMachine.Policy(leaseDuration: .seconds(60), maximumFailures: 3, backoff: .seconds(1))
+
+private func moment(_ milliseconds: Int64) -> Moment { Moment(milliseconds: milliseconds) }
+
+private func run(_ steps: [Step], sourceLocation: SourceLocation = #_sourceLocation) {
+    var machine = TaskMachine(now: moment(0))
+    for (number, step) in steps.enumerated() {
+        let actions = machine.handle(step.event, now: moment(step.at), policy: policy)
+        #expect(actions == step.actions, "step \(number): \(step.event)", sourceLocation: sourceLocation)
+        #expect(machine.state == step.state, "step \(number): \(step.event)", sourceLocation: sourceLocation)
+    }
+}
+
+private let unavailable = MigrationError.Code.unavailable.rawValue
+private let dataLoss = MigrationError.Code.dataLoss.rawValue
+
+@Suite struct TaskMachineTests {
+    @Test func successfulTask() {
+        run([
+            Step(at: 0, event: .dispatch, actions: [.send(attempt: 1, fence: 1)], state: .sent),
+            Step(
+                at: 10, event: .accepted(fence: 1), actions: [.renewLease(fence: 1)],
+                state: .running(leaseUntil: moment(60_010))),
+            Step(
+                at: 20_000, event: .heartbeat(fence: 1), actions: [.renewLease(fence: 1)],
+                state: .running(leaseUntil: moment(80_000))),
+            Step(
+                at: 30_000, event: .ended(fence: 1, outcome: .success), actions: [.finish(.success)], state: .succeeded),
+        ])
+    }
+
+    @Test func leaseExpiryIssuesLargerFenceAndStaleEventsChangeNothing() {
+        run([
+            Step(at: 0, event: .dispatch, actions: [.send(attempt: 1, fence: 1)], state: .sent),
+            Step(
+                at: 0, event: .accepted(fence: 1), actions: [.renewLease(fence: 1)],
+                state: .running(leaseUntil: moment(60_000))),
+            Step(at: 59_999, event: .tick, actions: [], state: .running(leaseUntil: moment(60_000))),
+            Step(at: 60_000, event: .tick, actions: [.revoke(fence: 1)], state: .waiting(notBefore: moment(60_000))),
+            Step(at: 60_000, event: .dispatch, actions: [.send(attempt: 2, fence: 2)], state: .sent),
+            // The first worker wakes up again.
+            Step(at: 60_001, event: .heartbeat(fence: 1), actions: [.revoke(fence: 1)], state: .sent),
+            Step(at: 60_002, event: .ended(fence: 1, outcome: .success), actions: [], state: .sent),
+            Step(
+                at: 60_003, event: .accepted(fence: 2), actions: [.renewLease(fence: 2)],
+                state: .running(leaseUntil: moment(120_003))),
+            Step(
+                at: 60_004, event: .ended(fence: 1, outcome: .failure(code: dataLoss)), actions: [],
+                state: .running(leaseUntil: moment(120_003))),
+            Step(
+                at: 60_005, event: .ended(fence: 2, outcome: .success), actions: [.finish(.success)], state: .succeeded),
+        ])
+    }
+
+    @Test func retryableFailuresBackOffAndThenFail() {
+        let failed = TaskMachine.Outcome.failure(code: unavailable)
+        run([
+            Step(at: 0, event: .dispatch, actions: [.send(attempt: 1, fence: 1)], state: .sent),
+            Step(
+                at: 0, event: .ended(fence: 1, outcome: failed), actions: [], state: .waiting(notBefore: moment(1000))),
+            Step(at: 999, event: .dispatch, actions: [], state: .waiting(notBefore: moment(1000))),
+            Step(at: 1000, event: .dispatch, actions: [.send(attempt: 2, fence: 2)], state: .sent),
+            Step(
+                at: 1000, event: .ended(fence: 2, outcome: failed), actions: [],
+                state: .waiting(notBefore: moment(3000))),
+            Step(at: 3000, event: .dispatch, actions: [.send(attempt: 3, fence: 3)], state: .sent),
+            Step(
+                at: 3000, event: .ended(fence: 3, outcome: failed), actions: [.finish(failed)],
+                state: .failed(code: unavailable)),
+            Step(at: 3001, event: .restart, actions: [], state: .waiting(notBefore: moment(3001))),
+            Step(at: 3001, event: .dispatch, actions: [.send(attempt: 4, fence: 4)], state: .sent),
+        ])
+    }
+
+    @Test func finalFailureIsNotRetried() {
+        let failed = TaskMachine.Outcome.failure(code: dataLoss)
+        run([
+            Step(at: 0, event: .dispatch, actions: [.send(attempt: 1, fence: 1)], state: .sent),
+            Step(
+                at: 1, event: .ended(fence: 1, outcome: failed), actions: [.finish(failed)],
+                state: .failed(code: dataLoss)),
+            Step(at: 2, event: .tick, actions: [], state: .failed(code: dataLoss)),
+            Step(at: 2, event: .dispatch, actions: [], state: .failed(code: dataLoss)),
+            Step(at: 3, event: .accepted(fence: 1), actions: [.revoke(fence: 1)], state: .failed(code: dataLoss)),
+        ])
+    }
+
+    @Test func orphanIsSentAgainAtOnceAndCostsNoFailure() {
+        var machine = TaskMachine(now: moment(0))
+        for round in 1...10 {
+            #expect(
+                machine.handle(.dispatch, now: moment(0), policy: policy)
+                    == [.send(attempt: UInt32(round), fence: UInt64(round))])
+            _ = machine.handle(.accepted(fence: UInt64(round)), now: moment(0), policy: policy)
+            _ = machine.handle(.orphaned, now: moment(0), policy: policy)
+        }
+        #expect(machine.failures == 0)
+    }
+
+    @Test func cancelTellsTheWorkerOnlyWhenThereIsOne() {
+        var waiting = TaskMachine(now: moment(0))
+        #expect(waiting.handle(.cancel, now: moment(0), policy: policy) == [.finish(.failure(code: 1))])
+        var sent = TaskMachine(now: moment(0))
+        _ = sent.handle(.dispatch, now: moment(0), policy: policy)
+        #expect(
+            sent.handle(.cancel, now: moment(0), policy: policy) == [.cancel(fence: 1), .finish(.failure(code: 1))])
+        #expect(sent.handle(.cancel, now: moment(0), policy: policy).isEmpty)
+        #expect(sent.handle(.ended(fence: 1, outcome: .success), now: moment(0), policy: policy).isEmpty)
+        #expect(sent.state == .cancelled)
+    }
+}
+
+@Suite struct NamingTests {
+    @Test(
+        arguments: [
+            (0, "0 bytes"), (1023, "1023 bytes"), (1024, "1 KiB"), (1536, "1.5 KiB"), (512 << 20, "512 MiB"),
+            (UInt64.max, "16 EiB"),
+        ] as [(UInt64, String)])
+    func bytesAsText(_ bytes: UInt64, _ text: String) { #expect(byteText(bytes) == text) }
+}

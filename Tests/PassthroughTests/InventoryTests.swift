@@ -1,0 +1,83 @@
+import FlotillaProtocol
+import Glibc
+import HostKit
+import Passthrough
+import Testing
+
+@Suite struct InventoryTests {
+    @Test func readsARecordedMachine() throws {
+        try withRecordedMachine { sysfs in
+            #expect(iommuEnabled(sysfs: sysfs))
+            #expect(vfioAvailable(sysfs: sysfs))
+            let functions = Dictionary(
+                uniqueKeysWithValues: try pciInventory(sysfs: sysfs, holders: [12: "process 7 (qemu)"]).map {
+                    ($0.address, $0)
+                })
+            #expect(functions.count == 30)
+
+            let gpu = try #require(functions["0000:01:00.0"])
+            #expect(gpu.id.text == "1234:1111" && gpu.classCode == 0x0380 && gpu.driver == "bochs-drm")
+            #expect(gpu.id.subsystemVendor == 0x1af4 && gpu.id.revision == 2)
+            #expect(gpu.iommuGroup == 11 && !gpu.bootVga && !gpu.bridge && gpu.numaNode == -1 && gpu.isDisplay)
+            #expect(gpu.companions == ["0000:01:00.1"] && gpu.inUseBy == "")
+            #expect(functions["0000:01:00.1"]?.companions == ["0000:01:00.0"])
+
+            #expect(functions["0000:0b:00.0"]?.bootVga == true)
+            // A root port by its header, the ISA bridge by its class alone.
+            #expect(functions["0000:00:02.0"]?.bridge == true && functions["0000:00:1f.0"]?.bridge == true)
+            #expect(functions["0000:00:1f.2"]?.bridge == false)
+            // Virtual functions share their parent's slot and move alone.
+            #expect(functions["0000:03:00.0"]?.companions == [] && functions["0000:03:00.1"]?.companions == [])
+            #expect(functions["0000:03:00.0"]?.inUseBy == "its 2 virtual functions")
+            #expect(functions["0000:02:00.0"]?.inUseBy == "process 7 (qemu)")
+        }
+    }
+
+    @Test func emptyTreeHasNothing() throws {
+        try withFolder { folder in
+            let sysfs = Sysfs(root: folder)
+            #expect(try pciInventory(sysfs: sysfs).isEmpty)
+            #expect(!iommuEnabled(sysfs: sysfs))
+            #expect(!vfioAvailable(sysfs: sysfs, modules: "\(folder)/modules"))
+            try Files.createDirectories("\(folder)/modules")
+            try Files.writeAtomically(
+                Array("kernel/drivers/vfio/pci/vfio-pci.ko.xz: kernel/drivers/vfio/vfio.ko.xz\n".utf8),
+                to: "\(folder)/modules/modules.dep")
+            #expect(vfioAvailable(sysfs: sysfs, modules: "\(folder)/modules"))
+        }
+    }
+
+    @Test func oddAttributesAndConsumersAreRead() throws {
+        try withFolder { folder in
+            let device = "\(folder)/bus/pci/devices/10000:e1:00.0"
+            try Files.createDirectories("\(device)/consumer:pci:10000:e1:00.1")
+            try Files.createDirectories("\(folder)/bus/pci/devices/not-an-address")
+            try Files.writeAtomically(Array("garbage\n".utf8), to: "\(device)/vendor")
+            let function = try #require(try pciInventory(sysfs: Sysfs(root: folder)).first)
+            #expect(function.address == "10000:e1:00.0" && function.id.vendor == 0 && function.iommuGroup == -1)
+            #expect(function.companions == ["10000:e1:00.1"] && function.numaNode == -1)
+        }
+    }
+
+    @Test func findsWhoHoldsAGroup() throws {
+        try withFolder { folder in
+            try Files.createDirectories("\(folder)/4242/fd")
+            try Files.createDirectories("\(folder)/self/fd")
+            try Files.writeAtomically(Array("qemu-system-x86\n".utf8), to: "\(folder)/4242/comm")
+            for (name, target) in [("3", "/dev/vfio/vfio"), ("4", "/dev/vfio/42"), ("5", "socket:[1]")] {
+                #expect(symlink(target, "\(folder)/4242/fd/\(name)") == 0)
+            }
+            #expect(vfioHolders(proc: folder) == [42: "process 4242 (qemu-system-x86)"])
+        }
+        #expect(vfioHolders(proc: "/nonexistent").isEmpty)
+    }
+
+    @Test(arguments: [
+        ("0000:3b:00.0", true), ("10000:e1:1f.7", true), ("3b:00.0", false), ("0000:3b:20.0", false),
+        ("0000:3b:00.8", false),
+        ("0000:3b:00", false), ("", false), ("0000:3b:00.0 ", false), ("-000:3b:00.0", false), ("0000:+b:00.0", false),
+    ])
+    func parsesAddresses(_ text: String, _ valid: Bool) {
+        #expect((PciAddress(text) != nil) == valid && PciAddress(text).map { $0.description == text } != false)
+    }
+}

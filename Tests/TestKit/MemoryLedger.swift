@@ -1,0 +1,42 @@
+package import FlotillaProtocol
+package import Messaging
+package import MigrationModel
+import SwiftProtobuf
+import Synchronization
+
+/// A ledger that forgets with its process; for tests of what sits on top of it.
+package final class MemoryLedger: TaskLedger {
+    private struct State {
+        var admitted: [TaskCall] = []
+        var fences: [String: UInt64] = [:]
+        var ended: [String: TaskEvent] = [:]
+        var answers: [String: Admission] = [:]
+    }
+
+    private let state = Mutex(State())
+
+    package init() {}
+
+    package var admitted: [TaskCall] { state.withLock { $0.admitted } }
+
+    /// What the next admission of this task is answered with.
+    package func answer(_ task: String, _ admission: Admission) { state.withLock { $0.answers[task] = admission } }
+
+    package func admit(_ call: TaskCall) async throws -> Admission {
+        state.withLock { state in
+            if let answer = state.answers.removeValue(forKey: call.identity.task) { return answer }
+            if call.identity.fence < state.fences[call.identity.task] ?? 0 { return .stale }
+            state.fences[call.identity.task] = call.identity.fence
+            state.admitted.append(call)
+            return .run
+        }
+    }
+
+    package func recordEnd(of call: CallIdentity, _ event: TaskEvent) async throws {
+        state.withLock { $0.ended[call.task] = event }
+    }
+
+    package func acknowledge(task: String) async throws { state.withLock { $0.ended[task] = nil } }
+
+    package func unacknowledged() async -> [TaskEvent] { state.withLock { Array($0.ended.values) } }
+}

@@ -1,0 +1,156 @@
+import FlotillaProtocol
+import FoundationEssentials
+import Glibc
+import HostKit
+import Messaging
+import MigrationModel
+import SwiftProtobuf
+import Synchronization
+import TestKit
+import Testing
+
+@testable import Worker
+
+@Suite struct JournalTests {
+    private let folder: TemporaryFolder
+    private let swept = Mutex<[String]>([])
+
+    init() throws { folder = try TemporaryFolder() }
+
+    private var path: String { "\(folder.path)/worker.journal" }
+
+    private func open(_ cleanUp: @escaping @Sendable (String) throws -> Void = { _ in }) throws -> Journal {
+        try Journal(path: path, cleanUp: cleanUp)
+    }
+
+    private func call(_ task: String, fence: UInt64, body: [UInt8] = [1]) -> TaskCall {
+        TaskCall(
+            identity: CallIdentity(task: task, attempt: UInt32(fence), fence: fence), method: "m", audience: "h",
+            body: body)
+    }
+
+    private func end(_ call: TaskCall, code: Int32 = 0) -> TaskEvent {
+        TaskEvent(call.identity, sequence: 9, .ended(.with { $0.code = code }))
+    }
+
+    @Test func fencesOnlyGrow() async throws {
+        let journal = try open()
+        #expect(try await journal.admit(call("t", fence: 2)) == .run)
+        #expect(try await journal.admit(call("t", fence: 1)) == .stale)
+        #expect(try await journal.admit(call("t", fence: 2)) == .run)
+        #expect(try await journal.admit(call("t", fence: 3)) == .run)
+        let reopened = try open()
+        #expect(try await reopened.admit(call("t", fence: 2)) == .stale)
+    }
+
+    @Test func successOutlivesTheProcessAndAnswersTheNextAttempt() async throws {
+        let first = call("t", fence: 1)
+        do {
+            let journal = try open()
+            _ = try await journal.admit(first)
+            try await journal.recordEnd(of: first.identity, end(first))
+        }
+        let journal = try open()
+        #expect(await journal.unacknowledged().map(\.fence) == [1])
+        #expect(try await journal.admit(call("t", fence: 2)) == .ended(TaskEnded()))
+        #expect(await journal.unacknowledged().map(\.fence) == [2])
+    }
+
+    @Test func anotherRequestIsNotAnsweredWithAnOldResult() async throws {
+        let journal = try open()
+        let first = call("t", fence: 1)
+        _ = try await journal.admit(first)
+        try await journal.recordEnd(of: first.identity, end(first))
+        #expect(try await journal.admit(call("t", fence: 2, body: [2])) == .run)
+    }
+
+    @Test func failureIsRunAgainByALaterAttempt() async throws {
+        let journal = try open()
+        let first = call("t", fence: 1)
+        _ = try await journal.admit(first)
+        try await journal.recordEnd(of: first.identity, end(first, code: 14))
+        #expect(try await journal.admit(call("t", fence: 2)) == .run)
+    }
+
+    @Test func acknowledgedTaskIsSweptAndItsLateCopyNotRun() async throws {
+        let journal = try open { [folder] in try Files.writeAtomically([], to: "\(folder.path)/swept-\($0)") }
+        let first = call("t", fence: 1)
+        _ = try await journal.admit(first)
+        try await journal.recordEnd(of: first.identity, end(first))
+        try await journal.acknowledge(task: "t")
+        #expect(Files.exists("\(folder.path)/swept-t"))
+        #expect(await journal.unacknowledged().isEmpty)
+        await journal.settled()
+        #expect(try await journal.admit(first) == .stale)
+        #expect(try await open().admit(first) == .stale)
+        #expect(try await open().admit(call("t", fence: 2)) == .run)
+    }
+
+    @Test func whatFailsToSweepStaysUnacknowledged() async throws {
+        let journal = try open { _ in throw MigrationError(.internal, "no") }
+        let first = call("t", fence: 1)
+        _ = try await journal.admit(first)
+        try await journal.recordEnd(of: first.identity, end(first))
+        await #expect(throws: MigrationError.self) { try await journal.acknowledge(task: "t") }
+        #expect(await journal.unacknowledged().count == 1)
+    }
+
+    @Test func everyCutOfTheFileOpens() async throws {
+        do {
+            let journal = try open()
+            for number in 1...4 {
+                let call = call("t\(number)", fence: 1)
+                _ = try await journal.admit(call)
+                try await journal.recordEnd(of: call.identity, end(call))
+            }
+        }
+        let whole = try Files.read(path)
+        var ends: [Int] = []
+        for cut in stride(from: 0, through: whole.count, by: 7) {
+            try Files.writeAtomically(Array(whole[..<cut]), to: path)
+            ends.append(await (try open()).unacknowledged().count)
+        }
+        #expect(ends == ends.sorted())
+        #expect(ends.first == 0)
+    }
+
+    @Test func damageBeforeTheLastLineIsReported() async throws {
+        do {
+            let journal = try open()
+            for number in 1...3 { _ = try await journal.admit(call("t\(number)", fence: 1)) }
+        }
+        var bytes = try Files.read(path)
+        bytes[40] ^= 1
+        try Files.writeAtomically(bytes, to: path)
+        #expect { try open() } throws: {
+            let error = $0 as? MigrationError
+            return error?.code == .dataLoss && error?.message.contains("line 1") ?? false
+        }
+    }
+}
+
+@Suite struct WorkDirectoryTests {
+    @Test func newerFenceTakesOverAndOlderIsRefused() throws {
+        let folder = try TemporaryFolder()
+        let work = WorkDirectory(pool: folder.path, task: "m-convert")
+        let first = try work.adopt(fence: 1)
+        try Files.writeAtomically([1], to: "\(first)/disk0.partial")
+        let third = try work.adopt(fence: 3)
+        #expect(try Files.read("\(third)/disk0.partial") == [1])
+        #expect(!Files.exists(first))
+        #expect { try work.adopt(fence: 2) } throws: { ($0 as? MigrationError)?.code == .aborted }
+        #expect(try work.adopt(fence: 3) == third)
+    }
+
+    @Test func removingTheLastTaskRemovesTheFolder() throws {
+        let folder = try TemporaryFolder()
+        let (one, two) = (WorkDirectory(pool: folder.path, task: "a"), WorkDirectory(pool: folder.path, task: "b"))
+        _ = try one.adopt(fence: 1)
+        _ = try two.adopt(fence: 1)
+        try one.remove()
+        #expect(try Files.list(folder.path) == [".flotilla"])
+        try two.remove()
+        #expect(try Files.list(folder.path).isEmpty)
+        try two.remove()
+    }
+}
