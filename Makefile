@@ -29,10 +29,10 @@ test: ## build everything with warnings as errors and run all tests
 		swift test --skip-build
 
 format: ## format all Swift code
-	swift format -i --configuration .swift-format $(SWIFT_SOURCES)
+	@swift format -i --configuration .swift-format $(SWIFT_SOURCES)
 
 lint: ## check the format of all Swift code
-	swift format lint --strict --configuration .swift-format $(SWIFT_SOURCES)
+	@swift format lint --strict --configuration .swift-format $(SWIFT_SOURCES)
 
 protos: ## regenerate the protocol's Swift code
 	deploy/setup --build --protos

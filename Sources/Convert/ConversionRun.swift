@@ -75,6 +75,7 @@ final class ConversionRun: Sendable {
     }
 
     func run(_ progress: (DiskConversion.Progress) -> Void) throws -> Outcome {
+        progress(state.withLock { $0.progress })
         let threads = max(2, options.threads ?? processorCount() + 2)
         let group = DispatchGroup()
         for number in 0..<threads { start(group, "convert-\(number)") { try $0.convertChunks() } }

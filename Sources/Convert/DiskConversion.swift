@@ -101,8 +101,8 @@ package struct DiskConversion: Sendable {
     }
 
     /// Brings the image to completion under its temporary name, on stable storage and verified. Blocks the calling
-    /// thread, which should be one of its own; `progress` is called on it, at most five times a second and once at the
-    /// end.
+    /// thread, which should be one of its own; `progress` is called on it, once at the start, at most five times a second, and
+    /// once at the end.
     ///
     /// Throws `dataLoss` for a damaged source or one whose digest differs, `alreadyExists` when something else has the
     /// final name, `failedPrecondition` when the source changes meanwhile, `resourceExhausted` when space runs out, and

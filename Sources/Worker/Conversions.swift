@@ -69,14 +69,18 @@ func requireUnchanged(_ manifest: Manifest) throws {
 }
 
 extension Manifest {
-    /// "demo-web: 2 CPUs, 512 MiB, efi, 2 disks (384 MiB), 2 NICs, 1 GPU".
+    /// "2 CPUs, 512 MiB, EFI, 2 disks (384 MiB), 2 NICs, 1 GPU".
     var summary: String {
         let bytes = disks.reduce(0) { $0 &+ $1.capacityBytes }
-        var parts = ["\(vm.cpu.count) CPUs", byteText(vm.memory.bytes), vm.firmware == .efi ? "EFI" : "BIOS"]
-        parts.append("\(disks.count) disks (\(byteText(bytes)))")
-        parts.append("\(nics.count) NICs")
-        if !gpus.isEmpty { parts.append("\(gpus.count) GPUs") }
-        if !otherDevices.isEmpty { parts.append("\(otherDevices.count) other devices") }
+        var parts = [
+            counted(Int(vm.cpu.count), "CPU"), byteText(vm.memory.bytes), vm.firmware == .efi ? "EFI" : "BIOS",
+        ]
+        parts.append("\(counted(disks.count, "disk")) (\(byteText(bytes)))")
+        parts.append(counted(nics.count, "NIC"))
+        if !gpus.isEmpty { parts.append(counted(gpus.count, "GPU")) }
+        if !otherDevices.isEmpty { parts.append(counted(otherDevices.count, "other device")) }
         return parts.joined(separator: ", ")
     }
 }
+
+private func counted(_ count: Int, _ noun: String) -> String { "\(count) \(noun)\(count == 1 ? "" : "s")" }

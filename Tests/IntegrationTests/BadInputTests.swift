@@ -1,6 +1,7 @@
 import Foundation
 import HostKit
 import MigrationModel
+import TestKit
 import Testing
 
 extension Integration {
@@ -8,11 +9,11 @@ extension Integration {
     @Suite(.serialized) struct BadInput {
         /// A copy of the guest's OVA, unpacked, to be damaged and packed again.
         private final class Package {
-            let folder: TemporaryFolderPath
+            let folder: TemporaryFolder
             var parts: String { "\(folder.path)/parts" }
 
             init() throws {
-                folder = try TemporaryFolderPath()
+                folder = try TemporaryFolder()
                 try Files.createDirectories("\(folder.path)/parts")
                 try require("tar", "-xf", "\(try Environment.guests())/demo-web.ova", "-C", parts)
             }

@@ -32,7 +32,7 @@ extension Integration {
             let again = try place.migrate(try web(), try gpuVM(), options: options)
             #expect(again.status == 0)
             #expect(again.seconds < 10)
-            #expect(try events(again).contains { $0.hasProgress } == false)
+            #expect(try events(again).allSatisfy { !$0.isProgress })
             let xml = try place.virsh("dumpxml", "demo-web").output
             for part in ["00:50:56:9a:10:01", "pc-q35", "flotilla:migration", "bus='virtio'"] {
                 #expect(xml.contains(part))

@@ -1,6 +1,8 @@
 import Foundation
 import HostKit
 import MigrationModel
+import Synchronization
+import TestKit
 import Testing
 
 /// A finished process.
@@ -12,43 +14,56 @@ struct Outcome {
     var seconds: Double
 }
 
-/// Runs a program to its end. Output goes through files, so that no pipe can fill up.
+/// Runs a program to its end. Output goes through files, so that no pipe can fill up and no daemon that the program
+/// leaves behind is waited for.
+///
+/// - Parameter killAfter: SIGKILL after so many seconds, unless it has ended.
 @discardableResult
 func run(
     _ program: String, _ arguments: [String], environment: [String: String] = [:], limit: Double = 300,
     killAfter: Double? = nil
 ) throws -> Outcome {
-    let folder = try TemporaryFolderPath()
-    let process = Process()
-    process.executableURL = URL(fileURLWithPath: program)
-    process.arguments = arguments
-    process.environment = ProcessInfo.processInfo.environment.merging(environment) { $1 }
-    for name in ["out", "err"] { FileManager.default.createFile(atPath: "\(folder.path)/\(name)", contents: nil) }
-    let (out, err) = (
-        try FileHandle(forWritingTo: URL(fileURLWithPath: "\(folder.path)/out")),
-        try FileHandle(forWritingTo: URL(fileURLWithPath: "\(folder.path)/err"))
-    )
-    process.standardInput = FileHandle.nullDevice
-    process.standardOutput = out
-    process.standardError = err
-    let ended = DispatchSemaphore(value: 0)
-    process.terminationHandler = { _ in ended.signal() }
+    let folder = try TemporaryFolder()
+    let (out, err) = ("\(folder.path)/out", "\(folder.path)/err")
+    var actions = posix_spawn_file_actions_t()
+    posix_spawn_file_actions_init(&actions)
+    defer { posix_spawn_file_actions_destroy(&actions) }
+    posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDONLY, 0)
+    posix_spawn_file_actions_addopen(&actions, 1, out, O_WRONLY | O_CREAT, 0o600)
+    posix_spawn_file_actions_addopen(&actions, 2, err, O_WRONLY | O_CREAT, 0o600)
+    let variables = ProcessInfo.processInfo.environment.merging(environment) { $1 }.map { "\($0)=\($1)" }
+    var argv = ([program] + arguments).map { strdup($0) } + [nil]
+    var envp = variables.map { strdup($0) } + [nil]
+    defer { for text in argv + envp { free(text) } }
+
     let started = ContinuousClock.now
-    try process.run()
-    if let killAfter, ended.wait(timeout: .now() + killAfter) == .timedOut {
-        kill(process.processIdentifier, SIGKILL)
-        ended.wait()
-    } else if killAfter == nil, ended.wait(timeout: .now() + limit) == .timedOut {
-        kill(process.processIdentifier, SIGKILL)
-        ended.wait()
-        throw MigrationError(.deadlineExceeded, "\(program) \(arguments) took more than \(limit) s")
+    var pid: pid_t = 0
+    let spawned = posix_spawn(&pid, program, &actions, nil, &argv, &envp)
+    guard spawned == 0 else { throw systemError("start", program, errno: spawned) }
+    let child = pid
+    let ended = DispatchSemaphore(value: 0)
+    let status = Mutex<Int32>(0)
+    spawnThread("waitpid") {
+        var raw: Int32 = 0
+        while waitpid(child, &raw, 0) < 0 && errno == EINTR {}
+        status.withLock { $0 = raw }
+        ended.signal()
     }
-    let seconds = Double((ContinuousClock.now - started).milliseconds) / 1000
-    func text(_ name: String) throws -> String {
-        String(decoding: try Files.read("\(folder.path)/\(name)", limit: 64 << 20), as: UTF8.self)
+    if ended.wait(timeout: .now() + (killAfter ?? limit)) == .timedOut {
+        kill(child, SIGKILL)
+        ended.wait()
+        guard killAfter != nil else {
+            throw MigrationError(.deadlineExceeded, "\(program) \(arguments) took more than \(limit) s")
+        }
     }
-    let status = process.terminationReason == .uncaughtSignal ? -process.terminationStatus : process.terminationStatus
-    return Outcome(status: status, output: try text("out"), errors: try text("err"), seconds: seconds)
+    let raw = status.withLock { $0 }
+    let signal = raw & 0x7f
+    func text(_ path: String) throws -> String {
+        String(decoding: try Files.read(path, limit: 64 << 20), as: UTF8.self)
+    }
+    return Outcome(
+        status: signal == 0 ? (raw >> 8) & 0xff : -signal, output: try text(out), errors: try text(err),
+        seconds: Double((ContinuousClock.now - started).milliseconds) / 1000)
 }
 
 /// Runs a program that must succeed, and returns its output.
@@ -80,16 +95,4 @@ enum Environment {
         try #require(
             ProcessInfo.processInfo.environment[name], "\(name) is not set: run the tests with `make test`")
     }
-}
-
-/// Owned by a scope rather than a test.
-final class TemporaryFolderPath {
-    let path: String
-
-    init() throws {
-        path = "\(NSTemporaryDirectory())/flotilla-it-\(UUID().uuidString.prefix(8))"
-        try Files.createDirectories(path)
-    }
-
-    deinit { try? Files.remove(path) }
 }

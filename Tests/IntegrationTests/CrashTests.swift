@@ -1,3 +1,4 @@
+import FlotillaProtocol
 import HostKit
 import MigrationModel
 import Testing

@@ -2,6 +2,7 @@ import FlotillaProtocol
 import Foundation
 import HostKit
 import MigrationModel
+import SwiftProtobuf
 import TestKit
 import Testing
 
@@ -107,6 +108,10 @@ final class Place {
 }
 
 let webDisks = ["demo-web-disk0.qcow2", "demo-web-disk1.qcow2"]
+
+extension MigrationEvent {
+    var isProgress: Bool { if case .progress = event { true } else { false } }
+}
 
 /// The JSON objects of `--json`.
 func events(_ outcome: Outcome) throws -> [MigrationEvent] {

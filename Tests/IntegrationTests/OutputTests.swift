@@ -30,7 +30,7 @@ extension Integration {
             #expect(outcome.status == 0)
             let events = try events(outcome)
             #expect(events.contains { $0.progress.progress.subject == "disk0" && $0.progress.progress.bytesTotal > 0 })
-            #expect(events.contains { $0.hasStep })
+            #expect(events.contains { !$0.step.step.message.isEmpty })
             let last = try #require(events.last)
             #expect(last.state.state == .done)
             #expect(last.state.manifest.disks.count == 2)

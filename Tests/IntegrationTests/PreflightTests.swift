@@ -1,5 +1,6 @@
 import FlotillaProtocol
 import HostKit
+import TestKit
 import Testing
 
 extension Integration {
@@ -64,7 +65,7 @@ extension Integration {
             let outcome = try place.migrate(try gpuVM(), options: ["--gpu", "drop", "--dry-run"])
             #expect(outcome.status == 0, "\(outcome.errors)")
             for part in [
-                "<domain type='qemu'", "\(place.pool)/demo-gpu-disk0.qcow2", "nothing was changed", "left out",
+                "<domain type=\"qemu\"", "\(place.pool)/demo-gpu-disk0.qcow2", "nothing was changed", "left out",
             ] {
                 #expect(outcome.output.contains(part), "\(part) in \(outcome.output)")
             }

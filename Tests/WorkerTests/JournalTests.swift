@@ -5,7 +5,6 @@ import HostKit
 import Messaging
 import MigrationModel
 import SwiftProtobuf
-import Synchronization
 import TestKit
 import Testing
 
@@ -13,7 +12,6 @@ import Testing
 
 @Suite struct JournalTests {
     private let folder: TemporaryFolder
-    private let swept = Mutex<[String]>([])
 
     init() throws { folder = try TemporaryFolder() }
 

@@ -1,4 +1,5 @@
 import FlotillaProtocol
+import HostKit
 import Synchronization
 
 /// One line per step, for pipes and logs.
@@ -28,7 +29,9 @@ struct Narrator {
             let text =
                 switch migration.state {
                 case .exporting, .converting, .deploying:
-                    stage.map { $0.state == "running" ? "\($0.name): started" : "" } ?? ""
+                    stage.map {
+                        $0.state != "running" ? "" : "\($0.name): \(migration.request.dryRun ? "planned" : "started")"
+                    } ?? ""
                 case .done: "done"
                 case .ready: "nothing stands in the way"
                 case .preflightBlocked: "blocked: nothing was changed"
@@ -55,6 +58,7 @@ struct Narrator {
 extension Migration {
     /// What people call it.
     var title: String {
-        manifest.vm.name.isEmpty ? (request.vmName.isEmpty ? request.sourceURL : request.vmName) : manifest.vm.name
+        if !manifest.vm.name.isEmpty { return manifest.vm.name }
+        return request.vmName.isEmpty ? Files.name(of: request.sourceURL) : request.vmName
     }
 }
