@@ -100,6 +100,7 @@ package final class Coordinator: Sendable {
     private func takeBackOrphans() async throws {
         try await decide { transitions in
             for task in try transitions.store.tasksWithWorkers() {
+                try transitions.store.discardUnsent(task: task.id)
                 _ = try transitions.apply(.orphaned, to: task)
             }
         }

@@ -46,8 +46,11 @@ struct Transitions {
         case .ended(let ended):
             _ = try store.note(event, kind: "ended", at: now)
             let outcome: TaskMachine.Outcome = ended.code == 0 ? .success : .failure(code: Int(ended.code))
-            _ = try apply(.ended(fence: event.fence, outcome: outcome), to: task, ended: ended)
-            tell(host, event.identity, .stored(ResultStored()))
+            let after = try apply(.ended(fence: event.fence, outcome: outcome), to: task, ended: ended)
+            // An older fence's result of a task that is still open is kept by its worker: it answers the next attempt.
+            if event.fence == task.machine.fence || after.machine.isEnded {
+                tell(host, event.identity, .stored(ResultStored()))
+            }
         case .update, nil: break
         }
     }

@@ -153,21 +153,19 @@ package final class BusServerTransport: ServerTransport {
     private func take(
         _ call: TaskCall, _ method: MethodDescriptor, _ delivery: Delivery, _ handler: @escaping StreamHandler
     ) async throws {
-        // An older attempt on this host must be out of the way before the new one touches its files.
-        if let older = state.withLock({ $0.calls[call.identity.task] }) {
-            guard older.identity.fence < call.identity.fence else { return await delivery.settle(.ack) }
-            older.stop(.lostOwnership("attempt \(call.identity.attempt) was issued"))
-            await older.waitForEnd()
-        }
-        let admission = try await ledger.admit(call)
-        if admission == .stale { return await delivery.settle(.ack) }
-
         let running = RunningCall(call.identity, leaseUntil: .now + settings.leaseDuration)
-        state.withLock { $0.calls[call.identity.task] = running }
+        // An older attempt on this host must be out of the way before the new one touches its files.
+        while let other = enter(running) {
+            guard other.identity.fence < call.identity.fence else { return await delivery.settle(.ack) }
+            other.stop(.lostOwnership("attempt \(call.identity.attempt) was issued"))
+            await other.waitForEnd()
+        }
         defer {
             state.withLock { if $0.calls[call.identity.task] === running { $0.calls[call.identity.task] = nil } }
             running.markEnded()
         }
+        let admission = try await ledger.admit(call)
+        if admission == .stale { return await delivery.settle(.ack) }
         Failpoint.workerAccepted.hit()
         let accepted = running.nextSequence(asksForLease: true)
         try await events.publish(
@@ -181,6 +179,15 @@ package final class BusServerTransport: ServerTransport {
         case .run:
             guard let ended = await slots.with({ await self.execute(call, method, running, handler) }) else { return }
             await end(running, ended)
+        }
+    }
+
+    /// Makes `call` its task's only one here, or returns the one that is.
+    private func enter(_ call: RunningCall) -> RunningCall? {
+        state.withLock { state in
+            if let other = state.calls[call.identity.task] { return other }
+            state.calls[call.identity.task] = call
+            return nil
         }
     }
 
@@ -205,7 +212,7 @@ package final class BusServerTransport: ServerTransport {
         }
         await delivery.settle(.ack)
         if case .stored = control.kind {
-            do { try await ledger.acknowledge(task: control.taskID) } catch {
+            do { try await ledger.acknowledge(task: control.taskID, fence: control.fence) } catch {
                 logger.error("ledger", metadata: ["task": "\(control.taskID)", "error": "\(error)"])
             }
             return

@@ -10,7 +10,8 @@ package protocol TaskLedger: Sendable {
     func recordEnd(of call: CallIdentity, _ event: TaskEvent) async throws
 
     /// The coordinator has the result: clean up after the task and forget it.
-    func acknowledge(task: String) async throws
+    /// Does nothing unless this fence's end is what the ledger holds.
+    func acknowledge(task: String, fence: UInt64) async throws
 
     /// Ends that the coordinator has not confirmed.
     func unacknowledged() async -> [TaskEvent]

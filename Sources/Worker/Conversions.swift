@@ -34,6 +34,9 @@ extension DiskConversion {
 private func isDiskID(_ id: String) -> Bool { id.hasPrefix("disk") && id.count > 4 && Int(id.dropFirst(4)) != nil }
 
 extension Disk {
+    /// "disk1 (web-disk2.vmdk)".
+    var text: String { "\(id) (\(source.member.isEmpty ? Files.name(of: source.path) : source.member))" }
+
     mutating func take(_ result: DiskConversion.Result) {
         source.sha256 = result.sourceSHA256 ?? ""
         source.streamBytes = result.sourceBytes

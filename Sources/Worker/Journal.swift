@@ -102,18 +102,16 @@ package final class Journal: TaskLedger {
         }
     }
 
-    package func acknowledge(task: String) async throws {
+    package func acknowledge(task: String, fence: UInt64) async throws {
         try await blocking("journal") { [self] in
-            guard let entry = state.withLock({ $0.entries[task] }), !entry.forgotten, let data = entry.ended else {
-                return
-            }
-            // What failed may be tried again and goes on from its checkpoint; only an end for good is swept.
-            let ended = try TaskEvent(serializedBytes: data).ended
-            if ended.code == 0 || ended.code == MigrationError.Code.cancelled.rawValue { try cleanUp(task) }
+            // Swept under the lock: an attempt that is admitted meanwhile must not work in a folder that is going.
             let waiting = try state.withLock { state in
-                guard var entry = state.entries[task], entry.ended == data else {
+                guard var entry = state.entries[task], entry.fence == fence, let data = entry.ended else {
                     return [CheckedContinuation<Void, Never>]()
                 }
+                // What failed may be tried again and goes on from its checkpoint; only an end for good is swept.
+                let ended = try TaskEvent(serializedBytes: data).ended
+                if ended.code == 0 || ended.code == MigrationError.Code.cancelled.rawValue { try cleanUp(task) }
                 entry.ended = nil
                 entry.forgotten = true
                 try append(entry, &state)
@@ -128,18 +126,23 @@ package final class Journal: TaskLedger {
     /// Returns once every result is with the coordinator and cleaned up after.
     package func settled() async {
         await withCheckedContinuation { continuation in
-            let rests = state.withLock { state in
-                if state.hasUnacknowledged { state.waitingForRest.append(continuation) }
-                return !state.hasUnacknowledged
+            spawnThread("journal") { [self] in
+                let rests = state.withLock { state in
+                    if state.hasUnacknowledged { state.waitingForRest.append(continuation) }
+                    return !state.hasUnacknowledged
+                }
+                if rests { continuation.resume() }
             }
-            if rests { continuation.resume() }
         }
     }
 
     package func unacknowledged() async -> [TaskEvent] {
-        state.withLock { state in
-            state.order.compactMap { state.entries[$0]?.ended }.compactMap { try? TaskEvent(serializedBytes: $0) }
+        let events = try? await blocking("journal") { [self] in
+            state.withLock { state in
+                state.order.compactMap { state.entries[$0]?.ended }.compactMap { try? TaskEvent(serializedBytes: $0) }
+            }
         }
+        return events ?? []
     }
 
     // MARK: - The file

@@ -87,7 +87,14 @@ struct ConvertHandler: ConvertService.ServiceProtocol {
             do {
                 // All disks are complete and verified before the first gets its final name.
                 var notices: [DiskConversion.Notice] = []
-                for conversion in conversions { notices.append(try await run(conversion, writer)) }
+                for (disk, conversion) in zip(request.manifest.disks, conversions) {
+                    do {
+                        notices.append(try await run(conversion, writer))
+                    } catch var error as MigrationError {
+                        error.message = "\(disk.text): \(error.message)"
+                        throw error
+                    }
+                }
                 try await permit("publish-disks", call)
                 var disks = request.manifest.disks
                 for (index, conversion) in conversions.enumerated() {

@@ -90,6 +90,29 @@ import Testing
         }
     }
 
+    @Test func successOfALostProcessAnswersTheNextAttempt() async throws {
+        let rig = try Rig()
+        var first: TaskCall?
+        try await rig.process { client, worker in
+            _ = try await client.submitMigration(Rig.request)
+            let call = try await worker.take()
+            try await worker.accept(call)
+            first = call
+        }
+        try await rig.process { client, worker in
+            let first = try #require(first)
+            let again = try await worker.take()
+            // The worker must keep this result: the attempt that owns the task now has not brought it.
+            try await worker.succeed(first, ExportUpdate.with { $0.result.manifest = Rig.manifest })
+            try await worker.accept(again)
+            try await worker.succeed(again, ExportUpdate.with { $0.result.manifest = Rig.manifest })
+            let stored = try await worker.told { control -> UInt64? in
+                if case .stored = control.kind { control.fence } else { nil }
+            }
+            #expect(stored == again.identity.fence)
+        }
+    }
+
     @Test func expiredLeaseRevokesAndIssuesAgain() async throws {
         let rig = try Rig(policy: .init(leaseDuration: .milliseconds(100)))
         try await rig.process { client, worker in

@@ -220,6 +220,28 @@ private struct Events {
         }
     }
 
+    @Test func attemptsThatArriveTogetherNeverRunTogether() async throws {
+        let rig = Rig()
+        for fence in 1...20 {
+            try await rig.bus.declare(rig.names.topology(hosts: ["kvm1"]));
+            try await rig.send("work", fence: UInt64(fence))
+        }
+        try await rig.run { events in
+            var running: UInt64?
+            while true {
+                let event = try await events.next()
+                switch event.kind {
+                case .accepted:
+                    // Accepted only after the one before was out of the way: fences never step back.
+                    #expect(event.fence > running ?? 0)
+                    running = event.fence
+                case .ended where event.fence == 20: return
+                default: #expect(event.fence == running)
+                }
+            }
+        }
+    }
+
     @Test func leaseThatIsNotRenewedStopsTheTaskInSilence() async throws {
         let rig = Rig(heartbeat: .milliseconds(50), lease: .milliseconds(400))
         try await rig.run { events in

@@ -36,7 +36,9 @@ package final class MemoryLedger: TaskLedger {
         state.withLock { $0.ended[call.task] = event }
     }
 
-    package func acknowledge(task: String) async throws { state.withLock { $0.ended[task] = nil } }
+    package func acknowledge(task: String, fence: UInt64) async throws {
+        state.withLock { if $0.ended[task]?.fence == fence { $0.ended[task] = nil } }
+    }
 
     package func unacknowledged() async -> [TaskEvent] { state.withLock { Array($0.ended.values) } }
 }

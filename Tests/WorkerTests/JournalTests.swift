@@ -75,7 +75,7 @@ import Testing
         let first = call("t", fence: 1)
         _ = try await journal.admit(first)
         try await journal.recordEnd(of: first.identity, end(first))
-        try await journal.acknowledge(task: "t")
+        try await journal.acknowledge(task: "t", fence: 1)
         #expect(Files.exists("\(folder.path)/swept-t"))
         #expect(await journal.unacknowledged().isEmpty)
         await journal.settled()
@@ -89,8 +89,18 @@ import Testing
         let first = call("t", fence: 1)
         _ = try await journal.admit(first)
         try await journal.recordEnd(of: first.identity, end(first))
-        await #expect(throws: MigrationError.self) { try await journal.acknowledge(task: "t") }
+        await #expect(throws: MigrationError.self) { try await journal.acknowledge(task: "t", fence: 1) }
         #expect(await journal.unacknowledged().count == 1)
+    }
+
+    @Test func acknowledgementOfAnOlderFenceKeepsTheResult() async throws {
+        let journal = try open { _ in Issue.record("nothing may be swept") }
+        let first = call("t", fence: 1)
+        _ = try await journal.admit(first)
+        try await journal.recordEnd(of: first.identity, end(first))
+        _ = try await journal.admit(call("t", fence: 2))
+        try await journal.acknowledge(task: "t", fence: 1)
+        #expect(await journal.unacknowledged().map(\.fence) == [2])
     }
 
     @Test func everyCutOfTheFileOpens() async throws {

@@ -161,6 +161,7 @@ extension OVFCapture {
         // Compressed or sparse for transport; how the source stored it is not known.
         disk.thin = summary.thin
         disk.source.path = file.region.path
+        if Files.name(of: file.region.path) != file.name { disk.source.member = file.name }
         disk.source.offset = file.region.offset
         disk.source.length = file.region.length
         disk.source.format = "vmdk"

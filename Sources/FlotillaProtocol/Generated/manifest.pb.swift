@@ -860,6 +860,9 @@ package nonisolated struct DiskContent: Sendable {
   /// Bytes of the source stream. Set by the convert task.
   package var streamBytes: UInt64 = 0
 
+  /// The image's name within its archive, for an OVA.
+  package var member: String = String()
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -2297,7 +2300,7 @@ nonisolated extension Disk: SwiftProtobuf.Message, SwiftProtobuf._MessageImpleme
 
 nonisolated extension DiskContent: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".DiskContent"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}path\0\u{1}offset\0\u{1}length\0\u{1}format\0\u{1}variant\0\u{1}sha256\0\u{1}expected\0\u{3}content_sha256\0\u{3}content_chunk_bytes\0\u{3}stream_bytes\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}path\0\u{1}offset\0\u{1}length\0\u{1}format\0\u{1}variant\0\u{1}sha256\0\u{1}expected\0\u{3}content_sha256\0\u{3}content_chunk_bytes\0\u{3}stream_bytes\0\u{1}member\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -2315,6 +2318,7 @@ nonisolated extension DiskContent: SwiftProtobuf.Message, SwiftProtobuf._Message
       case 8: try { try decoder.decodeSingularStringField(value: &self.contentSha256) }()
       case 9: try { try decoder.decodeSingularUInt64Field(value: &self.contentChunkBytes) }()
       case 10: try { try decoder.decodeSingularUInt64Field(value: &self.streamBytes) }()
+      case 11: try { try decoder.decodeSingularStringField(value: &self.member) }()
       default: break
       }
     }
@@ -2351,6 +2355,9 @@ nonisolated extension DiskContent: SwiftProtobuf.Message, SwiftProtobuf._Message
     if self.streamBytes != 0 {
       try visitor.visitSingularUInt64Field(value: self.streamBytes, fieldNumber: 10)
     }
+    if !self.member.isEmpty {
+      try visitor.visitSingularStringField(value: self.member, fieldNumber: 11)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -2365,6 +2372,7 @@ nonisolated extension DiskContent: SwiftProtobuf.Message, SwiftProtobuf._Message
     if lhs.contentSha256 != rhs.contentSha256 {return false}
     if lhs.contentChunkBytes != rhs.contentChunkBytes {return false}
     if lhs.streamBytes != rhs.streamBytes {return false}
+    if lhs.member != rhs.member {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
