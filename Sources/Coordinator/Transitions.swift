@@ -160,11 +160,16 @@ struct Transitions {
                 throw resultMissing(stage)
             }
             migration.manifest?.disks = result.disks
-            try startDeploy(&migration)
+            try startDeploy(&migration, .deploy)
         case .deploy:
             let last = try DeployUpdate(serializedBytes: ended.result)
             guard case .result(let result) = last.update else { throw resultMissing(stage) }
-            migration.result = result
+            // A check tells how the domain is now; how it was proved stays.
+            if result.proof.isEmpty, migration.hasResult(of: result) {
+                migration.result?.domainState = result.domainState
+            } else {
+                migration.result = result
+            }
             migration.findings += result.findings
             migration.state = migration.request.dryRun ? .ready : .done
             try save(migration)
@@ -176,9 +181,8 @@ struct Transitions {
     }
 
     private mutating func afterExport(_ migration: inout MigrationRecord, _ captured: Manifest) throws {
-        migration.request.options.domainName = migration.request.options.domainName(for: captured.vm)
-        if captured.vm.biosUuid.isEmpty { migration.request.options.keepUuid = false }
         let request = migration.request
+        let options = request.options.settled(for: captured.vm)
         guard let host = try store.host(request.host) else {
             throw MigrationError(
                 .unavailable, "host \(request.host) has not told of itself yet", hint: "is its worker running?")
@@ -189,14 +193,15 @@ struct Transitions {
             guard earlier.source.fingerprint == captured.source.fingerprint else {
                 throw MigrationError(
                     .failedPrecondition, "\(request.sourceURL) changed since \(earlier.vm.name) was converted from it",
-                    hint: "remove the disks and domain \(request.options.domainName) and its state to migrate it again")
+                    hint: "remove the disks and domain \(options.domainName) and its state to migrate it again")
             }
         } else {
             migration.manifest = captured
             migration.manifest?.migrationID = migration.id
         }
-        migration.findings = preflight(
-            manifest: migration.manifest ?? captured, options: request.options, pool: request.pool,
+        migration.findings.removeAll { $0.subject != MigrationRecord.requestSubject }
+        migration.findings += preflight(
+            manifest: migration.manifest ?? captured, options: options, pool: request.pool,
             diskFormat: request.format, host: host)
         guard !migration.findings.contains(where: { $0.severity == .blocked }) else {
             migration.state = .preflightBlocked
@@ -204,15 +209,11 @@ struct Transitions {
         }
         if converted {
             let deployed = host.domains.contains { $0.migrationID == migration.id }
-            if deployed, migration.result != nil {
-                migration.state = .done
-                return try save(migration)
-            }
-            return try startDeploy(&migration)
+            return try startDeploy(&migration, deployed && migration.result != nil ? .check : .deploy)
         }
         if request.dryRun {
-            migration.manifest?.planTargets(request, on: host)
-            return try startDeploy(&migration)
+            migration.manifest?.planTargets(request, options, on: host)
+            return try startDeploy(&migration, .dryRun)
         }
         migration.state = .converting
         try save(migration)
@@ -222,11 +223,11 @@ struct Transitions {
                 $0.manifest = migration.manifest ?? captured
                 $0.pool = request.pool
                 $0.format = request.format
-                $0.domainName = request.options.domainName
+                $0.domainName = options.domainName
             })
     }
 
-    private mutating func startDeploy(_ migration: inout MigrationRecord) throws {
+    private mutating func startDeploy(_ migration: inout MigrationRecord, _ mode: DeployMode) throws {
         migration.state = .deploying
         try save(migration)
         let (manifest, request) = (migration.manifest ?? Manifest(), migration.request)
@@ -234,8 +235,8 @@ struct Transitions {
             .deploy, of: migration,
             DeployRequest.with {
                 $0.manifest = manifest
-                $0.options = request.options
-                $0.dryRun = request.dryRun
+                $0.options = request.options.settled(for: manifest.vm)
+                $0.mode = mode
             })
     }
 
@@ -273,14 +274,45 @@ struct Transitions {
     }
 }
 
+extension MigrationRecord {
+    static let requestSubject = "request"
+
+    /// Says something about the request itself.
+    mutating func notice(_ message: String, remedy: String) {
+        findings.append(
+            .with {
+                $0.severity = .note
+                $0.subject = Self.requestSubject
+                $0.message = message
+                $0.remedy = remedy
+            })
+    }
+
+    fileprivate func hasResult(of other: DeployResult) -> Bool {
+        result?.domainUuid == other.domainUuid && !(result?.proof.isEmpty ?? true)
+    }
+}
+
+extension DeployOptions {
+    /// With what depends on the VM decided: its domain's name, and no source UUID where there is none.
+    fileprivate func settled(for vm: VirtualMachine) -> DeployOptions {
+        var options = self
+        options.domainName = domainName(for: vm)
+        options.keepUuid = keepUuid && !vm.biosUuid.isEmpty
+        return options
+    }
+}
+
 extension Manifest {
     /// Names the images that a conversion would make, for a dry run.
-    fileprivate mutating func planTargets(_ request: SubmitMigrationRequest, on host: HostProfile) {
+    fileprivate mutating func planTargets(
+        _ request: SubmitMigrationRequest, _ options: DeployOptions, on host: HostProfile
+    ) {
         let folder = host.pools.first { $0.name == request.pool }?.path ?? request.pool
         for index in disks.indices {
             disks[index].target.format = request.format
             disks[index].target.path = targetPath(
-                pool: folder, domain: request.options.domainName, disk: disks[index].id, format: request.format)
+                pool: folder, domain: options.domainName, disk: disks[index].id, format: request.format)
         }
     }
 }

@@ -69,6 +69,15 @@ package struct Deployment: Sendable {
         try domain.undefine()
     }
 
+    /// The state of this migration's domain, in virsh's words. Throws `notFound` when it is gone.
+    package func state(of name: String) throws -> String {
+        guard let domain = try connection.domain(named: name) else {
+            throw MigrationError(.notFound, "domain \(name) is gone", hint: "run the same command again to define it")
+        }
+        try requireOwn(domain)
+        return "\(try domain.state())"
+    }
+
     private func requireOwn(_ domain: LibvirtDomain) throws {
         let owner = try domain.migrationID()
         guard owner == migrationID else {

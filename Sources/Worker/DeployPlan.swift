@@ -14,9 +14,9 @@ struct DeployPlan: Sendable {
     let consoleLog: String
 
     init(
-        _ manifest: Manifest, _ options: DeployOptions, _ configuration: WorkerConfiguration, dryRun: Bool
+        _ manifest: Manifest, _ options: DeployOptions, _ configuration: WorkerConfiguration, mode: DeployMode
     ) throws {
-        try Self.requireDisksInPools(manifest, configuration, mustExist: !dryRun)
+        try Self.requireDisksInPools(manifest, configuration, mustExist: mode != .dryRun)
         let connection = try LibvirtConnection(uri: configuration.libvirtURI)
         let host = try hostProfile(name: configuration.host, connection: connection, pools: configuration.pools)
         var domain = DomainXML(manifest: manifest, options: options, host: host)
@@ -28,12 +28,12 @@ struct DeployPlan: Sendable {
         }
         domain.devices = match.devices
         domain.tpmEmulator = tpmEmulatorInstalled()
-        if !dryRun { domain.bufferedDisks = disksWithoutDirectIO(manifest) }
+        if mode != .dryRun { domain.bufferedDisks = disksWithoutDirectIO(manifest) }
         findings = placementFindings(domain)
         consoleLog = "\(configuration.stateDirectory)/console/\(manifest.migrationID).log"
         if case .console = options.verification.method {
             domain.consoleLog = consoleLog
-            if !dryRun { try Files.createDirectories(Files.parent(of: consoleLog)) }
+            if mode == .deploy { try Files.createDirectories(Files.parent(of: consoleLog)) }
         }
         self.domain = domain
         deployment = Deployment(connection: connection, migrationID: manifest.migrationID)

@@ -174,7 +174,7 @@ struct DeployHandler: DeployService.ServiceProtocol {
             let (manifest, options) = (request.manifest, request.options)
             if case .console(let pattern) = options.verification.method { try validateConsolePattern(pattern) }
             let plan = try await blocking("deploy") {
-                try DeployPlan(manifest, options, configuration, dryRun: request.dryRun)
+                try DeployPlan(manifest, options, configuration, mode: request.mode)
             }
             var result = DeployResult()
             result.domainName = plan.domain.name
@@ -182,10 +182,18 @@ struct DeployHandler: DeployService.ServiceProtocol {
             result.manifestSha256 = try manifestDigest(manifest)
             result.devices = plan.domain.devices.flatMap { $0.map(\.address) }
             result.findings = plan.findings
-            if request.dryRun {
+            switch request.mode {
+            case .dryRun:
                 result.domainXml = try plan.domain.text()
                 try await writer.write(.with { [result] in $0.result = result })
                 return [:]
+            case .check:
+                result.domainState = try await blocking("deploy") { try plan.deployment.state(of: plan.domain.name) }
+                try await writer.write(.with { [result] in $0.result = result })
+                return [:]
+            case .deploy: break
+            case .unspecified, .UNRECOGNIZED:
+                throw MigrationError(.invalidArgument, "deploy mode \(request.mode.rawValue) is not known")
             }
 
             try await permit("define-domain", call)

@@ -193,7 +193,16 @@ import Testing
             try await worker.announce()
             #expect(try await client.submitMigration(Rig.request).id == migration.id)
             try await worker.work(.export)
+            #expect(try DeployRequest(serializedBytes: try await worker.work(.deploy).body).mode == .check)
             #expect(try await client.end(migration.id).state == .done)
+
+            // Other options are not applied to what is in use, and that is said.
+            var other = Rig.request
+            other.options.start = true
+            _ = try await client.submitMigration(other)
+            try await worker.work(.export)
+            #expect(try DeployRequest(serializedBytes: try await worker.work(.deploy).body).mode == .check)
+            #expect(try await client.end(migration.id).findings.contains { $0.message.contains("other options") })
 
             // A changed source must not pass for done.
             _ = try await client.submitMigration(Rig.request)
@@ -203,6 +212,29 @@ import Testing
             let ended = try await client.end(migration.id)
             #expect(ended.state == .failed)
             #expect(ended.errorMessage.contains("changed"))
+        }
+    }
+
+    @Test func changedOptionsReplaceAnUnfinishedRequest() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let migration = try await client.submitMigration(Rig.request)
+            try await worker.work(.export)
+            try await worker.work(.convert)
+            let old = try await worker.take()
+            try await worker.accept(old)
+            var other = Rig.request
+            other.options.start = true
+            #expect(try await client.submitMigration(other).id == migration.id)
+            let cancelled = try await worker.told { control -> UInt64? in
+                if case .cancel = control.kind { control.fence } else { nil }
+            }
+            #expect(cancelled == old.identity.fence)
+            try await worker.work(.export)
+            let deploy = try await worker.work(.deploy)
+            #expect(deploy.identity.fence > old.identity.fence)
+            #expect(try DeployRequest(serializedBytes: deploy.body).options.start)
+            #expect(try await client.end(migration.id).state == .done)
         }
     }
 
@@ -227,7 +259,7 @@ import Testing
             let migration = try await client.submitMigration(request)
             try await worker.work(.export)
             let deploy = try DeployRequest(serializedBytes: try await worker.work(.deploy).body)
-            #expect(deploy.dryRun)
+            #expect(deploy.mode == .dryRun)
             #expect(deploy.manifest.disks.map(\.target.path) == ["/pool/web-disk0.qcow2"])
             #expect(try await client.end(migration.id).state == .ready)
         }

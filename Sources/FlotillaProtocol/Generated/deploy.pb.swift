@@ -20,6 +20,53 @@ fileprivate nonisolated struct _GeneratedWithProtocGenSwiftVersion: SwiftProtobu
   typealias Version = _2
 }
 
+package nonisolated enum DeployMode: SwiftProtobuf.Enum, Swift.CaseIterable {
+  package typealias RawValue = Int
+  case unspecified // = 0
+  case deploy // = 1
+
+  /// Change nothing: answer with the domain XML that would be defined.
+  case dryRun // = 2
+
+  /// Change nothing: answer with the state of the domain that an earlier deploy made, and fail if it or a disk of it
+  /// is gone.
+  case check // = 3
+  case UNRECOGNIZED(Int)
+
+  package init() {
+    self = .unspecified
+  }
+
+  package init?(rawValue: Int) {
+    switch rawValue {
+    case 0: self = .unspecified
+    case 1: self = .deploy
+    case 2: self = .dryRun
+    case 3: self = .check
+    default: self = .UNRECOGNIZED(rawValue)
+    }
+  }
+
+  package var rawValue: Int {
+    switch self {
+    case .unspecified: return 0
+    case .deploy: return 1
+    case .dryRun: return 2
+    case .check: return 3
+    case .UNRECOGNIZED(let i): return i
+    }
+  }
+
+  // The compiler won't synthesize support with the UNRECOGNIZED case.
+  package static let allCases: [DeployMode] = [
+    .unspecified,
+    .deploy,
+    .dryRun,
+    .check,
+  ]
+
+}
+
 package nonisolated enum GpuPolicy: SwiftProtobuf.Enum, Swift.CaseIterable {
   package typealias RawValue = Int
   case unspecified // = 0
@@ -127,8 +174,7 @@ package nonisolated struct DeployRequest: Sendable {
   /// Clears the value of `options`. Subsequent reads from it will return its default value.
   package mutating func clearOptions() {self._options = nil}
 
-  /// Change nothing: answer with the domain XML that would be defined.
-  package var dryRun: Bool = false
+  package var mode: DeployMode = .unspecified
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
@@ -334,7 +380,7 @@ package nonisolated struct DeployResult: Sendable {
   /// SHA-256 of the manifest's deterministic binary form, as in the domain's metadata; hexadecimal.
   package var manifestSha256: String = String()
 
-  /// Of a dry run only.
+  /// Of DRY_RUN only.
   package var domainXml: String = String()
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
@@ -346,6 +392,10 @@ package nonisolated struct DeployResult: Sendable {
 
 fileprivate nonisolated let _protobuf_package = "flotilla.v1"
 
+nonisolated extension DeployMode: SwiftProtobuf._ProtoNameProviding {
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0DEPLOY_MODE_UNSPECIFIED\0\u{1}DEPLOY\0\u{1}DRY_RUN\0\u{1}CHECK\0")
+}
+
 nonisolated extension GpuPolicy: SwiftProtobuf._ProtoNameProviding {
   package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0GPU_POLICY_UNSPECIFIED\0\u{1}GPU_REQUIRE\0\u{1}GPU_DROP\0")
 }
@@ -356,7 +406,7 @@ nonisolated extension DiskBus: SwiftProtobuf._ProtoNameProviding {
 
 nonisolated extension DeployRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".DeployRequest"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}manifest\0\u{1}options\0\u{3}dry_run\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}manifest\0\u{1}options\0\u{1}mode\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -366,7 +416,7 @@ nonisolated extension DeployRequest: SwiftProtobuf.Message, SwiftProtobuf._Messa
       switch fieldNumber {
       case 1: try { try decoder.decodeSingularMessageField(value: &self._manifest) }()
       case 2: try { try decoder.decodeSingularMessageField(value: &self._options) }()
-      case 3: try { try decoder.decodeSingularBoolField(value: &self.dryRun) }()
+      case 3: try { try decoder.decodeSingularEnumField(value: &self.mode) }()
       default: break
       }
     }
@@ -383,8 +433,8 @@ nonisolated extension DeployRequest: SwiftProtobuf.Message, SwiftProtobuf._Messa
     try { if let v = self._options {
       try visitor.visitSingularMessageField(value: v, fieldNumber: 2)
     } }()
-    if self.dryRun != false {
-      try visitor.visitSingularBoolField(value: self.dryRun, fieldNumber: 3)
+    if self.mode != .unspecified {
+      try visitor.visitSingularEnumField(value: self.mode, fieldNumber: 3)
     }
     try unknownFields.traverse(visitor: &visitor)
   }
@@ -392,7 +442,7 @@ nonisolated extension DeployRequest: SwiftProtobuf.Message, SwiftProtobuf._Messa
   package static func ==(lhs: DeployRequest, rhs: DeployRequest) -> Bool {
     if lhs._manifest != rhs._manifest {return false}
     if lhs._options != rhs._options {return false}
-    if lhs.dryRun != rhs.dryRun {return false}
+    if lhs.mode != rhs.mode {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
