@@ -77,7 +77,8 @@ let package = Package(
         module(
             "FlotillaCLI",
             [
-                "MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", "Export", "Deploy", "Worker",
+                "MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", "Export", "Passthrough", "Deploy",
+                "Worker",
                 "Coordinator",
                 grpc, grpcInProcess, grpcProtobuf, protobuf, logging, arguments,
             ]),

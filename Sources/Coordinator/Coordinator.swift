@@ -4,6 +4,7 @@ package import Logging
 package import Messaging
 package import MigrationModel
 import SwiftProtobuf
+import Synchronization
 
 /// Decides who does what: turns migrations into tasks, publishes them from the outbox, takes the workers' events and
 /// moves each migration on. All decisions are made inside store transactions; a crash between any two lines leaves a
@@ -16,19 +17,25 @@ package final class Coordinator: Sendable {
         package var policy: TaskMachine.Policy
         /// How often waits and leases are looked at.
         package var tick: Duration
+        /// Leave migrations alone until somebody submits them in this process. For one machine, where a command is
+        /// about what it names and about nothing else that the store holds.
+        package var startsOnlySubmitted: Bool
 
         package init(
-            names: Names = Names(), policy: TaskMachine.Policy = .init(), tick: Duration = .milliseconds(250)
+            names: Names = Names(), policy: TaskMachine.Policy = .init(), tick: Duration = .milliseconds(250),
+            startsOnlySubmitted: Bool = false
         ) {
             self.names = names
             self.policy = policy
             self.tick = tick
+            self.startsOnlySubmitted = startsOnlySubmitted
         }
     }
 
     let store: any JobStore
     let watchers = Watchers()
     let settings: Settings
+    private let submitted = Mutex<Set<String>>([])
     private let bus: any MessageBus
     private let logger: Logger
     private let outboxSignal: AsyncStream<Void>
@@ -64,11 +71,13 @@ package final class Coordinator: Sendable {
         _ body: @escaping @Sendable (inout Transitions) throws -> Value
     ) async throws -> Value {
         let policy = settings.policy
+        let active = settings.startsOnlySubmitted ? submitted.withLock { $0 } : nil
         let (value, effects) = try await store.write { transaction in
-            var transitions = Transitions(store: transaction, now: .now, policy: policy)
+            var transitions = Transitions(store: transaction, now: .now, policy: policy, active: active)
             let value = try body(&transitions)
             return (value, transitions.effects)
         }
+        submitted.withLock { $0.formUnion(effects.submitted) }
         await carryOut(effects)
         return value
     }
@@ -124,14 +133,27 @@ package final class Coordinator: Sendable {
             while true {
                 let rows = try await store.write { try $0.unsent(limit: 100) }
                 if rows.isEmpty { break }
-                for row in rows {
-                    let call = TaskCall(
-                        identity: row.identity, method: row.method, audience: row.host, deadline: row.deadline,
-                        body: row.body)
-                    try await bus.publish(call.message(settings.names, messageID: row.id))
-                    try await store.write { try $0.markSent(row.id) }
-                    Failpoint.coordinatorTaskSent.hit()
-                }
+                for row in rows { try await send(row) }
+            }
+        }
+    }
+
+    private func send(_ row: OutboxRecord) async throws {
+        let call = TaskCall(
+            identity: row.identity, method: row.method, audience: row.host, deadline: row.deadline, body: row.body)
+        do {
+            try await bus.publish(call.message(settings.names, messageID: row.id))
+            try await store.write { try $0.markSent(row.id) }
+            Failpoint.coordinatorTaskSent.hit()
+        } catch let error as MigrationError where [.resourceExhausted, .notFound].contains(error.code) {
+            // No repetition helps: too large, or nobody's. The task fails with the reason instead of blocking the rest.
+            logger.error("task can't be sent", metadata: ["task": "\(row.identity)", "error": "\(error)"])
+            try await decide { transitions in
+                try transitions.store.markSent(row.id)
+                guard let task = try transitions.store.task(id: row.identity.task) else { return }
+                _ = try transitions.apply(
+                    .ended(fence: row.identity.fence, outcome: .failure(code: error.code.rawValue)), to: task,
+                    ended: TaskEnded(error))
             }
         }
     }
@@ -148,6 +170,8 @@ package final class Coordinator: Sendable {
             } catch {
                 logger.error("event not handled", metadata: ["host": "\(event.host)", "error": "\(error)"])
                 await delivery.settle(.requeue)
+                // Without a broker nobody would deliver it later: end, and let the next run continue.
+                if !bus.isDurable { throw error }
             }
         }
     }

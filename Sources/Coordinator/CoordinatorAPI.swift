@@ -116,6 +116,7 @@ extension Transitions {
         var record: MigrationRecord
         if let earlier = try store.migration(key: key) {
             record = earlier
+            activate(record.id)
             let isOther = record.request != request
             if isOther && !record.state.isFinal {
                 for task in try store.tasks(ofMigration: record.id) where !task.machine.isEnded {
@@ -136,11 +137,14 @@ extension Transitions {
                 record.state = .exporting
                 try save(record)
                 try startExport(record)
+            } else {
+                for task in try store.tasks(ofMigration: record.id) { _ = try apply(.dispatch, to: task) }
             }
         } else {
             record = MigrationRecord(
                 id: UUID().uuidString.lowercased(), key: key, request: request, state: .exporting, createdAt: now,
                 updatedAt: now)
+            activate(record.id)
             try save(record)
             try startExport(record)
         }

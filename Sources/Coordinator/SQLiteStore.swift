@@ -31,7 +31,21 @@ package final class SQLiteStore: JobStore {
     package func write<Value: Sendable>(
         _ body: @escaping @Sendable (any JobTransaction) throws -> Value
     ) async throws -> Value {
-        try await database.write { try body(Transaction(database: $0)) }
+        do {
+            return try await database.write { try body(Transaction(database: $0)) }
+        } catch let error as DatabaseError {
+            let path = database.path
+            switch error.resultCode {
+            case .SQLITE_FULL:
+                throw MigrationError(
+                    .resourceExhausted, "store \(path) can't grow",
+                    hint: "free some space and run the same command again",
+                    cause: error)
+            case .SQLITE_IOERR, .SQLITE_CORRUPT, .SQLITE_NOTADB:
+                throw MigrationError(.dataLoss, "store \(path)", hint: "check the disk it lies on", cause: error)
+            default: throw MigrationError(.internal, "store \(path)", cause: error)
+            }
+        }
     }
 
     private static var migrator: DatabaseMigrator {

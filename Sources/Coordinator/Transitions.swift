@@ -14,27 +14,39 @@ struct Transitions {
         /// To the named host.
         var control: [(host: String, message: ControlMessage)] = []
         var changed: [Migration] = []
+        /// Migrations that somebody asked for.
+        var submitted: Set<String> = []
     }
 
     let store: any JobTransaction
     let now: Moment
     let policy: TaskMachine.Policy
+    /// Migrations whose tasks may be sent; nil: all.
+    let active: Set<String>?
     private(set) var effects = Effects()
 
-    init(store: any JobTransaction, now: Moment, policy: TaskMachine.Policy) {
+    init(store: any JobTransaction, now: Moment, policy: TaskMachine.Policy, active: Set<String>? = nil) {
         self.store = store
         self.now = now
         self.policy = policy
+        self.active = active
+    }
+
+    mutating func activate(_ migration: String) { effects.submitted.insert(migration) }
+
+    private func isActive(_ migration: String) -> Bool {
+        active?.contains(migration) ?? true || effects.submitted.contains(migration)
     }
 
     // MARK: - Workers' events
 
     mutating func handle(_ event: TaskEvent, from host: String) throws {
-        guard let task = try store.task(id: event.taskID), task.host == host else {
+        guard let task = try store.task(id: event.taskID) else {
             // Not a task of this store: nothing here waits for it, and the worker need not keep it.
             if case .ended = event.kind { tell(host, event.identity, .stored(ResultStored())) }
             return
         }
+        guard task.host == host else { return }
         switch event.kind {
         case .accepted:
             _ = try store.note(event, kind: "accepted", at: now)
@@ -48,7 +60,7 @@ struct Transitions {
             let outcome: TaskMachine.Outcome = ended.code == 0 ? .success : .failure(code: Int(ended.code))
             let after = try apply(.ended(fence: event.fence, outcome: outcome), to: task, ended: ended)
             // An older fence's result of a task that is still open is kept by its worker: it answers the next attempt.
-            if event.fence == task.machine.fence || after.machine.isEnded {
+            if after.machine != task.machine || after.machine.isEnded {
                 tell(host, event.identity, .stored(ResultStored()))
             }
         case .update, nil: break
@@ -71,6 +83,7 @@ struct Transitions {
     mutating func apply(
         _ event: TaskMachine.Event, to record: TaskRecord, answering sequence: UInt64 = 0, ended: TaskEnded? = nil
     ) throws -> TaskRecord {
+        if case .dispatch = event, !isActive(record.migrationID) { return record }
         var task = record
         let actions = task.machine.handle(event, now: now, policy: policy)
         guard task.machine != record.machine || !actions.isEmpty else { return task }
@@ -187,29 +200,33 @@ struct Transitions {
             throw MigrationError(
                 .unavailable, "host \(request.host) has not told of itself yet", hint: "is its worker running?")
         }
-        let converted = try store.task(id: Stage.convert.taskID(ofMigration: migration.id))?.machine.state == .succeeded
-        if converted, let earlier = migration.manifest {
-            // What was converted is this source as it was: a changed one must not pass for done.
+        let earlier = migration.manifest
+        let wasConverted =
+            try store.task(id: Stage.convert.taskID(ofMigration: migration.id))?.machine.state == .succeeded
+        let isDeployed = migration.result != nil && host.domains.contains { $0.migrationID == migration.id }
+        var manifest = captured
+        manifest.migrationID = migration.id
+        if wasConverted, let earlier { manifest.keepTargets(of: earlier) }
+        migration.findings.removeAll { $0.subject != MigrationRecord.requestSubject }
+        let findings = preflight(
+            manifest: manifest, options: options, pool: request.pool, diskFormat: request.format, host: host)
+
+        if wasConverted, isDeployed, let earlier {
+            // A domain is in use that was made from the source as it was: a changed one must not pass for done.
             guard earlier.source.fingerprint == captured.source.fingerprint else {
                 throw MigrationError(
-                    .failedPrecondition, "\(request.sourceURL) changed since \(earlier.vm.name) was converted from it",
-                    hint: "remove the disks and domain \(options.domainName) and its state to migrate it again")
+                    .failedPrecondition, "\(request.sourceURL) changed since \(earlier.vm.name) was migrated from it",
+                    hint: "undefine domain \(options.domainName) and remove its disks, then run the same command again "
+                        + "to migrate it anew")
             }
-        } else {
-            migration.manifest = captured
-            migration.manifest?.migrationID = migration.id
+            migration.findings += findings.filter { $0.severity != .blocked }
+            return try startDeploy(&migration, .check)
         }
-        migration.findings.removeAll { $0.subject != MigrationRecord.requestSubject }
-        migration.findings += preflight(
-            manifest: migration.manifest ?? captured, options: options, pool: request.pool,
-            diskFormat: request.format, host: host)
-        guard !migration.findings.contains(where: { $0.severity == .blocked }) else {
+        migration.manifest = manifest
+        migration.findings += findings
+        guard !findings.contains(where: { $0.severity == .blocked }) else {
             migration.state = .preflightBlocked
             return try save(migration)
-        }
-        if converted {
-            let deployed = host.domains.contains { $0.migrationID == migration.id }
-            return try startDeploy(&migration, deployed && migration.result != nil ? .check : .deploy)
         }
         if request.dryRun {
             migration.manifest?.planTargets(request, options, on: host)
@@ -220,7 +237,8 @@ struct Transitions {
         try start(
             .convert, of: migration,
             ConvertRequest.with {
-                $0.manifest = migration.manifest ?? captured
+                $0.manifest = manifest
+                $0.convertedFingerprint = earlier?.source.fingerprint ?? ""
                 $0.pool = request.pool
                 $0.format = request.format
                 $0.domainName = options.domainName
@@ -304,6 +322,18 @@ extension DeployOptions {
 }
 
 extension Manifest {
+    /// What an earlier conversion of the same disks made.
+    fileprivate mutating func keepTargets(of earlier: Manifest) {
+        guard disks.map(\.id) == earlier.disks.map(\.id) else { return }
+        for (index, disk) in earlier.disks.enumerated() where disk.hasTarget {
+            disks[index].target = disk.target
+            disks[index].source.sha256 = disk.source.sha256
+            disks[index].source.contentSha256 = disk.source.contentSha256
+            disks[index].source.contentChunkBytes = disk.source.contentChunkBytes
+            disks[index].source.streamBytes = disk.source.streamBytes
+        }
+    }
+
     /// Names the images that a conversion would make, for a dry run.
     fileprivate mutating func planTargets(
         _ request: SubmitMigrationRequest, _ options: DeployOptions, on host: HostProfile

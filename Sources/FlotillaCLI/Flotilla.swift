@@ -30,24 +30,29 @@ package struct Flotilla: AsyncParsableCommand {
             } else {
                 try command.run()
             }
-            Glibc.exit(0)
+            leave(0)
         } catch let code as ExitCode {
-            Glibc.exit(code.rawValue)
+            leave(code.rawValue)
         } catch let error as MigrationError {
             Console.complain("flotilla: error: \(error.message)" + (error.cause.map { ": \($0)" } ?? ""))
             if let hint = error.hint { Console.complain("  \(hint)") }
-            Glibc.exit(Exit(error).rawValue)
+            leave(Exit(error).rawValue)
         } catch {
             let code = exitCode(for: error)
             let text = fullMessage(for: error)
             guard code == .success else {
                 Console.complain(text)
-                Glibc.exit(code == .validationFailure ? Exit.usage.rawValue : Exit.failed.rawValue)
+                leave(code == .validationFailure ? Exit.usage.rawValue : Exit.failed.rawValue)
             }
             Console.line(text)
-            Glibc.exit(0)
+            leave(0)
         }
     }
+}
+
+private func leave(_ code: Int32) -> Never {
+    Console.flush()
+    exit(code)
 }
 
 /// What the process says when it ends.

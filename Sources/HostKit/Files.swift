@@ -17,8 +17,13 @@ package enum Files {
 
     /// Publishes a finished file under its final name. Never replaces: throws `alreadyExists` when `path` is taken.
     package static func publish(_ temporary: String, as path: String) throws {
-        guard flotilla_rename_noreplace(temporary, path) == 0 else {
-            throw systemError("rename \(temporary) to", path)
+        if flotilla_rename_noreplace(temporary, path) != 0 {
+            // NFS and some FUSE file systems can't; a second link can't replace anything either.
+            guard errno == EINVAL || errno == ENOSYS, !isDirectory(temporary) else {
+                throw systemError("rename \(temporary) to", path)
+            }
+            guard link(temporary, path) == 0 else { throw systemError("link \(temporary) as", path) }
+            guard unlink(temporary) == 0 else { throw systemError("remove", temporary) }
         }
         try synchronizeDirectory(of: path)
     }
@@ -103,6 +108,11 @@ package enum Files {
         } else {
             guard unlink(path) == 0 || errno == ENOENT else { throw systemError("remove", path) }
         }
+    }
+
+    /// Removes a directory unless something is in it, or it is gone already.
+    package static func removeDirectoryIfEmpty(_ path: String) throws {
+        guard rmdir(path) == 0 || [ENOTEMPTY, EEXIST, ENOENT].contains(errno) else { throw systemError("remove", path) }
     }
 
     /// Bytes an unprivileged writer may still put on the file system that holds `path`.

@@ -125,3 +125,17 @@ private final class UpdateWriter: ClosableRPCWriterProtocol {
     func finish() async {}
     func finish(throwing error: any Error) async {}
 }
+
+extension TaskEnded {
+    /// Itself, or why it can't be sent: a result that no message holds would be waited for for ever.
+    var thatFits: TaskEnded {
+        let room = Message.maximumBody - 4096
+        let size = (try? serializedBytes() as [UInt8])?.count ?? 0
+        guard size > room else { return self }
+        return TaskEnded.with {
+            $0.code = Int32(MigrationError.Code.resourceExhausted.rawValue)
+            $0.message = "the task's result has \(size) bytes, a message holds \(room)"
+            $0.hint = "shorten the VM's annotation and other long texts on the source"
+        }
+    }
+}

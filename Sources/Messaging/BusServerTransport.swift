@@ -51,6 +51,7 @@ package final class BusServerTransport: ServerTransport {
         var calls: [String: RunningCall] = [:]
         var subscription: Subscription?
         var isShuttingDown = false
+        var isStopping = false
     }
 
     private let state = Mutex(State())
@@ -110,7 +111,11 @@ package final class BusServerTransport: ServerTransport {
     /// process goes on with them.
     package func stopNow() {
         beginGracefulShutdown()
-        for call in state.withLock({ Array($0.calls.values) }) { call.stop(.shutdown) }
+        let calls = state.withLock {
+            $0.isStopping = true
+            return Array($0.calls.values)
+        }
+        for call in calls { call.stop(.shutdown) }
     }
 
     /// Asks the coordinator for the one-shot right to an irreversible step. Throws when it is refused, or when the
@@ -139,14 +144,18 @@ package final class BusServerTransport: ServerTransport {
         } catch {
             logger.warning(
                 "task refused", metadata: ["reason": "\(error)", "task": "\(delivery.message.correlationID)"])
+            if let call = try? TaskCall(decoding: delivery.message), call.audience == settings.host {
+                _ = await refuse(call.identity, error as? MigrationError ?? MigrationError(.internal, "\(error)"))
+            }
             return await delivery.settle(.reject(reason: "\(error)"))
         }
         do {
             try await take(call, method, delivery, handler)
         } catch {
-            // The ledger or the bus failed: nothing was taken on that the queue does not still hold.
+            // The ledger can't take it: the task did not begin, and the coordinator must hear why.
             logger.error("task not taken on", metadata: ["task": "\(call.identity)", "error": "\(error)"])
-            await delivery.settle(.requeue)
+            let isTold = await refuse(call.identity, error as? MigrationError ?? MigrationError(.internal, "\(error)"))
+            await delivery.settle(isTold ? .ack : .requeue)
         }
     }
 
@@ -177,23 +186,45 @@ package final class BusServerTransport: ServerTransport {
         case .stale: return
         case .ended(let ended): await end(running, ended)
         case .run:
-            guard let ended = await slots.with({ await self.execute(call, method, running, handler) }) else { return }
-            await end(running, ended)
+            let ticket = slots.ticket()
+            running.onStop { [slots] in slots.abandon(ticket) }
+            let isIn = await slots.enter(ticket)
+            let ended = await execute(call, method, running, handler)
+            if isIn { slots.leave(ticket) }
+            if let ended { await end(running, ended) }
         }
     }
 
-    /// Makes `call` its task's only one here, or returns the one that is.
-    private func enter(_ call: RunningCall) -> RunningCall? {
-        state.withLock { state in
-            if let other = state.calls[call.identity.task] { return other }
-            state.calls[call.identity.task] = call
-            return nil
+    /// Tells the coordinator of a task that was never taken on. False when that was not possible.
+    private func refuse(_ call: CallIdentity, _ error: MigrationError) async -> Bool {
+        let ended = TaskEnded.with {
+            $0.code = Int32(error.code.rawValue)
+            $0.message = error.message
+            $0.hint = error.hint ?? ""
         }
+        do {
+            try await events.publish(TaskEvent(call, sequence: 1, .ended(ended)), kind: "ended")
+            return true
+        } catch {
+            logger.error("refusal not published", metadata: ["task": "\(call)", "error": "\(error)"])
+            return false
+        }
+    }
+
+    /// Makes `call` its task's only one here, or returns the one that is. After a shutdown began it enters stopped.
+    private func enter(_ call: RunningCall) -> RunningCall? {
+        let (other, isStopping) = state.withLock { state in
+            if let other = state.calls[call.identity.task] { return (RunningCall?.some(other), state.isStopping) }
+            state.calls[call.identity.task] = call
+            return (nil, state.isStopping)
+        }
+        if isStopping { call.stop(.shutdown) }
+        return other
     }
 
     /// Journals and publishes the end. A publish that fails is made up for by the heartbeat.
     private func end(_ call: RunningCall, _ ended: TaskEnded) async {
-        let event = TaskEvent(call.identity, sequence: call.nextSequence(), .ended(ended))
+        let event = TaskEvent(call.identity, sequence: call.nextSequence(), .ended(ended.thatFits))
         do {
             try await ledger.recordEnd(of: call.identity, event)
             Failpoint.workerResultJournaled.hit()

@@ -24,7 +24,7 @@ final class RunningCall: Sendable {
         var sent: [UInt64: ContinuousClock.Instant] = [:]
         var leaseUntil: ContinuousClock.Instant
         var stopReason: StopReason?
-        var cancel: (@Sendable () -> Void)?
+        var cancel: [@Sendable () -> Void] = []
         var permits: [String: CheckedContinuation<Void, any Error>] = [:]
         var ended = false
         var waitingForEnd: [CheckedContinuation<Void, Never>] = []
@@ -59,10 +59,10 @@ final class RunningCall: Sendable {
         }
     }
 
-    /// Sets what stops the handler. Called at once if the call was stopped before.
+    /// Adds what is done to stop the call. Called at once if it was stopped before.
     func onStop(_ cancel: @escaping @Sendable () -> Void) {
         let stopped = state.withLock {
-            $0.cancel = cancel
+            $0.cancel.append(cancel)
             return $0.stopReason != nil
         }
         if stopped { cancel() }
@@ -70,16 +70,16 @@ final class RunningCall: Sendable {
 
     /// The first reason stays.
     func stop(_ reason: StopReason) {
-        let (cancel, permits): ((@Sendable () -> Void)?, [String: CheckedContinuation<Void, any Error>]) =
+        let (cancel, permits): ([@Sendable () -> Void], [String: CheckedContinuation<Void, any Error>]) =
             state.withLock {
                 state in
-                guard state.stopReason == nil else { return (nil, [:]) }
+                guard state.stopReason == nil else { return ([], [:]) }
                 state.stopReason = reason
                 defer { state.permits = [:] }
                 return (state.cancel, state.permits)
             }
         for permit in permits.values { permit.resume(throwing: MigrationError(.cancelled, "stopped: \(reason)")) }
-        cancel?()
+        for action in cancel { action() }
     }
 
     /// Waits for the coordinator's answer. `ask` sends the question and is called once the answer can be received;

@@ -4,12 +4,4 @@ package enum Stage: String, CaseIterable, Sendable, Codable {
 
     /// Identifies a migration's task of this stage; the same over all its attempts. Safe as a file name.
     package func taskID(ofMigration id: String) -> String { "\(id)-\(rawValue)" }
-
-    package var next: Stage? {
-        switch self {
-        case .export: .convert
-        case .convert: .deploy
-        case .deploy: nil
-        }
-    }
 }

@@ -1,4 +1,5 @@
 import Convert
+import Deploy
 import DiskImage
 import Export
 import FlotillaProtocol
@@ -87,3 +88,35 @@ extension Manifest {
 }
 
 private func counted(_ count: Int, _ noun: String) -> String { "\(count) \(noun)\(count == 1 ? "" : "s")" }
+
+/// The disks of an earlier conversion when all of their images are there; nil when none is, so that they are to be
+/// converted. Anything between is for a person to decide. Blocking.
+func keptDisks(_ request: ConvertRequest, _ pool: PoolFolder, _ format: TargetFormat) throws -> [Disk]? {
+    let disks = request.manifest.disks
+    let there = disks.filter { $0.hasTarget && Files.isRegular($0.target.path) }
+    guard let first = there.first else { return nil }
+    let again =
+        "undefine domain \(request.domainName) and remove its disks, then run the same command again to convert anew"
+    guard there.count == disks.count else {
+        let gone = disks.filter { disk in !there.contains { $0.id == disk.id } }.map { $0.target.path }
+        throw MigrationError(
+            .failedPrecondition,
+            "of the converted disks \(gone.joined(separator: ", ")) is gone, \(first.target.path) is not",
+            hint: again)
+    }
+    guard request.convertedFingerprint == request.manifest.source.fingerprint else {
+        throw MigrationError(
+            .failedPrecondition,
+            "\(request.manifest.source.path) changed since \(first.target.path) was converted from it",
+            hint: again)
+    }
+    for disk in disks {
+        let path = targetPath(pool: pool.path, domain: request.domainName, disk: disk.id, format: format.rawValue)
+        guard disk.target.path == path else {
+            throw MigrationError(
+                .failedPrecondition, "\(disk.id) was converted to \(disk.target.path) already, not to \(path)",
+                hint: again)
+        }
+    }
+    return disks
+}

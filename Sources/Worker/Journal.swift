@@ -10,9 +10,9 @@ import Synchronization
 /// What a worker must still know after a crash: which tasks it took on, under which fence, and how those ended whose
 /// result the coordinator has not confirmed. One append-only text file, fsynced at every record.
 ///
-/// A line is sixteen hexadecimal digits of the SHA-256 of the rest, a space, and one JSON record. A line that was cut
-/// short by a crash is the last one, and is dropped; a damaged line before the last means a damaged disk, and opening
-/// the journal fails. Opening rewrites the file with only what still matters.
+/// A line is sixteen hexadecimal digits of the SHA-256 of the rest, a space, and one JSON record. A line that a crash
+/// cut short or tore is the last one, and is dropped: nobody was told of it. A damaged line before the last means a
+/// damaged disk, and opening the journal fails. Opening rewrites the file with only what still matters.
 package final class Journal: TaskLedger {
     private struct Entry: Codable {
         var task: String
@@ -33,9 +33,9 @@ package final class Journal: TaskLedger {
         /// Tasks in the order of their last record.
         var order: [String] = []
         var end: UInt64 = 0
-        var waitingForRest: [CheckedContinuation<Void, Never>] = []
-
-        var hasUnacknowledged: Bool { entries.values.contains { $0.ended != nil } }
+        var watchers: [AsyncStream<Void>.Continuation] = []
+        /// Tasks whose clean-up failed in this process. They stay in the journal for the next.
+        var unswept: Set<String> = []
     }
 
     /// Forgotten tasks whose fences are remembered.
@@ -44,9 +44,16 @@ package final class Journal: TaskLedger {
     private let file: File
     private let state: Mutex<State>
     private let cleanUp: @Sendable (String) throws -> Void
+    private let answers: @Sendable (String) -> Bool
 
-    /// - Parameter cleanUp: removes what a task left on disk besides its result; called before it is forgotten.
-    package init(path: String, cleanUp: @escaping @Sendable (String) throws -> Void) throws {
+    /// - Parameters:
+    ///   - answers: whether a stored success of this gRPC method may answer a later attempt. Only for work that is
+    ///     expensive and whose result can't have changed since.
+    ///   - cleanUp: removes what a task left on disk besides its result; called before it is forgotten.
+    package init(
+        path: String, answers: @escaping @Sendable (String) -> Bool,
+        cleanUp: @escaping @Sendable (String) throws -> Void
+    ) throws {
         var state = State()
         if Files.exists(path) {
             for entry in try Self.parse(Files.read(path, limit: 1 << 30), path) { Self.apply(entry, to: &state) }
@@ -62,6 +69,7 @@ package final class Journal: TaskLedger {
         file = try File(path, O_WRONLY)
         self.state = Mutex(state)
         self.cleanUp = cleanUp
+        self.answers = answers
     }
 
     package func admit(_ call: TaskCall) async throws -> Admission {
@@ -74,7 +82,9 @@ package final class Journal: TaskLedger {
                 if let earlier, identity.fence == earlier.fence, earlier.forgotten { return .stale }
                 var entry = Entry(
                     task: identity.task, attempt: identity.attempt, fence: identity.fence, request: request)
-                if let earlier, !earlier.forgotten, let data = earlier.ended, earlier.request == request {
+                if let earlier, !earlier.forgotten, let data = earlier.ended, earlier.request == request,
+                    earlier.fence == identity.fence || answers(call.method)
+                {
                     let event = try TaskEvent(serializedBytes: data)
                     if earlier.fence == identity.fence || event.ended.code == 0 {
                         entry.ended = try TaskEvent(identity, sequence: event.seq, .ended(event.ended))
@@ -105,34 +115,37 @@ package final class Journal: TaskLedger {
     package func acknowledge(task: String, fence: UInt64) async throws {
         try await blocking("journal") { [self] in
             // Swept under the lock: an attempt that is admitted meanwhile must not work in a folder that is going.
-            let waiting = try state.withLock { state in
+            let watchers = try state.withLock { state in
                 guard var entry = state.entries[task], entry.fence == fence, let data = entry.ended else {
-                    return [CheckedContinuation<Void, Never>]()
+                    return [AsyncStream<Void>.Continuation]()
                 }
                 // What failed may be tried again and goes on from its checkpoint; only an end for good is swept.
                 let ended = try TaskEvent(serializedBytes: data).ended
-                if ended.code == 0 || ended.code == MigrationError.Code.cancelled.rawValue { try cleanUp(task) }
+                if ended.code == 0 || ended.code == MigrationError.Code.cancelled.rawValue {
+                    do { try cleanUp(task) } catch {
+                        state.unswept.insert(task)
+                        for watcher in state.watchers { watcher.yield() }
+                        throw error
+                    }
+                }
                 entry.ended = nil
                 entry.forgotten = true
                 try append(entry, &state)
-                if state.hasUnacknowledged { return [] }
-                defer { state.waitingForRest = [] }
-                return state.waitingForRest
+                return state.watchers
             }
-            for continuation in waiting { continuation.resume() }
+            for watcher in watchers { watcher.yield() }
         }
     }
 
-    /// Returns once every result is with the coordinator and cleaned up after.
-    package func settled() async {
-        await withCheckedContinuation { continuation in
-            spawnThread("journal") { [self] in
-                let rests = state.withLock { state in
-                    if state.hasUnacknowledged { state.waitingForRest.append(continuation) }
-                    return !state.hasUnacknowledged
-                }
-                if rests { continuation.resume() }
-            }
+    /// Returns once no result of the chosen tasks waits to be stored and swept any more, or when cancelled. Does not wait
+    /// for what can't be swept: that was reported, and the next process tries again.
+    package func settled(_ isChosen: @escaping @Sendable (String) -> Bool) async {
+        let (changes, continuation) = AsyncStream<Void>.makeStream(bufferingPolicy: .bufferingNewest(1))
+        state.withLock { $0.watchers.append(continuation) }
+        continuation.yield()
+        for await _ in changes {
+            let unswept = state.withLock { $0.unswept }
+            if await unacknowledged().allSatisfy({ !isChosen($0.taskID) || unswept.contains($0.taskID) }) { return }
         }
     }
 
@@ -149,8 +162,14 @@ package final class Journal: TaskLedger {
 
     private func append(_ entry: Entry, _ state: inout State) throws {
         let bytes = try Self.line(entry)
-        try file.write(bytes, at: state.end)
-        try file.synchronizeData()
+        do {
+            try file.write(bytes, at: state.end)
+            try file.synchronizeData()
+        } catch {
+            // The next record must not follow half of this one.
+            try file.truncate(to: state.end)
+            throw error
+        }
         state.end += UInt64(bytes.count)
         Self.apply(entry, to: &state)
     }
@@ -179,6 +198,7 @@ package final class Journal: TaskLedger {
             guard line.count > 17, checksum(json) == String(decoding: line.prefix(16), as: UTF8.self),
                 let entry = try? JSONDecoder().decode(Entry.self, from: Data(json))
             else {
+                if number == lines.count - 1 { break }
                 throw MigrationError(
                     .dataLoss, "journal \(path): line \(number + 1) is damaged",
                     hint: "check the disk; move the file away to start with an empty journal once no task is under way")

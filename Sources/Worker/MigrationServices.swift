@@ -23,7 +23,8 @@ struct ExportHandler: ExportService.ServiceProtocol {
     func export(
         request: ServerRequest<ExportRequest>, context: ServerContext
     ) async throws -> StreamingServerResponse<ExportUpdate> {
-        StreamingServerResponse { writer in
+        try CallIdentity(request.metadata).require(.export, ofMigration: request.message.migrationID)
+        return StreamingServerResponse { writer in
             let request = request.message
             let source = try SourceURL(parsing: request.sourceURL)
             try configuration.requireSource(source.path)
@@ -67,6 +68,7 @@ struct ConvertHandler: ConvertService.ServiceProtocol {
         request: ServerRequest<ConvertRequest>, context: ServerContext
     ) async throws -> StreamingServerResponse<ConvertUpdate> {
         let call = try CallIdentity(request.metadata)
+        try call.require(.convert, ofMigration: request.message.manifest.migrationID)
         return StreamingServerResponse { writer in
             let request = request.message
             let pool = try configuration.pool(named: request.pool)
@@ -78,6 +80,11 @@ struct ConvertHandler: ConvertService.ServiceProtocol {
             }
             for disk in request.manifest.disks { try configuration.requireSource(disk.source.path) }
             try await blocking("convert") { try requireUnchanged(request.manifest) }
+
+            if let kept = try await blocking("convert", { try keptDisks(request, pool, format) }) {
+                try await writer.write(.with { $0.result = .with { $0.disks = kept } })
+                return [:]
+            }
 
             let work = WorkDirectory(pool: pool.path, task: call.task)
             let folder = try await blocking("convert") { try work.adopt(fence: call.fence) }
@@ -113,7 +120,8 @@ struct ConvertHandler: ConvertService.ServiceProtocol {
                 try await writer.write(.with { [disks] in $0.result = .with { $0.disks = disks } })
             } catch let error as MigrationError where !error.keepsCheckpoint {
                 // Nothing of this attempt can be of use to another.
-                try await blocking("convert") {
+                // What can't be tidied up now is the next attempt's; the person must hear of the cause.
+                try? await blocking("convert") {
                     for conversion in conversions { try conversion.withdraw() }
                     try work.remove()
                 }
@@ -164,17 +172,35 @@ struct ConvertHandler: ConvertService.ServiceProtocol {
 struct DeployHandler: DeployService.ServiceProtocol {
     let configuration: WorkerConfiguration
     let permit: @Sendable (String, CallIdentity) async throws -> Void
+    /// Choosing devices and defining the domain that takes them is one step: two VMs never get the same GPU.
+    private let placement = Slots(1)
+
+    init(
+        configuration: WorkerConfiguration, permit: @escaping @Sendable (String, CallIdentity) async throws -> Void
+    ) {
+        self.configuration = configuration
+        self.permit = permit
+    }
 
     func deploy(
         request: ServerRequest<DeployRequest>, context: ServerContext
     ) async throws -> StreamingServerResponse<DeployUpdate> {
         let call = try CallIdentity(request.metadata)
+        try call.require(.deploy, ofMigration: request.message.manifest.migrationID)
         return StreamingServerResponse { writer in
             let request = request.message
             let (manifest, options) = (request.manifest, request.options)
             if case .console(let pattern) = options.verification.method { try validateConsolePattern(pattern) }
-            let plan = try await blocking("deploy") {
-                try DeployPlan(manifest, options, configuration, mode: request.mode)
+            let (plan, defined) = try await placement.with {
+                let plan = try await blocking("deploy") {
+                    try DeployPlan(manifest, options, configuration, mode: request.mode)
+                }
+                guard request.mode == .deploy else { return (plan, LibvirtDomain?.none) }
+                try await permit("define-domain", call)
+                Failpoint.deployPermitted.hit()
+                let domain = try await blocking("deploy") { try plan.deployment.define(plan.domain) }
+                Failpoint.deployDefined.hit()
+                return (plan, domain)
             }
             var result = DeployResult()
             result.domainName = plan.domain.name
@@ -182,24 +208,19 @@ struct DeployHandler: DeployService.ServiceProtocol {
             result.manifestSha256 = try manifestDigest(manifest)
             result.devices = plan.domain.devices.flatMap { $0.map(\.address) }
             result.findings = plan.findings
-            switch request.mode {
-            case .dryRun:
-                result.domainXml = try plan.domain.text()
+            guard let domain = defined else {
+                switch request.mode {
+                case .dryRun: result.domainXml = try plan.domain.text()
+                case .check:
+                    result.domainState = try await blocking("deploy") {
+                        try plan.deployment.state(of: plan.domain.name)
+                    }
+                case .deploy, .unspecified, .UNRECOGNIZED:
+                    throw MigrationError(.invalidArgument, "deploy mode \(request.mode.rawValue) is not known")
+                }
                 try await writer.write(.with { [result] in $0.result = result })
                 return [:]
-            case .check:
-                result.domainState = try await blocking("deploy") { try plan.deployment.state(of: plan.domain.name) }
-                try await writer.write(.with { [result] in $0.result = result })
-                return [:]
-            case .deploy: break
-            case .unspecified, .UNRECOGNIZED:
-                throw MigrationError(.invalidArgument, "deploy mode \(request.mode.rawValue) is not known")
             }
-
-            try await permit("define-domain", call)
-            Failpoint.deployPermitted.hit()
-            let domain = try await blocking("deploy") { try plan.deployment.define(plan.domain) }
-            Failpoint.deployDefined.hit()
             try await writer.step(domain.name, "defined as \(result.domainUuid)")
             if options.start {
                 try await blocking("deploy") { try domain.start() }
@@ -258,6 +279,15 @@ extension RPCWriter<DeployUpdate> {
                     $0.message = message
                 }
             })
+    }
+}
+
+extension CallIdentity {
+    /// Throws unless the call is the stage's task of this migration: ids become file names.
+    fileprivate func require(_ stage: Stage, ofMigration id: String) throws {
+        guard task == stage.taskID(ofMigration: id) else {
+            throw MigrationError(.invalidArgument, "task \(task) is not the \(stage.rawValue) of migration '\(id)'")
+        }
     }
 }
 

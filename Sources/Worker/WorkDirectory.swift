@@ -14,7 +14,12 @@ struct WorkDirectory: Sendable {
     /// nothing can reach it under the old fence.
     func adopt(fence: UInt64) throws -> String {
         let folder = "\(path)/\(fence)"
-        try Files.createDirectories(path, mode: 0o700)
+        do {
+            try Files.createDirectories(path, mode: 0o700)
+        } catch let error as MigrationError where error.code == .notFound {
+            // Another task just removed the empty folder above.
+            try Files.createDirectories(path, mode: 0o700)
+        }
         let others = try Files.list(path).compactMap { UInt64($0) }.filter { $0 != fence }.sorted()
         if let newer = others.last, newer > fence {
             throw MigrationError(.aborted, "\(task): fence \(newer) works in \(path) already, this is \(fence)")
@@ -32,8 +37,9 @@ struct WorkDirectory: Sendable {
     }
 
     func remove() throws {
+        guard Files.exists(root) else { return }
         try Files.remove(path)
         // Stays while other tasks have folders in it.
-        if try Files.isDirectory(root) && Files.list(root).isEmpty { try Files.remove(root) }
+        try Files.removeDirectoryIfEmpty(root)
     }
 }

@@ -17,7 +17,8 @@ package final class Worker: Sendable {
     package init(_ configuration: WorkerConfiguration, bus: any MessageBus, logger: Logger) throws {
         self.configuration = configuration
         let pools = configuration.pools
-        journal = try Journal(path: "\(configuration.stateDirectory)/worker.journal") { task in
+        let convert = ConvertService.Method.Convert.descriptor.fullyQualifiedMethod
+        journal = try Journal(path: configuration.journalPath, answers: { $0 == convert }) { task in
             for pool in pools { try WorkDirectory(pool: pool.path, task: task).remove() }
         }
         let transport = BusServerTransport(
@@ -52,12 +53,16 @@ package final class Worker: Sendable {
         try await transport.publishInventory(profile)
     }
 
-    /// Takes no more tasks; returns once results are confirmed and cleaned up after. Tasks that run go on.
-    package func settle() async { await journal.settled() }
+    /// Returns once every result of these migrations is with the coordinator and cleaned up after, or when cancelled.
+    package func settle(_ migrations: Set<String>) async {
+        await journal.settled { task in
+            Stage.allCases.contains { stage in
+                task.hasSuffix("-\(stage.rawValue)")
+                    && migrations.contains(String(task.dropLast(stage.rawValue.count + 1)))
+            }
+        }
+    }
 
-    /// Takes no more tasks and lets those that run end.
-    package func drain() { server.beginGracefulShutdown() }
-
-    /// Stops what runs at its last checkpoint.
+    /// Takes no more tasks and stops what runs at its last checkpoint.
     package func stopNow() { transport.stopNow() }
 }

@@ -29,6 +29,13 @@ package struct WorkerConfiguration: Sendable {
         self.transport = transport ?? BusServerTransport.Settings(host: host)
     }
 
+    /// One journal per host and set of pools: a worker only ever speaks for work whose folders it can reach.
+    var journalPath: String {
+        let parts = [host] + pools.flatMap { [$0.name, $0.path] }
+        let mark = hex(Digest.hash(.sha256, Array(parts.joined(separator: "\0").utf8)).prefix(4))
+        return "\(stateDirectory)/worker-\(mark).journal"
+    }
+
     func pool(named name: String) throws -> PoolFolder {
         guard let pool = pools.first(where: { $0.name == name }) else {
             throw MigrationError(

@@ -231,6 +231,7 @@ import Testing
             }
             #expect(cancelled == old.identity.fence)
             try await worker.work(.export)
+            try await worker.work(.convert)
             let deploy = try await worker.work(.deploy)
             #expect(deploy.identity.fence > old.identity.fence)
             #expect(try DeployRequest(serializedBytes: deploy.body).options.start)
@@ -246,8 +247,57 @@ import Testing
             _ = try await client.end(migration.id)
             _ = try await client.submitMigration(Rig.request)
             try await worker.work(.export)
-            try await worker.work(.deploy)
+            // The worker decides by what is on its disks whether they are kept.
+            let convert = try ConvertRequest(serializedBytes: try await worker.work(.convert).body)
+            #expect(convert.manifest.disks.map(\.target.path) == ["/pool/web-disk0.qcow2"])
+            #expect(convert.convertedFingerprint == "f1")
+            #expect(try DeployRequest(serializedBytes: try await worker.work(.deploy).body).mode == .deploy)
             #expect(try await client.end(migration.id).state == .done)
+        }
+    }
+
+    @Test func onlySubmittedMigrationsStart() async throws {
+        var rig = try Rig()
+        rig.startsOnlySubmitted = true
+        try await rig.process { client, worker in
+            _ = try await client.submitMigration(Rig.request)
+            try await worker.accept(try await worker.take())
+        }
+        try await rig.process { client, worker in
+            var other = Rig.request
+            other.sourceURL = "ova:/images/other.ova"
+            let migration = try await client.submitMigration(other)
+            let call = try await worker.take()
+            #expect(call.identity.task == Stage.export.taskID(ofMigration: migration.id))
+            try await worker.accept(call)
+            _ = try await client.submitMigration(Rig.request)
+            #expect(try await worker.take().identity.fence == 2)
+        }
+    }
+
+    @Test func taskThatNoMessageHoldsFailsItsMigrationAlone() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            var request = Rig.request
+            request.options.networks.append(
+                .with {
+                    $0.source = String(repeating: "n", count: 1000)
+                    $0.bridge = "br0"
+                })
+            let migration = try await client.submitMigration(request)
+            // Small enough for the export's event and the convert request, too large for the deploy request.
+            var manifest = Rig.manifest
+            manifest.vm.annotation = String(repeating: "x", count: Message.maximumBody - 700)
+            try await worker.work(.export, manifest: manifest)
+            try await worker.work(.convert)
+            let ended = try await client.end(migration.id)
+            #expect(ended.state == .failed)
+            #expect(ended.errorMessage.contains("bytes"))
+
+            var other = Rig.request
+            other.sourceURL = "ova:/images/other.ova"
+            let second = try await client.submitMigration(other)
+            #expect(try await worker.take().identity.task == Stage.export.taskID(ofMigration: second.id))
         }
     }
 

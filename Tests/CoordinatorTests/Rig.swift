@@ -19,6 +19,7 @@ struct Rig {
 
     let folder: TemporaryFolder
     var policy = TaskMachine.Policy()
+    var startsOnlySubmitted = false
 
     init(policy: TaskMachine.Policy = .init()) throws {
         folder = try TemporaryFolder()
@@ -31,7 +32,8 @@ struct Rig {
         let names = Names()
         let coordinator = Coordinator(
             store: try SQLiteStore(path: "\(folder.path)/store.sqlite"), bus: bus,
-            settings: .init(names: names, policy: policy, tick: .milliseconds(10)),
+            settings: .init(
+                names: names, policy: policy, tick: .milliseconds(10), startsOnlySubmitted: startsOnlySubmitted),
             logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() })
         try await bus.declare(names.topology(hosts: [Self.host]))
         let transport = InProcessTransport()

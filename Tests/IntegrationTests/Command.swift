@@ -17,11 +17,13 @@ struct Outcome {
 /// Runs a program to its end. Output goes through files, so that no pipe can fill up and no daemon that the program
 /// leaves behind is waited for.
 ///
-/// - Parameter killAfter: SIGKILL after so many seconds, unless it has ended.
+/// - Parameters:
+///   - killAfter: seconds after which it gets `signal`, unless it has ended.
+///   - signal: one that asks it to end is given `limit` to be obeyed.
 @discardableResult
 func run(
     _ program: String, _ arguments: [String], environment: [String: String] = [:], limit: Double = 300,
-    killAfter: Double? = nil
+    killAfter: Double? = nil, signal: Int32 = SIGKILL
 ) throws -> Outcome {
     let folder = try TemporaryFolder()
     let (out, err) = ("\(folder.path)/out", "\(folder.path)/err")
@@ -50,19 +52,20 @@ func run(
         ended.signal()
     }
     if ended.wait(timeout: .now() + (killAfter ?? limit)) == .timedOut {
-        kill(child, SIGKILL)
-        ended.wait()
-        guard killAfter != nil else {
+        if killAfter != nil { kill(child, signal) }
+        if killAfter == nil || ended.wait(timeout: .now() + limit) == .timedOut {
+            kill(child, SIGKILL)
+            ended.wait()
             throw MigrationError(.deadlineExceeded, "\(program) \(arguments) took more than \(limit) s")
         }
     }
     let raw = status.withLock { $0 }
-    let signal = raw & 0x7f
+    let killed = raw & 0x7f
     func text(_ path: String) throws -> String {
         String(decoding: try Files.read(path, limit: 64 << 20), as: UTF8.self)
     }
     return Outcome(
-        status: signal == 0 ? (raw >> 8) & 0xff : -signal, output: try text(out), errors: try text(err),
+        status: killed == 0 ? (raw >> 8) & 0xff : -killed, output: try text(out), errors: try text(err),
         seconds: Double((ContinuousClock.now - started).milliseconds) / 1000)
 }
 

@@ -1,4 +1,5 @@
 import FlotillaProtocol
+import Glibc
 import HostKit
 import MigrationModel
 import Testing
@@ -53,7 +54,26 @@ extension Integration {
             try place.expectNoLeftovers(webDisks)
         }
 
-        @Test func interruptEndsCleanlyAndContinues() throws {
+        /// Ctrl-C at any moment: it says so, exits with 4 (or had ended), and the next run continues.
+        @Test(arguments: [SIGINT, SIGTERM]) func interruptedThenRunAgain(_ signal: Int32) throws {
+            let place = try Place()
+            defer { try? place.clear() }
+            for delay in [0.02, 0.05, 0.1, 0.2, 0.3, 0.5] {
+                let outcome = try place.migrate(try web(), killAfter: delay, signal: signal)
+                // Before its first line of our code runs, the signal's own default counts.
+                #expect([0, 4, -signal].contains(outcome.status), "\(outcome.output)\(outcome.errors)")
+                if outcome.status == 4 { #expect(outcome.errors.contains("run the same command again")) }
+            }
+            let waiting = try place.migrate(
+                try web(), options: ["--start", "--verify", "console=never", "--name", "demo-web"], killAfter: 4,
+                signal: signal)
+            #expect([0, 4].contains(waiting.status), "\(waiting.output)\(waiting.errors)")
+            let last = try place.migrate(try web())
+            #expect(last.status == 0, "\(last.output)\(last.errors)")
+            _ = try place.virsh("destroy", "demo-web")
+        }
+
+        @Test func checkpointIsUsedAfterAKill() throws {
             let place = try Place()
             defer { try? place.clear() }
             let killed = try place.migrate(try web(), failpoint: "convert.checkpoint:1")

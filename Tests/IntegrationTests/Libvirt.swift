@@ -50,7 +50,8 @@ final class Place {
     }
 
     func migrate(
-        _ sources: String..., options: [String] = [], failpoint: String? = nil, killAfter: Double? = nil
+        _ sources: String..., options: [String] = [], failpoint: String? = nil, killAfter: Double? = nil,
+        signal: Int32 = SIGKILL
     ) throws -> Outcome {
         let networks = [
             "--network", "VM Network=network:flotilla-a", "--network", "Storage Network=network:flotilla-b",
@@ -58,7 +59,7 @@ final class Place {
         return try run(
             Environment.flotilla(),
             ["migrate"] + sources + ["--host", uri, "--pool", pool, "--state", state] + networks + options,
-            environment: failpoint.map { [Failpoint.environmentKey: $0] } ?? [:], killAfter: killAfter)
+            environment: failpoint.map { [Failpoint.environmentKey: $0] } ?? [:], killAfter: killAfter, signal: signal)
     }
 
     /// Names in the pool, hidden ones too.
@@ -97,7 +98,8 @@ final class Place {
     /// Nothing but the finished disks is left, and no result waits for anyone.
     func expectNoLeftovers(_ expected: [String], sourceLocation: SourceLocation = #_sourceLocation) throws {
         #expect(try poolFiles == expected.sorted(), sourceLocation: sourceLocation)
-        let journal = String(decoding: try Files.read("\(state)/worker.journal"), as: UTF8.self)
+        let name = try #require(try Files.list(state).first { $0.hasSuffix(".journal") })
+        let journal = String(decoding: try Files.read("\(state)/\(name)"), as: UTF8.self)
         let last = journal.split(separator: "\n").reduce(into: [String: Substring]()) { last, line in
             if let range = line.range(of: "\"task\":\"") {
                 last[String(line[range.upperBound...].prefix { $0 != "\"" })] = line

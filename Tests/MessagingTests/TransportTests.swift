@@ -166,6 +166,10 @@ private struct Events {
             let reason = try #require(try await rig.deadLetter())
             #expect(!reason.isEmpty)
             #expect(rig.ledger.admitted.isEmpty)
+            if kind == "unknown method" {
+                // The sender is known: it is told.
+                #expect(try await events.ended().code == Int32(MigrationError.Code.unimplemented.rawValue))
+            }
             try await rig.send("work")
             #expect(try await events.ended().code == 0)
         }

@@ -18,12 +18,12 @@ import Testing
     private var path: String { "\(folder.path)/worker.journal" }
 
     private func open(_ cleanUp: @escaping @Sendable (String) throws -> Void = { _ in }) throws -> Journal {
-        try Journal(path: path, cleanUp: cleanUp)
+        try Journal(path: path, answers: { $0 == "Convert" }, cleanUp: cleanUp)
     }
 
     private func call(_ task: String, fence: UInt64, body: [UInt8] = [1]) -> TaskCall {
         TaskCall(
-            identity: CallIdentity(task: task, attempt: UInt32(fence), fence: fence), method: "m", audience: "h",
+            identity: CallIdentity(task: task, attempt: UInt32(fence), fence: fence), method: "Convert", audience: "h",
             body: body)
     }
 
@@ -62,6 +62,33 @@ import Testing
         #expect(try await journal.admit(call("t", fence: 2, body: [2])) == .run)
     }
 
+    @Test func onlyChosenMethodsAreAnsweredFromTheStore() async throws {
+        let journal = try open()
+        var first = call("t", fence: 1)
+        first.method = "Deploy"
+        _ = try await journal.admit(first)
+        try await journal.recordEnd(of: first.identity, end(first))
+        var second = call("t", fence: 2)
+        second.method = "Deploy"
+        #expect(try await journal.admit(second) == .run)
+    }
+
+    @Test func settlingWaitsForTheChosenAlone() async throws {
+        let journal = try open()
+        for task in ["a-convert", "b-convert"] {
+            let call = call(task, fence: 1)
+            _ = try await journal.admit(call)
+            try await journal.recordEnd(of: call.identity, end(call))
+        }
+        let waiting = Task { await journal.settled { $0.hasPrefix("a") } }
+        try await journal.acknowledge(task: "a-convert", fence: 1)
+        await waiting.value
+        let cancelled = Task { await journal.settled { $0.hasPrefix("b") } }
+        cancelled.cancel()
+        await cancelled.value
+        #expect(await journal.unacknowledged().map(\.taskID) == ["b-convert"])
+    }
+
     @Test func failureIsRunAgainByALaterAttempt() async throws {
         let journal = try open()
         let first = call("t", fence: 1)
@@ -78,7 +105,7 @@ import Testing
         try await journal.acknowledge(task: "t", fence: 1)
         #expect(Files.exists("\(folder.path)/swept-t"))
         #expect(await journal.unacknowledged().isEmpty)
-        await journal.settled()
+        await journal.settled { _ in true }
         #expect(try await journal.admit(first) == .stale)
         #expect(try await open().admit(first) == .stale)
         #expect(try await open().admit(call("t", fence: 2)) == .run)
@@ -91,6 +118,8 @@ import Testing
         try await journal.recordEnd(of: first.identity, end(first))
         await #expect(throws: MigrationError.self) { try await journal.acknowledge(task: "t", fence: 1) }
         #expect(await journal.unacknowledged().count == 1)
+        // Nobody waits for it in vain.
+        await journal.settled { _ in true }
     }
 
     @Test func acknowledgementOfAnOlderFenceKeepsTheResult() async throws {
@@ -120,6 +149,19 @@ import Testing
         }
         #expect(ends == ends.sorted())
         #expect(ends.first == 0)
+    }
+
+    @Test func damagedLastLineIsDropped() async throws {
+        do {
+            let journal = try open()
+            for number in 1...3 { _ = try await journal.admit(call("t\(number)", fence: 5)) }
+        }
+        var bytes = try Files.read(path)
+        bytes[bytes.count - 10] ^= 1
+        try Files.writeAtomically(bytes, to: path)
+        let journal = try open()
+        #expect(try await journal.admit(call("t2", fence: 4)) == .stale)
+        #expect(try await journal.admit(call("t3", fence: 4)) == .run)
     }
 
     @Test func damageBeforeTheLastLineIsReported() async throws {

@@ -25,11 +25,11 @@ struct EmbeddedFleet {
     /// Migrations whose stages run at once.
     var slots = 2
 
-    /// Runs the fleet around `body`, which talks to it through the coordinator's API. `interrupted` returns when the
-    /// work is to stop early.
+    /// Runs the fleet around `body`, which talks to it through the coordinator's API and returns, with its value, the
+    /// migrations it saw to their ends. `interrupted` returns when the work is to stop early.
     func run<Value: Sendable>(
         interrupted: @escaping @Sendable () async -> Void,
-        _ body: @escaping @Sendable (Client) async throws -> Value
+        _ body: @escaping @Sendable (Client) async throws -> (Value, migrations: Set<String>)
     ) async throws -> Value {
         let lock = try lockState()
         defer { withExtendedLifetime(lock) {} }
@@ -37,7 +37,7 @@ struct EmbeddedFleet {
         let names = Names()
         let coordinator = Coordinator(
             store: try SQLiteStore(path: "\(stateDirectory)/flotilla.sqlite"), bus: bus,
-            settings: .init(names: names), logger: logger)
+            settings: .init(names: names, startsOnlySubmitted: true), logger: logger)
         try await bus.declare(names.topology(hosts: [libvirtURI]))
         let worker = try Worker(
             WorkerConfiguration(
@@ -71,13 +71,15 @@ struct EmbeddedFleet {
             }
             group.addTask {
                 await interrupted()
+                try Task.checkCancellation()
                 worker.stopNow()
                 throw MigrationError(.cancelled, "interrupted", hint: "run the same command again to continue")
             }
             group.addTask {
-                let value = try await body(Client(wrapping: client))
+                let (value, migrations) = try await body(Client(wrapping: client))
                 // Results are confirmed and work folders gone before the process is.
-                await worker.settle()
+                await worker.settle(migrations)
+                try Task.checkCancellation()
                 return value
             }
             defer {

@@ -4,6 +4,7 @@ import FlotillaProtocol
 import Glibc
 import HostKit
 import MigrationModel
+import Passthrough
 import SwiftProtobuf
 
 struct MigrateCommand: AsyncParsableCommand {
@@ -54,6 +55,9 @@ struct MigrateCommand: AsyncParsableCommand {
     @Option(help: "Bus of the disks: virtio, scsi or sata (default: what suits the guest).")
     var diskBus: DiskBusArgument?
 
+    @Option(help: "Name of the domain, when one VM is migrated (default: the VM's name).")
+    var name: String?
+
     @Flag(help: "Let libvirt's domain have a new UUID instead of the source's.")
     var newUUID = false
 
@@ -79,6 +83,10 @@ struct MigrateCommand: AsyncParsableCommand {
         if sources.isEmpty { throw ValidationError("Name at least one source, for example ova:web.ova") }
         if verify != .none && !start {
             throw ValidationError("--verify needs --start: there is nothing to watch otherwise")
+        }
+        if let name {
+            guard isValidDomainName(name) else { throw ValidationError("'\(name)' can't be a domain's name") }
+            if sources.count > 1 || vms.count > 1 { throw ValidationError("--name goes with one VM only") }
         }
         if vms.count > 1 && sources.count > 1 { throw ValidationError("Several --vm go with one source only") }
         for source in sources {
@@ -114,6 +122,7 @@ struct MigrateCommand: AsyncParsableCommand {
         let pool = Files.isDirectory(pool) ? try Files.canonical(pool) : try absolute(pool)
         var options = DeployOptions()
         options.networks = networks.map(\.mapping)
+        options.domainName = name ?? ""
         options.gpu = gpu.policy
         options.diskBus = diskBus?.bus ?? .unspecified
         options.keepUuid = !newUUID
@@ -125,14 +134,16 @@ struct MigrateCommand: AsyncParsableCommand {
             let url = try SourceURL(parsing: source)
             for vm in vms.isEmpty ? [""] : vms {
                 var request = SubmitMigrationRequest()
-                request.sourceURL = url.description
+                // The same file is the same source, whatever folder the command is given in.
+                let path = Files.exists(url.path) ? try Files.canonical(url.path) : url.path
+                request.sourceURL = "\(url.kind.rawValue):\(path)"
                 request.vmName = vm
                 request.host = host
                 request.pool = pool
                 request.format = format.rawValue
                 request.options = options
                 request.dryRun = dryRun
-                requests.append(request)
+                if !requests.contains(request) { requests.append(request) }
             }
         }
         return requests

@@ -20,6 +20,8 @@ struct MigrateRun {
 
     func run() async throws -> Exit {
         let signals = Signals(SIGINT, SIGTERM)
+        // Records and images are for the person who runs this, and for libvirt, which takes what it needs.
+        umask(0o077)
         var logger = Logger(label: "flotilla") { StreamLogHandler.standardError(label: $0) }
         logger.logLevel = verbose ? .debug : .error
 
@@ -29,7 +31,8 @@ struct MigrateRun {
         let fleet = EmbeddedFleet(libvirtURI: libvirtURI, pool: pool, stateDirectory: folder, logger: logger)
         let view = output.view()
         let migrations = try await fleet.run(interrupted: { await signals.first() }) { client in
-            try await follow(client, view)
+            let migrations = try await follow(client, view)
+            return (migrations, Set(migrations.map(\.id)))
         }
         view.finish(migrations)
         return Exit(migrations)
@@ -61,6 +64,10 @@ struct MigrateRun {
             for try await event in response.messages {
                 view.show(event)
                 if case .state(let state) = event.event { last = state }
+            }
+            guard last.state.isFinal else {
+                throw MigrationError(
+                    .cancelled, "\(last.title) was left unfinished", hint: "run the same command again")
             }
             return last
         }

@@ -1,11 +1,17 @@
+import Dispatch
 import Glibc
 
-/// Standard output and error, unbuffered: what was said is said, whatever happens next. A reader that went away is
-/// not an error of the migration.
+/// Standard output and error. Written in order by a queue of its own, so that a reader who pauses (a pager) stops no
+/// heartbeat; a reader that went away is not an error of the migration.
 enum Console {
-    static func out(_ text: String) { write(text, to: STDOUT_FILENO) }
+    private static let queue = DispatchQueue(label: "console")
+
+    static func out(_ text: String) { queue.async { write(text, to: STDOUT_FILENO) } }
     static func line(_ text: String) { out("\(text)\n") }
-    static func complain(_ text: String) { write("\(text)\n", to: STDERR_FILENO) }
+    static func complain(_ text: String) { queue.async { write("\(text)\n", to: STDERR_FILENO) } }
+
+    /// Everything said so far is written when this returns.
+    static func flush() { queue.sync {} }
 
     private static func write(_ text: String, to descriptor: Int32) {
         var text = text

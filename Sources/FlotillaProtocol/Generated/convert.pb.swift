@@ -43,6 +43,10 @@ package nonisolated struct ConvertRequest: Sendable {
   /// The domain the disks are for; their files are named after it.
   package var domainName: String = String()
 
+  /// The source's fingerprint when disks that carry a target were converted. Such disks are kept if all of their images
+  /// are there and nothing else is asked for now, and converted anew if none is.
+  package var convertedFingerprint: String = String()
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -112,7 +116,7 @@ fileprivate nonisolated let _protobuf_package = "flotilla.v1"
 
 nonisolated extension ConvertRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".ConvertRequest"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}manifest\0\u{1}pool\0\u{1}format\0\u{3}domain_name\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}manifest\0\u{1}pool\0\u{1}format\0\u{3}domain_name\0\u{3}converted_fingerprint\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -124,6 +128,7 @@ nonisolated extension ConvertRequest: SwiftProtobuf.Message, SwiftProtobuf._Mess
       case 2: try { try decoder.decodeSingularStringField(value: &self.pool) }()
       case 3: try { try decoder.decodeSingularStringField(value: &self.format) }()
       case 4: try { try decoder.decodeSingularStringField(value: &self.domainName) }()
+      case 5: try { try decoder.decodeSingularStringField(value: &self.convertedFingerprint) }()
       default: break
       }
     }
@@ -146,6 +151,9 @@ nonisolated extension ConvertRequest: SwiftProtobuf.Message, SwiftProtobuf._Mess
     if !self.domainName.isEmpty {
       try visitor.visitSingularStringField(value: self.domainName, fieldNumber: 4)
     }
+    if !self.convertedFingerprint.isEmpty {
+      try visitor.visitSingularStringField(value: self.convertedFingerprint, fieldNumber: 5)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -154,6 +162,7 @@ nonisolated extension ConvertRequest: SwiftProtobuf.Message, SwiftProtobuf._Mess
     if lhs.pool != rhs.pool {return false}
     if lhs.format != rhs.format {return false}
     if lhs.domainName != rhs.domainName {return false}
+    if lhs.convertedFingerprint != rhs.convertedFingerprint {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
