@@ -26,7 +26,7 @@ test: ## build everything with warnings as errors and run all tests
 	Tests/testbeds/guest/build --out $(GUEST)
 	swift build --build-tests
 	FLOTILLA_TEST_GUEST=$(GUEST) FLOTILLA_TEST_BIN=$$(swift build --show-bin-path)/flotilla \
-		swift test --skip-build
+		swift test --skip-build --no-parallel
 
 format: ## format all Swift code
 	@swift format -i --configuration .swift-format $(SWIFT_SOURCES)

@@ -1,5 +1,4 @@
 package import FlotillaProtocol
-import FoundationEssentials
 package import GRPCCore
 import HostKit
 import MigrationModel
@@ -103,71 +102,5 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
 
     private func unimplemented(_ method: String) -> MigrationError {
         MigrationError(.unimplemented, "CoordinatorService/\(method) is not in this version")
-    }
-}
-
-extension Transitions {
-    /// A new migration, or the one that the same source, VM, host and pool made before. One that runs goes on, unless
-    /// something else is asked of it now; then, and when it has ended, it is looked at again from the export, which is
-    /// cheap and finds a changed source. What is done stays done: other options don't touch a domain in use.
-    mutating func submit(_ request: SubmitMigrationRequest) throws -> Migration {
-        let parts = [request.sourceURL, request.vmName, request.host, request.pool, request.options.domainName]
-        let key = hex(Digest.hash(.sha256, Array(parts.joined(separator: "\0").utf8)))
-        var record: MigrationRecord
-        if let earlier = try store.migration(key: key) {
-            record = earlier
-            activate(record.id)
-            let isOther = record.request != request
-            if isOther && !record.state.isFinal {
-                for task in try store.tasks(ofMigration: record.id) where !task.machine.isEnded {
-                    _ = try apply(.cancel, to: task)
-                }
-                record = try store.migration(id: record.id) ?? record
-            }
-            if record.state.isFinal {
-                record.findings = []
-                if record.state != .done {
-                    record.request = request
-                } else if isOther {
-                    record.notice(
-                        "it was done before with other options; those of now were not applied",
-                        remedy: "undefine the domain and remove its disks and state to migrate it anew")
-                }
-                record.error = nil
-                record.state = .exporting
-                try save(record)
-                try startExport(record)
-            } else {
-                for task in try store.tasks(ofMigration: record.id) { _ = try apply(.dispatch, to: task) }
-            }
-        } else {
-            record = MigrationRecord(
-                id: UUID().uuidString.lowercased(), key: key, request: request, state: .exporting, createdAt: now,
-                updatedAt: now)
-            activate(record.id)
-            try save(record)
-            try startExport(record)
-        }
-        return Migration(record, tasks: try store.tasks(ofMigration: record.id))
-    }
-
-    private mutating func startExport(_ record: MigrationRecord) throws {
-        try start(
-            .export, of: record,
-            ExportRequest.with {
-                $0.migrationID = record.id
-                $0.sourceURL = record.request.sourceURL
-                $0.vmName = record.request.vmName
-            })
-    }
-
-    mutating func cancel(_ id: String) throws -> Migration {
-        guard let record = try store.migration(id: id) else {
-            throw MigrationError(.notFound, "there is no migration \(id)")
-        }
-        for task in try store.tasks(ofMigration: id) where !task.machine.isEnded {
-            _ = try apply(.cancel, to: task)
-        }
-        return Migration(try store.migration(id: id) ?? record, tasks: try store.tasks(ofMigration: id))
     }
 }

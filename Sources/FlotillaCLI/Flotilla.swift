@@ -9,7 +9,7 @@ package struct Flotilla: AsyncParsableCommand {
         commandName: "flotilla",
         abstract: "Moves virtual machines from VMware to KVM and keeps their GPUs.",
         discussion: """
-            Exit codes: 0 done, 1 failed, 2 usage, 3 preflight blocked (nothing was changed), 4 cancelled,
+            Exit codes: 0 done, 1 failed, 2 usage, 3 preflight blocked (nothing was changed), 4 cancelled, \
             75 try again (the same command continues where it stopped).
 
             Shell completions: flotilla --generate-completion-script bash|zsh|fish

@@ -14,9 +14,9 @@ struct MigrateCommand: AsyncParsableCommand {
         discussion: """
             SOURCE is ova:PATH, ovf:PATH or vmx:PATH. Sources are only read.
 
-            Run the same command again after an interruption, a crash or a full disk: it continues, disks from their
-            last checkpoint. Run it again after it is done: it checks that source and domain are as they were and
-            changes nothing.
+            Run the same command again after an interruption, a crash or a full disk: it continues, disks from their \
+            last checkpoint. Run it again after it is done: it checks that source, disks and domain are as they were \
+            and changes nothing.
 
               flotilla migrate ova:web.ova --pool /var/lib/libvirt/images \\
                 --network 'VM Network=bridge:br0' --start --verify 'console=login:'

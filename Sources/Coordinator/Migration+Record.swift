@@ -1,0 +1,70 @@
+import FlotillaProtocol
+import GRPCCore
+import MigrationModel
+import SwiftProtobuf
+
+extension Stage {
+    var method: String {
+        switch self {
+        case .export: ExportService.Method.Export.descriptor.fullyQualifiedMethod
+        case .convert: ConvertService.Method.Convert.descriptor.fullyQualifiedMethod
+        case .deploy: DeployService.Method.Deploy.descriptor.fullyQualifiedMethod
+        }
+    }
+}
+
+extension MigrationState {
+    package var isFinal: Bool {
+        switch self {
+        case .done, .failed, .preflightBlocked, .cancelled, .ready: true
+        case .exporting, .converting, .deploying, .unspecified, .UNRECOGNIZED: false
+        }
+    }
+}
+
+extension TaskEnded {
+    init(_ error: MigrationError) {
+        self.init()
+        code = Int32(error.code.rawValue)
+        message = error.message
+        hint = error.hint ?? ""
+    }
+}
+
+extension Migration {
+    init(_ record: MigrationRecord, tasks: [TaskRecord]) {
+        self.init()
+        id = record.id
+        request = record.request
+        state = record.state
+        if let manifest = record.manifest { self.manifest = manifest }
+        if let result = record.result { self.result = result }
+        findings = record.findings
+        if let error = record.error {
+            errorCode = error.code
+            errorMessage = error.message
+            errorHint = error.hint
+        }
+        createdAt = record.createdAt.timestamp
+        updatedAt = record.updatedAt.timestamp
+        stages = tasks.map { task in
+            .with {
+                $0.name = task.stage.rawValue
+                $0.taskID = task.id
+                $0.host = task.host
+                $0.attempt = task.machine.attempt
+                $0.state =
+                    switch task.machine.state {
+                    case .waiting: "waiting"
+                    case .sent: "sent"
+                    case .running: "running"
+                    case .succeeded: "succeeded"
+                    case .failed: "failed"
+                    case .cancelled: "cancelled"
+                    }
+                if let started = task.startedAt { $0.startedAt = started.timestamp }
+                if let ended = task.endedAt { $0.endedAt = ended.timestamp }
+            }
+        }
+    }
+}

@@ -1,0 +1,210 @@
+import FlotillaProtocol
+import MigrationModel
+import Passthrough
+import SwiftProtobuf
+
+/// A migration's way from stage to stage.
+extension Transitions {
+    mutating func finish(_ task: TaskRecord, _ outcome: TaskMachine.Outcome, _ ended: TaskEnded) throws {
+        guard var migration = try store.migration(id: task.migrationID), !migration.state.isFinal else { return }
+        switch outcome {
+        case .failure(let code):
+            migration.state = code == MigrationError.Code.cancelled.rawValue ? .cancelled : .failed
+            migration.error = ended
+            try save(migration)
+        case .success:
+            do {
+                try advance(&migration, after: task.stage, ended)
+            } catch let error as MigrationError {
+                migration.state = .failed
+                migration.error = TaskEnded(error)
+                try save(migration)
+            }
+        }
+    }
+
+    private mutating func advance(_ migration: inout MigrationRecord, after stage: Stage, _ ended: TaskEnded) throws {
+        switch stage {
+        case .export:
+            let last = try ExportUpdate(serializedBytes: ended.result)
+            guard case .result(let result) = last.update else { throw resultMissing(stage) }
+            try afterExport(&migration, result.manifest)
+        case .convert:
+            let last = try ConvertUpdate(serializedBytes: ended.result)
+            guard case .result(let result) = last.update, result.disks.count == migration.manifest?.disks.count else {
+                throw resultMissing(stage)
+            }
+            migration.manifest?.disks = result.disks
+            try startDeploy(&migration, .deploy)
+        case .deploy:
+            let last = try DeployUpdate(serializedBytes: ended.result)
+            guard case .result(let result) = last.update else { throw resultMissing(stage) }
+            // A check tells how the domain is now; how it was proved stays.
+            if result.proof.isEmpty, migration.hasResult(of: result) {
+                migration.result?.domainState = result.domainState
+            } else {
+                migration.result = result
+            }
+            migration.findings += result.findings
+            migration.state = migration.request.dryRun ? .ready : .done
+            try save(migration)
+        }
+    }
+
+    private func resultMissing(_ stage: Stage) -> MigrationError {
+        MigrationError(.internal, "the \(stage.rawValue) task ended well but without a result")
+    }
+
+    private mutating func afterExport(_ migration: inout MigrationRecord, _ captured: Manifest) throws {
+        let request = migration.request
+        let options = request.options.settled(for: captured.vm)
+        guard let host = try store.host(request.host) else {
+            throw MigrationError(
+                .unavailable, "host \(request.host) has not told of itself yet", hint: "is its worker running?")
+        }
+        let earlier = migration.manifest
+        let wasConverted =
+            try store.task(id: Stage.convert.taskID(ofMigration: migration.id))?.machine.state == .succeeded
+        let isDeployed = migration.result != nil && host.domains.contains { $0.migrationID == migration.id }
+        var manifest = captured
+        manifest.migrationID = migration.id
+        if wasConverted, let earlier { manifest.keepTargets(of: earlier) }
+        migration.findings.removeAll { $0.subject != MigrationRecord.requestSubject }
+        let findings = preflight(
+            manifest: manifest, options: options, pool: request.pool, diskFormat: request.format, host: host)
+
+        if wasConverted, isDeployed, let earlier {
+            // A domain is in use that was made from the source as it was: a changed one must not pass for done.
+            guard earlier.source.fingerprint == captured.source.fingerprint else {
+                throw MigrationError(
+                    .failedPrecondition, "\(request.sourceURL) changed since \(earlier.vm.name) was migrated from it",
+                    hint: "undefine domain \(options.domainName) and remove its disks, then run the same command again "
+                        + "to migrate it anew")
+            }
+            migration.findings += findings.filter { $0.severity != .blocked }
+            return try startDeploy(&migration, .check)
+        }
+        migration.manifest = manifest
+        migration.findings += findings
+        guard !findings.contains(where: { $0.severity == .blocked }) else {
+            migration.state = .preflightBlocked
+            return try save(migration)
+        }
+        if request.dryRun {
+            migration.manifest?.planTargets(request, options, on: host)
+            return try startDeploy(&migration, .dryRun)
+        }
+        migration.state = .converting
+        try save(migration)
+        try start(
+            .convert, of: migration,
+            ConvertRequest.with {
+                $0.manifest = manifest
+                $0.convertedFingerprint = earlier?.source.fingerprint ?? ""
+                $0.pool = request.pool
+                $0.format = request.format
+                $0.domainName = options.domainName
+            })
+    }
+
+    private mutating func startDeploy(_ migration: inout MigrationRecord, _ mode: DeployMode) throws {
+        migration.state = .deploying
+        try save(migration)
+        let (manifest, request) = (migration.manifest ?? Manifest(), migration.request)
+        try start(
+            .deploy, of: migration,
+            DeployRequest.with {
+                $0.manifest = manifest
+                $0.options = request.options.settled(for: manifest.vm)
+                $0.mode = mode
+            })
+    }
+
+    /// Makes the stage's task, or runs it again with a new request and larger fence.
+    mutating func start(
+        _ stage: Stage, of migration: MigrationRecord, _ request: some SwiftProtobuf.Message
+    ) throws {
+        let body: [UInt8] = try request.serializedBytes()
+        var task: TaskRecord
+        if let earlier = try store.task(id: stage.taskID(ofMigration: migration.id)) {
+            task = earlier
+            task.request = body
+            task.host = migration.request.host
+            (task.startedAt, task.endedAt) = (nil, nil)
+            task = try apply(.restart, to: task)
+        } else {
+            task = TaskRecord(
+                migrationID: migration.id, stage: stage, host: migration.request.host, request: body, now: now)
+        }
+        _ = try apply(.dispatch, to: task)
+    }
+
+    mutating func save(_ record: MigrationRecord) throws {
+        var record = record
+        record.updatedAt = now
+        try store.save(record)
+        try announce(record.id)
+    }
+
+    mutating func announce(_ id: String) throws {
+        guard let record = try store.migration(id: id) else { return }
+        let migration = Migration(record, tasks: try store.tasks(ofMigration: id))
+        if let last = effects.changed.lastIndex(where: { $0.id == id }) { effects.changed.remove(at: last) }
+        effects.changed.append(migration)
+    }
+}
+
+extension MigrationRecord {
+    static let requestSubject = "request"
+
+    /// Says something about the request itself.
+    mutating func notice(_ message: String, remedy: String) {
+        findings.append(
+            .with {
+                $0.severity = .note
+                $0.subject = Self.requestSubject
+                $0.message = message
+                $0.remedy = remedy
+            })
+    }
+
+    fileprivate func hasResult(of other: DeployResult) -> Bool {
+        result?.domainUuid == other.domainUuid && !(result?.proof.isEmpty ?? true)
+    }
+}
+
+extension DeployOptions {
+    /// With what depends on the VM decided: its domain's name, and no source UUID where there is none.
+    fileprivate func settled(for vm: VirtualMachine) -> DeployOptions {
+        var options = self
+        options.domainName = domainName(for: vm)
+        options.keepUuid = keepUuid && !vm.biosUuid.isEmpty
+        return options
+    }
+}
+
+extension Manifest {
+    /// What an earlier conversion of the same disks made.
+    fileprivate mutating func keepTargets(of earlier: Manifest) {
+        guard disks.map(\.id) == earlier.disks.map(\.id) else { return }
+        for (index, disk) in earlier.disks.enumerated() where disk.hasTarget {
+            disks[index].target = disk.target
+            disks[index].source.sha256 = disk.source.sha256
+            disks[index].source.contentSha256 = disk.source.contentSha256
+            disks[index].source.contentChunkBytes = disk.source.contentChunkBytes
+            disks[index].source.streamBytes = disk.source.streamBytes
+        }
+    }
+
+    /// Names the images that a conversion would make, for a dry run.
+    fileprivate mutating func planTargets(
+        _ request: SubmitMigrationRequest, _ options: DeployOptions, on host: HostProfile
+    ) {
+        let folder = host.pools.first { $0.name == request.pool }?.path ?? request.pool
+        for index in disks.indices {
+            disks[index].target.format = request.format
+            disks[index].target.path = targetPath(
+                pool: folder, domain: options.domainName, disk: disks[index].id, format: request.format)
+        }
+    }
+}
