@@ -9,6 +9,9 @@ static inline int flotilla_rename_noreplace(const char *from, const char *to) {
     return (int)syscall(SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, 1U);
 }
 
+// O_TMPFILE of open(2): a file without a name, gone when it is closed.
+static const int flotilla_o_tmpfile = __O_TMPFILE;
+
 #include <sys/prctl.h>
 
 // Names the calling thread; the kernel cuts the name to 15 bytes.

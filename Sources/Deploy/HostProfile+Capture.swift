@@ -82,11 +82,7 @@ private func probe(_ folder: PoolFolder) -> Pool {
     pool.name = folder.name
     pool.path = folder.path
     do {
-        let path = "\(folder.path)/.flotilla-probe-\(getpid())-\(UInt64.random(in: 0 ... .max))"
-        let file = try File(path, O_WRONLY | O_CREAT | O_EXCL)
-        defer { unlink(path) }
-        try file.write([0], at: 0)
-        try file.synchronizeData()
+        try Files.probeWriting(folder.path)
         pool.freeBytes = try Files.freeBytes(folder.path)
         pool.writable = true
     } catch {

@@ -115,6 +115,21 @@ package enum Files {
         guard rmdir(path) == 0 || [ENOTEMPTY, EEXIST, ENOENT].contains(errno) else { throw systemError("remove", path) }
     }
 
+    /// Writes and syncs a byte in the directory, in a file that never has a name: a crash leaves nothing behind. Where
+    /// the file system has no such files (NFS), in a named one that the next probe takes over.
+    package static func probeWriting(_ directory: String) throws {
+        let named = "\(directory)/.flotilla-probe"
+        let file: File
+        do {
+            file = try File(directory, O_WRONLY | flotilla_o_tmpfile)
+        } catch  where errno == EOPNOTSUPP || errno == EISDIR || errno == EINVAL {
+            file = try File(named, O_WRONLY | O_CREAT)
+        }
+        defer { unlink(named) }
+        try file.write([0], at: 0)
+        try file.synchronizeData()
+    }
+
     /// Bytes an unprivileged writer may still put on the file system that holds `path`.
     package static func freeBytes(_ path: String) throws -> UInt64 {
         var info = statvfs()

@@ -97,7 +97,8 @@ final class Place {
 
     /// Nothing but the finished disks is left, and no result waits for anyone.
     func expectNoLeftovers(_ expected: [String], sourceLocation: SourceLocation = #_sourceLocation) throws {
-        #expect(try poolFiles == expected.sorted(), sourceLocation: sourceLocation)
+        let found = try poolFiles
+        #expect(found == expected.sorted(), sourceLocation: sourceLocation)
         let name = try #require(try Files.list(state).first { $0.hasSuffix(".journal") })
         let journal = String(decoding: try Files.read("\(state)/\(name)"), as: UTF8.self)
         let last = journal.split(separator: "\n").reduce(into: [String: Substring]()) { last, line in
