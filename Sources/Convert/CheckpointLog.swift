@@ -28,12 +28,15 @@ final class CheckpointLog: Sendable {
             self.digest = digest
         }
 
-        init(region: FileRegion, format: DiskFormat, disk: any DiskSource, target: TargetFormat) {
+        init(
+            region: FileRegion, format: DiskFormat, disk: any DiskSource, target: TargetFormat,
+            checksum: DiskConversion.Checksum
+        ) {
             let digest = Digest()
             func add(_ text: String) { digest.update(Array(text.utf8) + [0]) }
             add("\(region.path)")
             add("\(region.offset) \(region.length.map(String.init) ?? "-") \(format.rawValue) \(disk.capacity)")
-            add("\(target.rawValue) \(Chunk.size)")
+            add("\(target.rawValue) \(Chunk.size) \(checksum.rawValue)")
             for file in disk.files {
                 let id = file.identity
                 add(file.path)
@@ -45,7 +48,7 @@ final class CheckpointLog: Sendable {
 
     struct ChunkRecord: Sendable, Equatable {
         let placement: ChunkPlacement
-        /// SHA-256 of the chunk as the guest sees it.
+        /// `ChunkScan.finish` of the chunk as the guest sees it.
         let digest: [UInt8]
     }
 
@@ -55,16 +58,16 @@ final class CheckpointLog: Sendable {
         let device: UInt64
         let sourceBytes: UInt64
         let sourceSHA256: [UInt8]?
-        let contentDigest: [UInt8]
+        let contentDigest: [UInt8]?
 
-        init(image: FileIdentity, sourceBytes: UInt64, sourceSHA256: [UInt8]?, contentDigest: [UInt8]) {
+        init(image: FileIdentity, sourceBytes: UInt64, sourceSHA256: [UInt8]?, contentDigest: [UInt8]?) {
             self.init(
                 inode: image.inode, device: image.device, sourceBytes: sourceBytes, sourceSHA256: sourceSHA256,
                 contentDigest: contentDigest)
         }
 
         fileprivate init(
-            inode: UInt64, device: UInt64, sourceBytes: UInt64, sourceSHA256: [UInt8]?, contentDigest: [UInt8]
+            inode: UInt64, device: UInt64, sourceBytes: UInt64, sourceSHA256: [UInt8]?, contentDigest: [UInt8]?
         ) {
             self.inode = inode
             self.device = device
@@ -137,7 +140,7 @@ final class CheckpointLog: Sendable {
                     contents.finished = source.map {
                         Finished(
                             inode: first, device: second, sourceBytes: $0.bytes, sourceSHA256: $0.digest,
-                            contentDigest: digest)
+                            contentDigest: third == 0 ? digest : nil)
                     }
                 case nil: return contents
                 }
@@ -179,7 +182,10 @@ final class CheckpointLog: Sendable {
         let source = record(
             .source, finished.sourceBytes, finished.sourceSHA256 == nil ? 0 : 1, 0,
             finished.sourceSHA256 ?? [UInt8](repeating: 0, count: 32))
-        try append(source + record(.finished, finished.inode, finished.device, 0, finished.contentDigest))
+        let end = record(
+            .finished, finished.inode, finished.device, finished.contentDigest == nil ? 1 : 0,
+            finished.contentDigest ?? [UInt8](repeating: 0, count: 32))
+        try append(source + end)
     }
 
     private func append(_ bytes: [UInt8]) throws {

@@ -24,14 +24,25 @@ package struct DiskConversion: Sendable {
         /// Digests the source stream must have, lower or upper case hex, as an OVF manifest lists them. The stream is
         /// the source's files one after the other; for a VMDK with extents beside it the descriptor comes first.
         package var expectedDigests: [Digest.Algorithm: String] = [:]
-        /// Converting threads; nil means the machine's processors plus 2. One more hashes the source.
+        /// Converting threads; nil means twice the machine's processors and 2, since some always wait for their
+        /// writes. One more reads or hashes the source.
         package var threads: Int?
+        /// `none` leaves out the digests of source and content that nobody expects.
+        package var checksum = Checksum.sha256
+        /// Shared by the conversions that together must not read faster.
+        package var rateLimit: RateLimit?
         /// A checkpoint is due when this many image bytes were written since the last, and at the latest every
         /// `checkpointSeconds`.
-        package var checkpointBytes: UInt64 = 64 << 20
+        package var checkpointBytes: UInt64 = 256 << 20
         package var checkpointSeconds: Double = 2
 
         package init() {}
+
+        var threadCount: Int { max(2, threads ?? 2 * max(1, Int(sysconf(Int32(_SC_NPROCESSORS_ONLN)))) + 2) }
+    }
+
+    package enum Checksum: String, Sendable, CaseIterable {
+        case sha256, none
     }
 
     package struct Progress: Sendable, Equatable {
@@ -59,8 +70,8 @@ package struct DiskConversion: Sendable {
         /// SHA-256 of the source stream, hex. nil when nobody asked for it and reading it whole would have cost far
         /// more than the disk's data: a source file with more holes than data.
         package var sourceSHA256: String?
-        /// `ContentDigest` of what the guest sees, hex.
-        package var contentDigest: String
+        /// `ContentDigest` of what the guest sees, hex; nil where digests weren't wanted.
+        package var contentDigest: String?
         package var notice: Notice
     }
 
@@ -121,21 +132,36 @@ package struct DiskConversion: Sendable {
         }
         let disk = try sourceFormat.open(source)
         let binding = CheckpointLog.Binding(
-            region: source, format: sourceFormat, disk: disk, target: targetFormat)
+            region: source, format: sourceFormat, disk: disk, target: targetFormat, checksum: options.checksum)
         let (records, notice) = try prepare(log, binding)
         let writer = try targetFormat.writer(partialPath, capacity: disk.capacity)
         Failpoint.convertImageCreated.hit()
 
         let conversion = try ConversionRun(
-            disk, writer, log, records: records, options: options, sourceName: source.path, stop: stop)
+            disk, try feed(disk, stop), writer, log, records: records, options: options, stop: stop)
         let outcome = try conversion.run(progress)
 
         try requireUnchanged(disk)
         let finished = CheckpointLog.Finished(
-            image: FileIdentity(try writer.file.status()), sourceBytes: outcome.sourceBytes,
-            sourceSHA256: outcome.sourceSHA256, contentDigest: outcome.contentDigest)
+            image: FileIdentity(try writer.image.file.status()), sourceBytes: outcome.source.bytes,
+            sourceSHA256: outcome.source.sha256, contentDigest: outcome.contentDigest)
         try log.append(finished)
         return notice
+    }
+
+    /// One that goes front to back where the disk is laid out so, and has just one file.
+    private func feed(_ disk: any DiskSource, _ stop: StopFlag) throws -> any ChunkFeed {
+        let blocks = options.threadCount + 2
+        if disk.files.count == 1,
+            let forward = try ForwardFeed(
+                try FileSource(disk.files[0]), disk: disk, options: options, blocks: blocks, stop: stop)
+        {
+            return forward
+        }
+        let hasher = SourceHasher(
+            files: disk.files, name: source.path, expected: options.expectedDigests,
+            isWanted: options.checksum == .sha256)
+        return try ChunkQueue(disk, hasher)
     }
 
     /// Gives the completed image its final name. One that has it already is fine.
@@ -220,7 +246,7 @@ package struct DiskConversion: Sendable {
         return Result(
             path: finalPath, format: targetFormat, capacity: capacity,
             allocatedBytes: UInt64(image.st_blocks) * 512, sourceBytes: finished.sourceBytes,
-            sourceSHA256: finished.sourceSHA256.map { hex($0) }, contentDigest: hex(finished.contentDigest),
+            sourceSHA256: finished.sourceSHA256.map { hex($0) }, contentDigest: finished.contentDigest.map { hex($0) },
             notice: notice)
     }
 }

@@ -1,17 +1,17 @@
-package import HostKit
-
 /// An image being written by many threads. Chunks arrive in any order; the image becomes valid in `finish`.
 package protocol DiskWriter: Sendable {
     var format: TargetFormat { get }
     var capacity: UInt64 { get }
-    var file: File { get }
+    var image: ImageFile { get }
 
-    /// Writes the clusters of `chunk` whose bits are set in `bitmap` (not 0). The bytes are in the page cache, not on
-    /// stable storage, when this returns.
+    /// Writes the clusters of `chunk` whose bits are set in `bitmap` (not 0). They are on stable storage after the next
+    /// `image.synchronizeData()`, not before.
     ///
-    /// - Parameter buffer: `Chunk.size` bytes, the first `chunk.count` of them the chunk's; rearranged by this call.
-    /// - Returns: where in the file they lie.
-    func write(_ chunk: Chunk, bitmap: UInt64, from buffer: UnsafeMutableRawBufferPointer) throws -> UInt64
+    /// - Parameter buffer: `Chunk.size` bytes on a page boundary, the first `chunk.count` of them the chunk's, those
+    ///   behind overwritten by this call.
+    func write(
+        _ chunk: Chunk, bitmap: UInt64, from buffer: UnsafeMutableRawBufferPointer
+    ) throws -> ChunkPlacement
 
     /// Reads a chunk back as the guest would see it into the first `chunk.count` bytes of `buffer` (`Chunk.size`
     /// bytes). Returns false when the file is too short to hold it.

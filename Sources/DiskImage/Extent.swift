@@ -55,6 +55,11 @@ struct ExtentDisk: DiskSource {
 
     func makeReader() -> sending any DiskReader { Reader(self) }
 
+    func makeForwardReader(_ stream: any ByteSource) throws -> VMDK.ForwardReader? {
+        guard extents.count == 1, let extent = extents[0] as? VMDK.SparseExtent else { return nil }
+        return try extent.makeForwardReader(stream)
+    }
+
     /// Keeps only the extent in use open: a disk of 2 GiB extents may have more of them than a process has descriptors.
     private final class Reader: DiskReader {
         private let disk: ExtentDisk

@@ -1,5 +1,5 @@
 import Glibc
-package import HostKit
+import HostKit
 import MigrationModel
 import Synchronization
 
@@ -9,30 +9,32 @@ extension QCOW2 {
     package final class Writer: DiskWriter {
         package let format = TargetFormat.qcow2
         package let capacity: UInt64
-        package let file: File
+        package let image: ImageFile
         private let allocator = Mutex(Allocator())
 
         package init(_ path: String, capacity: UInt64) throws {
-            file = try File(path, O_RDWR | O_CREAT)
+            image = try ImageFile(path)
             self.capacity = capacity
         }
 
+        private var file: File { image.file }
+
         package func write(
             _ chunk: Chunk, bitmap: UInt64, from buffer: UnsafeMutableRawBufferPointer
-        ) throws -> UInt64 {
+        ) throws -> ChunkPlacement {
             zero(UnsafeMutableRawBufferPointer(rebasing: buffer[chunk.count...]))
-            let count = bitmap.nonzeroBitCount
-            Packing.pack(buffer, bitmap)
-            let offset = allocator.withLock { $0.allocate(UInt64(count)) } * clusterSize
-            try file.write(UnsafeRawBufferPointer(rebasing: buffer[..<(count * Chunk.clusterSize)]), at: offset)
-            return offset
+            let count = UInt64(bitmap.nonzeroBitCount)
+            let offset = allocator.withLock { $0.allocate(count) } * clusterSize
+            image.reserve(upTo: offset + count * clusterSize, step: min(reserveStep, capacity))
+            try image.write(Packing.runs(of: UnsafeRawBufferPointer(buffer), bitmap), at: offset)
+            return ChunkPlacement(index: chunk.index, hostOffset: offset, bitmap: bitmap)
         }
 
         package func read(
             _ chunk: Chunk, at placement: ChunkPlacement, into buffer: UnsafeMutableRawBufferPointer
         ) throws -> Bool {
             let part = UnsafeMutableRawBufferPointer(rebasing: buffer[..<(placement.clusterCount * Chunk.clusterSize)])
-            guard try file.read(at: placement.hostOffset, into: part) == part.count else { return false }
+            guard try image.read(at: placement.hostOffset, into: part) == part.count else { return false }
             Packing.unpack(buffer, placement.bitmap)
             return true
         }
@@ -174,19 +176,26 @@ extension QCOW2 {
     }
 }
 
-/// Moves the clusters of a chunk together and apart, in place.
+/// The clusters of a chunk, together in the image and apart in memory.
 enum Packing {
-    static func pack(_ buffer: UnsafeMutableRawBufferPointer, _ bitmap: UInt64) {
-        guard let base = buffer.baseAddress else { return }
-        var packed = 0
-        for cluster in 0..<Chunk.clusters where bitmap >> UInt64(cluster) & 1 == 1 {
-            if packed != cluster {
-                memcpy(base + packed * Chunk.clusterSize, base + cluster * Chunk.clusterSize, Chunk.clusterSize)
+    /// The runs of neighbouring clusters in a chunk's buffer.
+    static func runs(of buffer: UnsafeRawBufferPointer, _ bitmap: UInt64) -> [UnsafeRawBufferPointer] {
+        var runs: [UnsafeRawBufferPointer] = []
+        var cluster = 0
+        while cluster < Chunk.clusters {
+            let first = cluster
+            while cluster < Chunk.clusters, bitmap >> UInt64(cluster) & 1 == 1 { cluster += 1 }
+            if cluster == first {
+                cluster += 1
+            } else {
+                let range = first * Chunk.clusterSize..<min(cluster * Chunk.clusterSize, buffer.count)
+                runs.append(UnsafeRawBufferPointer(rebasing: buffer[range]))
             }
-            packed += 1
         }
+        return runs
     }
 
+    /// Moves clusters that lie together to their places, the zero ones between them.
     static func unpack(_ buffer: UnsafeMutableRawBufferPointer, _ bitmap: UInt64) {
         guard let base = buffer.baseAddress else { return }
         var packed = bitmap.nonzeroBitCount

@@ -15,6 +15,8 @@ package enum QCOW2 {
     static let countsPerRefcountBlock: UInt64 = 32768
     static let copied: UInt64 = 1 << 63
     static let headerLength = 104
+    /// Bytes allocated ahead of the writers; what is left over goes back in `finish`.
+    static let reserveStep: UInt64 = 128 << 20
 
     /// The header of an image without snapshots, backing file, encryption or optional features.
     static func header(
