@@ -192,7 +192,7 @@ final class ConversionRun: Sendable {
             : try writer.write(chunk, bitmap: scan.bitmap, from: buffer)
         Failpoint.convertChunkWritten.hit()
         let record = CheckpointLog.ChunkRecord(placement: placement, digest: digest)
-        let written = UInt64(placement.clusterCount * Chunk.clusterSize)
+        let written = placement.storedBytes
         let pending = state.withLock {
             $0.done.append(placement)
             $0.content.add(digest, chunk: chunk.index, ticket: ticket)

@@ -19,6 +19,21 @@ package struct DiskConversion: Sendable {
     package let name: String
     package let finalPath: String
     package var options = Options()
+    /// Where the disk's bytes come from instead of the file `source`, which then only names them.
+    package private(set) var stream: Stream?
+
+    /// A streamOptimized VMDK that comes once, front to back: a pipe, a download.
+    package struct Stream: Sendable {
+        /// For messages.
+        package let name: String
+        /// Called once, on the thread that converts; reads end when the flag is set.
+        package let open: @Sendable (StopFlag) throws -> sending any ByteSource
+
+        package init(name: String, open: @escaping @Sendable (StopFlag) throws -> sending any ByteSource) {
+            self.name = name
+            self.open = open
+        }
+    }
 
     package struct Options: Sendable {
         /// Digests the source stream must have, lower or upper case hex, as an OVF manifest lists them. The stream is
@@ -29,6 +44,8 @@ package struct DiskConversion: Sendable {
         package var threads: Int?
         /// `none` leaves out the digests of source and content that nobody expects.
         package var checksum = Checksum.sha256
+        /// Compresses the clusters of a qcow2 image.
+        package var compression: Compression?
         /// Shared by the conversions that together must not read faster.
         package var rateLimit: RateLimit?
         /// A checkpoint is due when this many image bytes were written since the last, and at the latest every
@@ -100,6 +117,17 @@ package struct DiskConversion: Sendable {
         self.options = options
     }
 
+    /// Converts a stream. What an interrupted run left is thrown away: nothing proves that it came from the same bytes.
+    package init(
+        stream: Stream, targetFormat: TargetFormat, workDirectory: String, name: String, finalPath: String,
+        options: Options = Options()
+    ) {
+        self.init(
+            source: FileRegion(path: stream.name), sourceFormat: .vmdk, targetFormat: targetFormat,
+            workDirectory: workDirectory, name: name, finalPath: finalPath, options: options)
+        self.stream = stream
+    }
+
     package var partialPath: String { "\(workDirectory)/\(name).partial" }
     package var checkpointPath: String { "\(workDirectory)/\(name).checkpoint" }
 
@@ -130,18 +158,20 @@ package struct DiskConversion: Sendable {
             _ = try published(log)
             return .alreadyPublished
         }
-        let disk = try sourceFormat.open(source)
+        let disk = stream == nil ? try sourceFormat.open(source) : nil
+        let (feed, capacity) = try feed(disk, stop)
         let binding = CheckpointLog.Binding(
-            region: source, format: sourceFormat, disk: disk, target: targetFormat, checksum: options.checksum)
+            region: source, format: sourceFormat, capacity: capacity, files: disk?.files, target: targetFormat,
+            options: options)
         let (records, notice) = try prepare(log, binding)
-        let writer = try targetFormat.writer(partialPath, capacity: disk.capacity)
+        let writer = try targetFormat.writer(partialPath, capacity: capacity, compression: options.compression)
         Failpoint.convertImageCreated.hit()
 
         let conversion = try ConversionRun(
-            disk, try feed(disk, stop), writer, log, records: records, options: options, stop: stop)
+            disk, feed, writer, log, records: records, options: options, stop: stop)
         let outcome = try conversion.run(progress)
 
-        try requireUnchanged(disk)
+        try requireUnchanged(disk?.files ?? [])
         let finished = CheckpointLog.Finished(
             image: FileIdentity(try writer.image.file.status()), sourceBytes: outcome.source.bytes,
             sourceSHA256: outcome.source.sha256, contentDigest: outcome.contentDigest)
@@ -150,18 +180,27 @@ package struct DiskConversion: Sendable {
     }
 
     /// One that goes front to back where the disk is laid out so, and has just one file.
-    private func feed(_ disk: any DiskSource, _ stop: StopFlag) throws -> any ChunkFeed {
+    ///
+    /// - Parameter disk: nil for a stream.
+    private func feed(_ disk: (any DiskSource)?, _ stop: StopFlag) throws -> (any ChunkFeed, capacity: UInt64) {
         let blocks = options.threadCount + 2
+        guard let disk else {
+            guard let stream,
+                let forward = try ForwardFeed(
+                    try stream.open(stop), disk: nil, options: options, blocks: blocks, stop: stop)
+            else { throw MigrationError(.internal, "\(source.path): neither a disk nor a stream") }
+            return (forward, forward.capacity)
+        }
         if disk.files.count == 1,
             let forward = try ForwardFeed(
                 try FileSource(disk.files[0]), disk: disk, options: options, blocks: blocks, stop: stop)
         {
-            return forward
+            return (forward, disk.capacity)
         }
         let hasher = SourceHasher(
             files: disk.files, name: source.path, expected: options.expectedDigests,
             isWanted: options.checksum == .sha256)
-        return try ChunkQueue(disk, hasher)
+        return (try ChunkQueue(disk, hasher), disk.capacity)
     }
 
     /// Gives the completed image its final name. One that has it already is fine.
@@ -231,8 +270,8 @@ package struct DiskConversion: Sendable {
         return ([], leftOvers ? .restarted : .fresh)
     }
 
-    private func requireUnchanged(_ disk: any DiskSource) throws {
-        for file in disk.files where try FileIdentity(path: file.path) != file.identity {
+    private func requireUnchanged(_ files: [SourceFile]) throws {
+        for file in files where try FileIdentity(path: file.path) != file.identity {
             throw MigrationError(
                 .failedPrecondition, "\(file.path) changed while it was converted",
                 hint: "make sure that nothing writes to it, e.g. power the VM off, and run the same command again")
