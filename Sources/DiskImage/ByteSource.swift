@@ -33,6 +33,12 @@ package final class FileSource: ByteSource {
         _ = flotilla_fadvise_sequential(file.descriptor)
     }
 
+    /// The first bytes of a regular file; fewer when it is shorter.
+    package static func beginning(of path: String, count: Int) throws -> [UInt8] {
+        let (file, source) = try FileRegion(path: path).open()
+        return try file.readExactly(at: 0, count: Int(min(UInt64(count), source.length)))
+    }
+
     package func read(into buffer: UnsafeMutableRawBufferPointer) throws -> Int {
         let count = Int(min(UInt64(buffer.count), end - position))
         guard count > 0 else { return 0 }
