@@ -89,6 +89,8 @@ package struct DiskConversion: Sendable {
         package var sourceSHA256: String?
         /// `ContentDigest` of what the guest sees, hex; nil where digests weren't wanted.
         package var contentDigest: String?
+        /// Whether the image bypassed the page cache; nil when it was finished by an earlier run.
+        package var directWrites: Bool?
         package var notice: Notice
     }
 
@@ -135,8 +137,10 @@ package struct DiskConversion: Sendable {
     package func run(
         stop: StopFlag = StopFlag(), progress: (Progress) -> Void = { _ in }
     ) throws -> Result {
-        let notice = try convert(stop: stop, progress: progress)
-        return try publish(notice)
+        let (notice, directWrites) = try makeImage(stop, progress)
+        var result = try publish(notice)
+        result.directWrites = directWrites
+        return result
     }
 
     /// Brings the image to completion under its temporary name, on stable storage and verified. Blocks the calling
@@ -149,6 +153,12 @@ package struct DiskConversion: Sendable {
     package func convert(
         stop: StopFlag = StopFlag(), progress: (Progress) -> Void = { _ in }
     ) throws -> Notice {
+        try makeImage(stop, progress).notice
+    }
+
+    private func makeImage(
+        _ stop: StopFlag, _ progress: (Progress) -> Void
+    ) throws -> (notice: Notice, directWrites: Bool?) {
         guard !name.isEmpty, !name.contains("/"), name != ".", name != ".." else {
             throw MigrationError(.invalidArgument, "conversion name \"\(name)\" is not a file name")
         }
@@ -156,7 +166,7 @@ package struct DiskConversion: Sendable {
         defer { log.unlock() }
         if Files.exists(finalPath) {
             _ = try published(log)
-            return .alreadyPublished
+            return (.alreadyPublished, nil)
         }
         let disk = stream == nil ? try sourceFormat.open(source) : nil
         let (feed, capacity) = try feed(disk, stop)
@@ -176,7 +186,7 @@ package struct DiskConversion: Sendable {
             image: FileIdentity(try writer.image.file.status()), sourceBytes: outcome.source.bytes,
             sourceSHA256: outcome.source.sha256, contentDigest: outcome.contentDigest)
         try log.append(finished)
-        return notice
+        return (notice, writer.image.isDirect)
     }
 
     /// One that goes front to back where the disk is laid out so, and has just one file.
