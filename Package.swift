@@ -46,6 +46,7 @@ let package = Package(
         system("CDeflate", "libdeflate", apt: "libdeflate-dev"),
         system("CLibvirt", "libvirt", apt: "libvirt-dev"),
         .systemLibrary(name: "CLinux"),
+        system("CZstd", "libzstd", apt: "libzstd-dev"),
         system("COpenSSL", "libcrypto", apt: "libssl-dev"),
         system("CXML", "libxml-2.0", apt: "libxml2-dev"),
 
@@ -54,7 +55,7 @@ let package = Package(
         module("HostKit", ["MigrationModel", "CLinux", "COpenSSL"]),
         module("Messaging", ["MigrationModel", "FlotillaProtocol", "HostKit", grpc, grpcProtobuf, protobuf, logging]),
 
-        module("DiskImage", ["MigrationModel", "HostKit", "CDeflate"]),
+        module("DiskImage", ["MigrationModel", "HostKit", "CDeflate", "CLinux", "CZstd"]),
         module("Export", ["MigrationModel", "FlotillaProtocol", "HostKit", "CXML", protobuf]),
         module("Convert", ["MigrationModel", "HostKit", "DiskImage"]),
         module("Passthrough", ["MigrationModel", "FlotillaProtocol", "HostKit", protobuf]),
@@ -77,9 +78,8 @@ let package = Package(
         module(
             "FlotillaCLI",
             [
-                "MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", "Export", "Passthrough", "Deploy",
-                "Worker",
-                "Coordinator",
+                "MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", "Export", "DiskImage", "Convert",
+                "Passthrough", "Deploy", "Worker", "Coordinator",
                 grpc, grpcInProcess, grpcProtobuf, protobuf, logging, arguments,
             ]),
         .executableTarget(name: "flotilla", dependencies: ["FlotillaCLI"], swiftSettings: settings),

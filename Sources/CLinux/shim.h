@@ -16,3 +16,23 @@ static const int flotilla_o_tmpfile = __O_TMPFILE;
 
 // Names the calling thread; the kernel cuts the name to 15 bytes.
 static inline void flotilla_name_this_thread(const char *name) { prctl(PR_SET_NAME, name, 0, 0, 0); }
+
+
+// posix_fadvise(2) and sync_file_range(2), Linux's own numbers.
+static inline int flotilla_fadvise_sequential(int fd) { return posix_fadvise(fd, 0, 0, POSIX_FADV_SEQUENTIAL); }
+static inline int flotilla_fadvise_willneed(int fd, long long offset, long long length) {
+    return posix_fadvise(fd, offset, length, POSIX_FADV_WILLNEED);
+}
+static inline int flotilla_fadvise_dontneed(int fd, long long offset, long long length) {
+    return posix_fadvise(fd, offset, length, POSIX_FADV_DONTNEED);
+}
+// SYNC_FILE_RANGE_WRITE (2): starts write-back and does not wait for it.
+static inline int flotilla_start_writeback(int fd, long long offset, long long length) {
+    return (int)syscall(SYS_sync_file_range, fd, offset, length, 2U);
+}
+// fallocate(2), mode 0: allocates and extends the file.
+static inline int flotilla_fallocate(int fd, long long offset, long long length) {
+    return (int)syscall(SYS_fallocate, fd, 0, offset, length);
+}
+// O_DIRECT, which glibc hides behind _GNU_SOURCE and which differs between architectures.
+static inline int flotilla_o_direct(void) { return __O_DIRECT; }

@@ -13,7 +13,13 @@ final class CheckpointLog: Sendable {
     static let recordSize = 64
     private static let magic: UInt64 = 0x3150_4B43_4154_4C46  // "FLTACKP1"
 
-    private enum Kind: UInt32 { case chunk = 1, source = 2, finished = 3 }
+    private enum Kind: UInt32 {
+        case chunk = 1, source = 2, finished = 3
+        /// Cluster sizes of the compressed chunk whose record follows.
+        case sizes = 4
+    }
+
+    private static let sizesPerRecord = 28
 
     /// Which conversion a log belongs to.
     struct Binding: Equatable {
@@ -28,24 +34,30 @@ final class CheckpointLog: Sendable {
             self.digest = digest
         }
 
-        init(region: FileRegion, format: DiskFormat, disk: any DiskSource, target: TargetFormat) {
+        /// - Parameter files: nil for a stream, which is like no other.
+        init(
+            region: FileRegion, format: DiskFormat, capacity: UInt64, files: [SourceFile]?, target: TargetFormat,
+            options: DiskConversion.Options
+        ) {
             let digest = Digest()
             func add(_ text: String) { digest.update(Array(text.utf8) + [0]) }
             add("\(region.path)")
-            add("\(region.offset) \(region.length.map(String.init) ?? "-") \(format.rawValue) \(disk.capacity)")
-            add("\(target.rawValue) \(Chunk.size)")
-            for file in disk.files {
+            add("\(region.offset) \(region.length.map(String.init) ?? "-") \(format.rawValue) \(capacity)")
+            add("\(target.rawValue) \(Chunk.size) \(options.checksum.rawValue)")
+            add(options.compression?.description ?? "-")
+            if files == nil { add("stream \(UInt64.random(in: 0 ... .max)) \(UInt64.random(in: 0 ... .max))") }
+            for file in files ?? [] {
                 let id = file.identity
                 add(file.path)
                 add("\(file.offset) \(file.length) \(id.device) \(id.inode) \(id.size) \(id.modifiedNanoseconds)")
             }
-            self.init(target: target, capacity: disk.capacity, digest: digest.finalize())
+            self.init(target: target, capacity: capacity, digest: digest.finalize())
         }
     }
 
     struct ChunkRecord: Sendable, Equatable {
         let placement: ChunkPlacement
-        /// SHA-256 of the chunk as the guest sees it.
+        /// `ChunkScan.finish` of the chunk as the guest sees it.
         let digest: [UInt8]
     }
 
@@ -55,16 +67,16 @@ final class CheckpointLog: Sendable {
         let device: UInt64
         let sourceBytes: UInt64
         let sourceSHA256: [UInt8]?
-        let contentDigest: [UInt8]
+        let contentDigest: [UInt8]?
 
-        init(image: FileIdentity, sourceBytes: UInt64, sourceSHA256: [UInt8]?, contentDigest: [UInt8]) {
+        init(image: FileIdentity, sourceBytes: UInt64, sourceSHA256: [UInt8]?, contentDigest: [UInt8]?) {
             self.init(
                 inode: image.inode, device: image.device, sourceBytes: sourceBytes, sourceSHA256: sourceSHA256,
                 contentDigest: contentDigest)
         }
 
         fileprivate init(
-            inode: UInt64, device: UInt64, sourceBytes: UInt64, sourceSHA256: [UInt8]?, contentDigest: [UInt8]
+            inode: UInt64, device: UInt64, sourceBytes: UInt64, sourceSHA256: [UInt8]?, contentDigest: [UInt8]?
         ) {
             self.inode = inode
             self.device = device
@@ -123,6 +135,7 @@ final class CheckpointLog: Sendable {
             state.isUnreadable = false
             state.end = UInt64(Self.recordSize)
             var source: (bytes: UInt64, digest: [UInt8]?)?
+            var sizes: [UInt16] = []
             while let bytes = try record(at: state.end, size) {
                 let (first, second, third) = (
                     bytes.span.bytes.word(8), bytes.span.bytes.word(16), bytes.span.bytes.word(24)
@@ -130,14 +143,21 @@ final class CheckpointLog: Sendable {
                 let digest = Array(bytes[32..<64])
                 switch Kind(rawValue: bytes.littleEndian(0)) {
                 case .chunk:
-                    let placement = ChunkPlacement(index: first, hostOffset: second, bitmap: third)
+                    let placement = ChunkPlacement(
+                        index: first, hostOffset: second, bitmap: third,
+                        sizes: Array(sizes.prefix(third.nonzeroBitCount)))
+                    sizes = []
                     contents.chunks.append(ChunkRecord(placement: placement, digest: digest))
+                case .sizes:
+                    for index in 0..<Self.sizesPerRecord {
+                        sizes.append(UInt16(bytes[8 + index * 2]) | UInt16(bytes[9 + index * 2]) << 8)
+                    }
                 case .source: source = (first, second == 1 ? digest : nil)
                 case .finished:
                     contents.finished = source.map {
                         Finished(
                             inode: first, device: second, sourceBytes: $0.bytes, sourceSHA256: $0.digest,
-                            contentDigest: digest)
+                            contentDigest: third == 0 ? digest : nil)
                     }
                 case nil: return contents
                 }
@@ -171,7 +191,8 @@ final class CheckpointLog: Sendable {
     func append(_ records: [ChunkRecord]) throws {
         try append(
             records.flatMap {
-                record(.chunk, $0.placement.index, $0.placement.hostOffset, $0.placement.bitmap, $0.digest)
+                sizeRecords($0.placement.sizes)
+                    + record(.chunk, $0.placement.index, $0.placement.hostOffset, $0.placement.bitmap, $0.digest)
             })
     }
 
@@ -179,7 +200,10 @@ final class CheckpointLog: Sendable {
         let source = record(
             .source, finished.sourceBytes, finished.sourceSHA256 == nil ? 0 : 1, 0,
             finished.sourceSHA256 ?? [UInt8](repeating: 0, count: 32))
-        try append(source + record(.finished, finished.inode, finished.device, 0, finished.contentDigest))
+        let end = record(
+            .finished, finished.inode, finished.device, finished.contentDigest == nil ? 1 : 0,
+            finished.contentDigest ?? [UInt8](repeating: 0, count: 32))
+        try append(source + end)
     }
 
     private func append(_ bytes: [UInt8]) throws {
@@ -199,6 +223,19 @@ final class CheckpointLog: Sendable {
         bytes.store(c, 24)
         bytes.replaceSubrange(32..<64, with: digest)
         return seal(bytes, crcAt: 4)
+    }
+
+    private func sizeRecords(_ sizes: [UInt16]) -> [UInt8] {
+        var records: [UInt8] = []
+        for start in stride(from: 0, to: sizes.count, by: Self.sizesPerRecord) {
+            var bytes = [UInt8](repeating: 0, count: Self.recordSize)
+            bytes.store(Kind.sizes.rawValue, 0)
+            for (index, size) in sizes[start...].prefix(Self.sizesPerRecord).enumerated() {
+                bytes.store(size, 8 + index * 2)
+            }
+            records += seal(bytes, crcAt: 4)
+        }
+        return records
     }
 
     private func seal(_ bytes: [UInt8], crcAt offset: Int) -> [UInt8] {

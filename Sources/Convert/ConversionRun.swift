@@ -5,33 +5,33 @@ import HostKit
 import MigrationModel
 import Synchronization
 
-/// The threads of one conversion: several convert chunks, one hashes the source, the caller's reports progress and
-/// takes checkpoints that are due by time.
+/// The threads of one conversion: several convert chunks, one reads or hashes the source, the caller's reports progress
+/// and takes checkpoints that are due by time.
 final class ConversionRun: Sendable {
     struct Outcome {
-        let sourceBytes: UInt64
-        let sourceSHA256: [UInt8]?
-        let contentDigest: [UInt8]
+        let source: SourceSummary
+        /// nil where digests weren't wanted.
+        let contentDigest: [UInt8]?
     }
 
     private struct State {
         var progress: DiskConversion.Progress
         /// Every chunk that holds data and is in the image, in any order.
-        var done: [CheckpointLog.ChunkRecord] = []
-        /// Those of them that the log doesn't have yet.
+        var done: [ChunkPlacement] = []
+        var content: OrderedDigests
+        /// What the log doesn't have yet.
         var pending: [CheckpointLog.ChunkRecord] = []
         var pendingBytes: UInt64 = 0
-        var sourceSHA256: [UInt8]?
+        var source: SourceSummary?
         var failure: (any Error)?
     }
 
-    private let disk: any DiskSource
+    private let disk: (any DiskSource)?
     private let writer: any DiskWriter
     private let log: CheckpointLog
     private let options: DiskConversion.Options
-    private let hasher: SourceHasher
     private let stop: StopFlag
-    private let queue: ChunkQueue
+    private let feed: any ChunkFeed
     /// What an interrupted run wrote, by chunk.
     private let recorded: [UInt64: CheckpointLog.ChunkRecord]
     private let state: Mutex<State>
@@ -39,29 +39,31 @@ final class ConversionRun: Sendable {
     /// Held while a checkpoint is taken: records enter the log in the order their data was synced.
     private let checkpointing = Mutex(())
 
+    /// - Parameter disk: nil for a stream that `feed` alone reads.
     init(
-        _ disk: any DiskSource, _ writer: any DiskWriter, _ log: CheckpointLog,
-        records: [CheckpointLog.ChunkRecord], options: DiskConversion.Options, sourceName: String, stop: StopFlag
+        _ disk: (any DiskSource)?, _ feed: any ChunkFeed, _ writer: any DiskWriter, _ log: CheckpointLog,
+        records: [CheckpointLog.ChunkRecord], options: DiskConversion.Options, stop: StopFlag
     ) throws {
         self.disk = disk
+        self.feed = feed
         self.writer = writer
         self.log = log
         self.options = options
         self.stop = stop
-        hasher = SourceHasher(files: disk.files, name: sourceName, expected: options.expectedDigests)
-        queue = try ChunkQueue(disk)
-        recorded = try ConversionRun.adopt(records, disk, writer)
+        let capacity = writer.capacity
+        recorded = try ConversionRun.adopt(records, capacity, writer)
         state = Mutex(
             State(
                 progress: DiskConversion.Progress(
-                    doneBytes: 0, capacity: disk.capacity, dataBytes: 0, writtenBytes: 0, resumedBytes: 0)))
+                    doneBytes: 0, capacity: capacity, dataBytes: 0, writtenBytes: 0, resumedBytes: 0),
+                content: OrderedDigests(capacity: capacity)))
     }
 
     /// The latest record of each chunk, without those whose place in the image can't be theirs.
     private static func adopt(
-        _ records: [CheckpointLog.ChunkRecord], _ disk: any DiskSource, _ writer: any DiskWriter
+        _ records: [CheckpointLog.ChunkRecord], _ capacity: UInt64, _ writer: any DiskWriter
     ) throws -> [UInt64: CheckpointLog.ChunkRecord] {
-        let total = Chunk.total(capacity: disk.capacity)
+        let total = Chunk.total(capacity: capacity)
         var latest: [UInt64: Int] = [:]
         for (order, record) in records.enumerated() where record.placement.index < total {
             latest[record.placement.index] = order
@@ -76,10 +78,9 @@ final class ConversionRun: Sendable {
 
     func run(_ progress: (DiskConversion.Progress) -> Void) throws -> Outcome {
         progress(state.withLock { $0.progress })
-        let threads = max(2, options.threads ?? processorCount() + 2)
         let group = DispatchGroup()
-        for number in 0..<threads { start(group, "convert-\(number)") { try $0.convertChunks() } }
-        if hasher.isWorthwhile { start(group, "hash-source") { try $0.hashSource() } }
+        for number in 0..<options.threadCount { start(group, "convert-\(number)") { try $0.convertChunks() } }
+        start(group, "read-source") { try $0.readSource() }
         var lastCheckpoint = DispatchTime.now()
         while group.wait(timeout: .now() + .milliseconds(200)) == .timedOut {
             progress(state.withLock { $0.progress })
@@ -121,27 +122,26 @@ final class ConversionRun: Sendable {
         return !failed.load(ordering: .acquiring)
     }
 
-    private struct Halted: Error {}
-
-    private func hashSource() throws {
-        do {
-            let digest = try hasher.run { if !(try goesOn()) { throw Halted() } }
-            state.withLock { $0.sourceSHA256 = digest }
-        } catch is Halted {}
+    private func readSource() throws {
+        let summary = try feed.readSource(while: goesOn)
+        state.withLock { $0.source = summary }
     }
 
     private func convertChunks() throws {
-        let reader = try disk.makeReader()
+        let reader = try disk?.makeReader()
+        let inflater = GrainInflater()
         let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: Chunk.size, alignment: 4096)
         defer { buffer.deallocate() }
         while try goesOn() {
-            let (chunk, skipped) = try queue.next()
-            if skipped > 0 { state.withLock { $0.progress.doneBytes += skipped } }
-            guard let chunk else { return }
+            let work = try feed.next(while: goesOn)
+            if work.skipped > 0 { state.withLock { $0.progress.doneBytes += work.skipped } }
+            guard let chunk = work.chunk else { return }
+            defer { if let block = work.block { feed.recycle(block) } }
             if let record = recorded[chunk.index] {
                 if try isIntact(record, chunk, buffer) {
                     state.withLock {
-                        $0.done.append(record)
+                        $0.done.append(record.placement)
+                        $0.content.add(record.digest, chunk: chunk.index, ticket: work.ticket)
                         $0.progress.resumedBytes += UInt64(chunk.count)
                     }
                     account(chunk, isData: true)
@@ -149,7 +149,20 @@ final class ConversionRun: Sendable {
                 }
                 if record.placement.bitmap != 0 { try writer.release(chunk, at: record.placement) }
             }
-            try convert(chunk, reader, buffer)
+            var scan = ChunkScan(UnsafeRawBufferPointer(rebasing: buffer[..<chunk.count]), options.checksum)
+            var content = ChunkContent.zero
+            if let block = work.block {
+                try inflater.inflate(block, chunk, into: buffer) { scan.filled($0) }
+                content = .data
+            } else if let reader {
+                content = try reader.read(
+                    at: chunk.offset, into: UnsafeMutableRawBufferPointer(rebasing: buffer[..<chunk.count]))
+                if content == .data {
+                    try options.rateLimit?.take(chunk.count, stop: stop)
+                    scan.filled(chunk.count)
+                }
+            }
+            try store(work.ticket, chunk, content, scan, buffer)
         }
     }
 
@@ -158,22 +171,31 @@ final class ConversionRun: Sendable {
     ) throws -> Bool {
         // A chunk that turned out to be zeros has nothing in the image; its digest is the log's word.
         if record.placement.bitmap == 0 { return true }
-        return try writer.read(chunk, at: record.placement, into: buffer)
-            && sha256(UnsafeRawBufferPointer(rebasing: buffer[..<chunk.count])) == record.digest
+        guard try writer.read(chunk, at: record.placement, into: buffer) else { return false }
+        var scan = ChunkScan(UnsafeRawBufferPointer(rebasing: buffer[..<chunk.count]), options.checksum)
+        scan.filled(chunk.count)
+        return scan.finish() == record.digest
     }
 
-    private func convert(_ chunk: Chunk, _ reader: any DiskReader, _ buffer: UnsafeMutableRawBufferPointer) throws {
-        let bytes = UnsafeMutableRawBufferPointer(rebasing: buffer[..<chunk.count])
-        guard try reader.read(at: chunk.offset, into: bytes) == .data else { return account(chunk, isData: false) }
-        let bitmap = Chunk.clusterBitmap(UnsafeRawBufferPointer(bytes))
-        let digest = sha256(UnsafeRawBufferPointer(bytes))
-        let offset = bitmap == 0 ? 0 : try writer.write(chunk, bitmap: bitmap, from: buffer)
+    private func store(
+        _ ticket: UInt64, _ chunk: Chunk, _ content: ChunkContent, _ scan: ChunkScan,
+        _ buffer: UnsafeMutableRawBufferPointer
+    ) throws {
+        guard content == .data else {
+            state.withLock { $0.content.add(nil, chunk: chunk.index, ticket: ticket) }
+            return account(chunk, isData: false)
+        }
+        let digest = scan.finish()
+        let placement =
+            scan.bitmap == 0
+            ? ChunkPlacement(index: chunk.index, hostOffset: 0, bitmap: 0)
+            : try writer.write(chunk, bitmap: scan.bitmap, from: buffer)
         Failpoint.convertChunkWritten.hit()
-        let placement = ChunkPlacement(index: chunk.index, hostOffset: offset, bitmap: bitmap)
         let record = CheckpointLog.ChunkRecord(placement: placement, digest: digest)
-        let written = UInt64(placement.clusterCount * Chunk.clusterSize)
+        let written = placement.storedBytes
         let pending = state.withLock {
-            $0.done.append(record)
+            $0.done.append(placement)
+            $0.content.add(digest, chunk: chunk.index, ticket: ticket)
             $0.pending.append(record)
             $0.pendingBytes += written
             $0.progress.writtenBytes += written
@@ -209,21 +231,23 @@ final class ConversionRun: Sendable {
             return state.pending
         }
         guard !records.isEmpty else { return }
-        try writer.file.synchronizeData()
+        try writer.image.synchronizeData()
         try log.append(records)
         Failpoint.convertCheckpoint.hit()
     }
 
     private func finish() throws -> Outcome {
-        var (records, sourceSHA256) = state.withLock { ($0.done, $0.sourceSHA256) }
-        records.sort { $0.placement.index < $1.placement.index }
-        try writer.finish(records.map(\.placement).filter { $0.bitmap != 0 })
+        var placements = state.withLock { state in
+            defer { state.done = [] }
+            return state.done
+        }
+        placements.removeAll { $0.bitmap == 0 }
+        placements.sort { $0.index < $1.index }
+        try writer.finish(placements)
         Failpoint.convertImageFinished.hit()
-        var content = ContentDigest(capacity: disk.capacity)
-        for record in records { content.add(record.digest, chunk: record.placement.index) }
+        let (source, content) = state.withLock { ($0.source, $0.content.finalize()) }
         return Outcome(
-            sourceBytes: hasher.length, sourceSHA256: sourceSHA256, contentDigest: content.finalize())
+            source: source ?? SourceSummary(bytes: 0, sha256: nil),
+            contentDigest: options.checksum == .none ? nil : content)
     }
 }
-
-private func processorCount() -> Int { max(1, Int(sysconf(Int32(_SC_NPROCESSORS_ONLN)))) }

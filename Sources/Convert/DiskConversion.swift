@@ -19,19 +19,47 @@ package struct DiskConversion: Sendable {
     package let name: String
     package let finalPath: String
     package var options = Options()
+    /// Where the disk's bytes come from instead of the file `source`, which then only names them.
+    package private(set) var stream: Stream?
+
+    /// A streamOptimized VMDK that comes once, front to back: a pipe, a download.
+    package struct Stream: Sendable {
+        /// For messages.
+        package let name: String
+        /// Called once, on the thread that converts; reads end when the flag is set.
+        package let open: @Sendable (StopFlag) throws -> sending any ByteSource
+
+        package init(name: String, open: @escaping @Sendable (StopFlag) throws -> sending any ByteSource) {
+            self.name = name
+            self.open = open
+        }
+    }
 
     package struct Options: Sendable {
         /// Digests the source stream must have, lower or upper case hex, as an OVF manifest lists them. The stream is
         /// the source's files one after the other; for a VMDK with extents beside it the descriptor comes first.
         package var expectedDigests: [Digest.Algorithm: String] = [:]
-        /// Converting threads; nil means the machine's processors plus 2. One more hashes the source.
+        /// Converting threads; nil means twice the machine's processors and 2, since some always wait for their
+        /// writes. One more reads or hashes the source.
         package var threads: Int?
+        /// `none` leaves out the digests of source and content that nobody expects.
+        package var checksum = Checksum.sha256
+        /// Compresses the clusters of a qcow2 image.
+        package var compression: Compression?
+        /// Shared by the conversions that together must not read faster.
+        package var rateLimit: RateLimit?
         /// A checkpoint is due when this many image bytes were written since the last, and at the latest every
         /// `checkpointSeconds`.
-        package var checkpointBytes: UInt64 = 64 << 20
+        package var checkpointBytes: UInt64 = 256 << 20
         package var checkpointSeconds: Double = 2
 
         package init() {}
+
+        var threadCount: Int { max(2, threads ?? 2 * max(1, Int(sysconf(Int32(_SC_NPROCESSORS_ONLN)))) + 2) }
+    }
+
+    package enum Checksum: String, Sendable, CaseIterable {
+        case sha256, none
     }
 
     package struct Progress: Sendable, Equatable {
@@ -59,8 +87,10 @@ package struct DiskConversion: Sendable {
         /// SHA-256 of the source stream, hex. nil when nobody asked for it and reading it whole would have cost far
         /// more than the disk's data: a source file with more holes than data.
         package var sourceSHA256: String?
-        /// `ContentDigest` of what the guest sees, hex.
-        package var contentDigest: String
+        /// `ContentDigest` of what the guest sees, hex; nil where digests weren't wanted.
+        package var contentDigest: String?
+        /// Whether the image bypassed the page cache; nil when it was finished by an earlier run.
+        package var directWrites: Bool?
         package var notice: Notice
     }
 
@@ -89,6 +119,17 @@ package struct DiskConversion: Sendable {
         self.options = options
     }
 
+    /// Converts a stream. What an interrupted run left is thrown away: nothing proves that it came from the same bytes.
+    package init(
+        stream: Stream, targetFormat: TargetFormat, workDirectory: String, name: String, finalPath: String,
+        options: Options = Options()
+    ) {
+        self.init(
+            source: FileRegion(path: stream.name), sourceFormat: .vmdk, targetFormat: targetFormat,
+            workDirectory: workDirectory, name: name, finalPath: finalPath, options: options)
+        self.stream = stream
+    }
+
     package var partialPath: String { "\(workDirectory)/\(name).partial" }
     package var checkpointPath: String { "\(workDirectory)/\(name).checkpoint" }
 
@@ -96,8 +137,10 @@ package struct DiskConversion: Sendable {
     package func run(
         stop: StopFlag = StopFlag(), progress: (Progress) -> Void = { _ in }
     ) throws -> Result {
-        let notice = try convert(stop: stop, progress: progress)
-        return try publish(notice)
+        let (notice, directWrites) = try makeImage(stop, progress)
+        var result = try publish(notice)
+        result.directWrites = directWrites
+        return result
     }
 
     /// Brings the image to completion under its temporary name, on stable storage and verified. Blocks the calling
@@ -110,6 +153,12 @@ package struct DiskConversion: Sendable {
     package func convert(
         stop: StopFlag = StopFlag(), progress: (Progress) -> Void = { _ in }
     ) throws -> Notice {
+        try makeImage(stop, progress).notice
+    }
+
+    private func makeImage(
+        _ stop: StopFlag, _ progress: (Progress) -> Void
+    ) throws -> (notice: Notice, directWrites: Bool?) {
         guard !name.isEmpty, !name.contains("/"), name != ".", name != ".." else {
             throw MigrationError(.invalidArgument, "conversion name \"\(name)\" is not a file name")
         }
@@ -117,25 +166,51 @@ package struct DiskConversion: Sendable {
         defer { log.unlock() }
         if Files.exists(finalPath) {
             _ = try published(log)
-            return .alreadyPublished
+            return (.alreadyPublished, nil)
         }
-        let disk = try sourceFormat.open(source)
+        let disk = stream == nil ? try sourceFormat.open(source) : nil
+        let (feed, capacity) = try feed(disk, stop)
         let binding = CheckpointLog.Binding(
-            region: source, format: sourceFormat, disk: disk, target: targetFormat)
+            region: source, format: sourceFormat, capacity: capacity, files: disk?.files, target: targetFormat,
+            options: options)
         let (records, notice) = try prepare(log, binding)
-        let writer = try targetFormat.writer(partialPath, capacity: disk.capacity)
+        let writer = try targetFormat.writer(partialPath, capacity: capacity, compression: options.compression)
         Failpoint.convertImageCreated.hit()
 
         let conversion = try ConversionRun(
-            disk, writer, log, records: records, options: options, sourceName: source.path, stop: stop)
+            disk, feed, writer, log, records: records, options: options, stop: stop)
         let outcome = try conversion.run(progress)
 
-        try requireUnchanged(disk)
+        try requireUnchanged(disk?.files ?? [])
         let finished = CheckpointLog.Finished(
-            image: FileIdentity(try writer.file.status()), sourceBytes: outcome.sourceBytes,
-            sourceSHA256: outcome.sourceSHA256, contentDigest: outcome.contentDigest)
+            image: FileIdentity(try writer.image.file.status()), sourceBytes: outcome.source.bytes,
+            sourceSHA256: outcome.source.sha256, contentDigest: outcome.contentDigest)
         try log.append(finished)
-        return notice
+        return (notice, writer.image.isDirect)
+    }
+
+    /// One that goes front to back where the disk is laid out so, and has just one file.
+    ///
+    /// - Parameter disk: nil for a stream.
+    private func feed(_ disk: (any DiskSource)?, _ stop: StopFlag) throws -> (any ChunkFeed, capacity: UInt64) {
+        let blocks = options.threadCount + 2
+        guard let disk else {
+            guard let stream,
+                let forward = try ForwardFeed(
+                    try stream.open(stop), disk: nil, options: options, blocks: blocks, stop: stop)
+            else { throw MigrationError(.internal, "\(source.path): neither a disk nor a stream") }
+            return (forward, forward.capacity)
+        }
+        if disk.files.count == 1,
+            let forward = try ForwardFeed(
+                try FileSource(disk.files[0]), disk: disk, options: options, blocks: blocks, stop: stop)
+        {
+            return (forward, disk.capacity)
+        }
+        let hasher = SourceHasher(
+            files: disk.files, name: source.path, expected: options.expectedDigests,
+            isWanted: options.checksum == .sha256)
+        return (try ChunkQueue(disk, hasher), disk.capacity)
     }
 
     /// Gives the completed image its final name. One that has it already is fine.
@@ -205,8 +280,8 @@ package struct DiskConversion: Sendable {
         return ([], leftOvers ? .restarted : .fresh)
     }
 
-    private func requireUnchanged(_ disk: any DiskSource) throws {
-        for file in disk.files where try FileIdentity(path: file.path) != file.identity {
+    private func requireUnchanged(_ files: [SourceFile]) throws {
+        for file in files where try FileIdentity(path: file.path) != file.identity {
             throw MigrationError(
                 .failedPrecondition, "\(file.path) changed while it was converted",
                 hint: "make sure that nothing writes to it, e.g. power the VM off, and run the same command again")
@@ -220,7 +295,7 @@ package struct DiskConversion: Sendable {
         return Result(
             path: finalPath, format: targetFormat, capacity: capacity,
             allocatedBytes: UInt64(image.st_blocks) * 512, sourceBytes: finished.sourceBytes,
-            sourceSHA256: finished.sourceSHA256.map { hex($0) }, contentDigest: hex(finished.contentDigest),
+            sourceSHA256: finished.sourceSHA256.map { hex($0) }, contentDigest: finished.contentDigest.map { hex($0) },
             notice: notice)
     }
 }

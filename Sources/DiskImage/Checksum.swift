@@ -1,6 +1,6 @@
 import CDeflate
 
-/// CRC-32 (IEEE 802.3, as in gzip).
-package func crc32(_ bytes: UnsafeRawBufferPointer) -> UInt32 {
-    libdeflate_crc32(0, bytes.baseAddress, bytes.count)
+/// CRC-32 (IEEE 802.3, as in gzip), continued from `start`.
+package func crc32(_ bytes: UnsafeRawBufferPointer, _ start: UInt32 = 0) -> UInt32 {
+    libdeflate_crc32(start, bytes.baseAddress, bytes.count)
 }

@@ -11,6 +11,10 @@ package protocol DiskSource: Sendable {
     /// The files (or parts of files) that hold the disk, in stream order: the descriptor first, then its extents.
     var files: [SourceFile] { get }
     func makeReader() throws -> sending any DiskReader
+    /// A reader that goes through the disk's only file front to back, for formats laid out that way; nil for others.
+    ///
+    /// - Parameter stream: the bytes of that file's region.
+    func makeForwardReader(_ stream: any ByteSource) throws -> VMDK.ForwardReader?
 }
 
 /// One thread's access to a `DiskSource`: owns its descriptors, table caches and decompressor.

@@ -1,17 +1,19 @@
-package import HostKit
+import MigrationModel
 
 /// An image being written by many threads. Chunks arrive in any order; the image becomes valid in `finish`.
 package protocol DiskWriter: Sendable {
     var format: TargetFormat { get }
     var capacity: UInt64 { get }
-    var file: File { get }
+    var image: ImageFile { get }
 
-    /// Writes the clusters of `chunk` whose bits are set in `bitmap` (not 0). The bytes are in the page cache, not on
-    /// stable storage, when this returns.
+    /// Writes the clusters of `chunk` whose bits are set in `bitmap` (not 0). They are on stable storage after the next
+    /// `image.synchronizeData()`, not before.
     ///
-    /// - Parameter buffer: `Chunk.size` bytes, the first `chunk.count` of them the chunk's; rearranged by this call.
-    /// - Returns: where in the file they lie.
-    func write(_ chunk: Chunk, bitmap: UInt64, from buffer: UnsafeMutableRawBufferPointer) throws -> UInt64
+    /// - Parameter buffer: `Chunk.size` bytes on a page boundary, the first `chunk.count` of them the chunk's, those
+    ///   behind overwritten by this call.
+    func write(
+        _ chunk: Chunk, bitmap: UInt64, from buffer: UnsafeMutableRawBufferPointer
+    ) throws -> ChunkPlacement
 
     /// Reads a chunk back as the guest would see it into the first `chunk.count` bytes of `buffer` (`Chunk.size`
     /// bytes). Returns false when the file is too short to hold it.
@@ -35,21 +37,48 @@ package struct ChunkPlacement: Sendable, Equatable {
     package let hostOffset: UInt64
     /// Bit i: cluster i is stored.
     package let bitmap: UInt64
+    /// In a compressed image, the size of each stored cluster in units of 2 bytes; they follow each other. Else empty.
+    package let sizes: [UInt16]
 
-    package init(index: UInt64, hostOffset: UInt64, bitmap: UInt64) {
+    package init(index: UInt64, hostOffset: UInt64, bitmap: UInt64, sizes: [UInt16] = []) {
         self.index = index
         self.hostOffset = hostOffset
         self.bitmap = bitmap
+        self.sizes = sizes
     }
+
+    /// Bytes of the image that hold it.
+    package var storedBytes: UInt64 {
+        sizes.isEmpty ? UInt64(clusterCount * Chunk.clusterSize) : units * UInt64(ImageFile.alignment)
+    }
+
+    /// Compressed bytes.
+    private var compressedBytes: UInt64 { sizes.reduce(0) { $0 + UInt64($1) * 2 } }
+    /// What they take in units of `ImageFile.alignment`.
+    var units: UInt64 { (compressedBytes + UInt64(ImageFile.alignment) - 1) / UInt64(ImageFile.alignment) }
 
     package var clusterCount: Int { bitmap.nonzeroBitCount }
 }
 
 extension TargetFormat {
     /// Opens or creates the image for writing. An existing one keeps its content, to be adopted.
-    package func writer(_ path: String, capacity: UInt64) throws -> any DiskWriter {
-        switch self {
-        case .qcow2: try QCOW2.Writer(path, capacity: capacity)
+    ///
+    /// - Parameter compression: for qcow2 only.
+    package func writer(
+        _ path: String, capacity: UInt64, compression: Compression? = nil
+    ) throws -> any DiskWriter {
+        if let compression, self != .qcow2 {
+            throw MigrationError(
+                .invalidArgument, "\(path): a \(rawValue) image can't be compressed (\(compression))",
+                hint: "choose qcow2")
+        }
+        return switch self {
+        case .qcow2:
+            if let compression {
+                try QCOW2.CompressedWriter(path, capacity: capacity, compression: compression)
+            } else {
+                try QCOW2.Writer(path, capacity: capacity)
+            }
         case .raw: try Raw.Writer(path, capacity: capacity)
         }
     }

@@ -13,6 +13,15 @@ protocol ExtentReader: AnyObject {
     func nextData(from offset: UInt64) throws -> UInt64?
     /// Returns false when the range is known to be zero; the buffer's content is then unspecified.
     func read(at offset: UInt64, into buffer: UnsafeMutableRawBufferPointer) throws -> Bool
+    /// Puts what this extent, of a delta, has over what the parent's had there.
+    func overlay(at offset: UInt64, into buffer: UnsafeMutableRawBufferPointer) throws
+}
+
+extension ExtentReader {
+    /// Extents other than sparse ones hold every sector.
+    func overlay(at offset: UInt64, into buffer: UnsafeMutableRawBufferPointer) throws {
+        if try !read(at: offset, into: buffer) { zero(buffer) }
+    }
 }
 
 /// Sectors that read as zero and are kept nowhere.
@@ -55,8 +64,15 @@ struct ExtentDisk: DiskSource {
 
     func makeReader() -> sending any DiskReader { Reader(self) }
 
+    func makeLayerReader() -> Reader { Reader(self) }
+
+    func makeForwardReader(_ stream: any ByteSource) throws -> VMDK.ForwardReader? {
+        guard extents.count == 1, let extent = extents[0] as? VMDK.SparseExtent else { return nil }
+        return try extent.makeForwardReader(stream)
+    }
+
     /// Keeps only the extent in use open: a disk of 2 GiB extents may have more of them than a process has descriptors.
-    private final class Reader: DiskReader {
+    final class Reader: DiskReader {
         private let disk: ExtentDisk
         private var current: (index: Int, reader: any ExtentReader)?
 
@@ -90,6 +106,21 @@ struct ExtentDisk: DiskSource {
                 position = start + disk.extents[index].capacity
             }
             return nil
+        }
+
+        /// As `ExtentReader.overlay`, over the part of the range that the disk has.
+        func overlay(at offset: UInt64, into buffer: UnsafeMutableRawBufferPointer) throws {
+            var done = 0
+            while done < buffer.count, offset + UInt64(done) < disk.capacity {
+                let position = offset + UInt64(done)
+                let index = index(of: position)
+                let end = disk.starts[index] + disk.extents[index].capacity
+                let count = Int(min(UInt64(buffer.count - done), end - position))
+                try reader(index).overlay(
+                    at: position - disk.starts[index],
+                    into: UnsafeMutableRawBufferPointer(rebasing: buffer[done..<done + count]))
+                done += count
+            }
         }
 
         func read(at offset: UInt64, into buffer: UnsafeMutableRawBufferPointer) throws -> ChunkContent {

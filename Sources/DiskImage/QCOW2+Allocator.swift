@@ -1,10 +1,12 @@
 extension QCOW2 {
-    /// Hands out clusters of the image: behind the last one in use, or from gaps that an interrupted run left.
+    /// Hands out units of the image, clusters or parts of them: behind the last one in use, or from gaps that an interrupted run left.
     struct Allocator {
-        /// First cluster behind everything in use. Cluster 0 is the header's.
-        private(set) var end: UInt64 = 1
+        /// First unit behind everything in use. The header's come first.
+        private(set) var end: UInt64
         /// Free runs before `end`.
         private var gaps: [(start: UInt64, count: UInt64)] = []
+
+        init(end: UInt64 = 1) { self.end = end }
 
         mutating func allocate(_ count: UInt64) -> UInt64 {
             if let index = gaps.firstIndex(where: { $0.count >= count }) {
@@ -19,7 +21,7 @@ extension QCOW2 {
 
         mutating func release(_ start: UInt64, _ count: UInt64) { gaps.append((start, count)) }
 
-        /// Takes over runs of clusters, oldest first, and returns the indices of those accepted: of two that overlap
+        /// Takes over runs of units, oldest first, and returns the indices of those accepted: of two that overlap
         /// the newer one, which was written over the older.
         mutating func adopt(_ runs: [(start: UInt64, count: UInt64)]) -> [Int] {
             var kept: [Int] = []

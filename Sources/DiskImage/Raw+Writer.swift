@@ -1,5 +1,5 @@
 import Glibc
-package import HostKit
+import HostKit
 import MigrationModel
 
 extension Raw {
@@ -7,37 +7,34 @@ extension Raw {
     package struct Writer: DiskWriter {
         package let format = TargetFormat.raw
         package let capacity: UInt64
-        package let file: File
+        package let image: ImageFile
 
         package init(_ path: String, capacity: UInt64) throws {
-            file = try File(path, O_RDWR | O_CREAT)
+            image = try ImageFile(path)
             self.capacity = capacity
-            try file.truncate(to: capacity)
+            try image.file.truncate(to: capacity)
         }
 
         package func write(
             _ chunk: Chunk, bitmap: UInt64, from buffer: UnsafeMutableRawBufferPointer
-        ) throws -> UInt64 {
-            var cluster = 0
-            while cluster < Chunk.clusters {
-                let first = cluster
-                while cluster < Chunk.clusters, bitmap >> UInt64(cluster) & 1 == 1 { cluster += 1 }
-                if cluster == first {
-                    cluster += 1
-                    continue
-                }
-                let start = first * Chunk.clusterSize
-                let end = min(cluster * Chunk.clusterSize, chunk.count)
-                try file.write(UnsafeRawBufferPointer(rebasing: buffer[start..<end]), at: chunk.offset + UInt64(start))
+        ) throws -> ChunkPlacement {
+            let bytes = UnsafeRawBufferPointer(rebasing: buffer[..<chunk.count])
+            for run in Packing.runs(of: bytes, bitmap) {
+                try image.write(run, at: chunk.offset + UInt64(distance(from: buffer, to: run)))
             }
-            return chunk.offset
+            return ChunkPlacement(index: chunk.index, hostOffset: chunk.offset, bitmap: bitmap)
+        }
+
+        private func distance(from buffer: UnsafeMutableRawBufferPointer, to part: UnsafeRawBufferPointer) -> Int {
+            guard let start = buffer.baseAddress, let place = part.baseAddress else { return 0 }
+            return place - UnsafeRawPointer(start)
         }
 
         package func read(
             _ chunk: Chunk, at placement: ChunkPlacement, into buffer: UnsafeMutableRawBufferPointer
         ) throws -> Bool {
             let part = UnsafeMutableRawBufferPointer(rebasing: buffer[..<chunk.count])
-            return try file.read(at: chunk.offset, into: part) == chunk.count
+            return try image.read(at: chunk.offset, into: part) == chunk.count
         }
 
         package func adopt(_ placements: [ChunkPlacement]) -> [ChunkPlacement] {
@@ -46,9 +43,9 @@ extension Raw {
 
         /// Overwrites the chunk with zeros: its clusters that should be holes may be what is wrong with it.
         package func release(_ chunk: Chunk, at placement: ChunkPlacement) throws {
-            try file.write([UInt8](repeating: 0, count: chunk.count), at: chunk.offset)
+            try image.file.write([UInt8](repeating: 0, count: chunk.count), at: chunk.offset)
         }
 
-        package func finish(_ placements: [ChunkPlacement]) throws { try file.synchronize() }
+        package func finish(_ placements: [ChunkPlacement]) throws { try image.file.synchronize() }
     }
 }

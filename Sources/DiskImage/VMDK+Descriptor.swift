@@ -14,8 +14,12 @@ extension VMDK {
         }
 
         let createType: String
+        /// Lower case; changes whenever the disk's content does.
+        let cid: String
         /// Lower case; `ffffffff` for a disk that stands alone.
         let parentCID: String
+        /// As written, unchecked: the parent's descriptor, perhaps with a path on the machine it came from.
+        let parentHint: String?
         /// vSphere's VM encryption is an I/O filter on the disk.
         let isEncrypted: Bool
         let extents: [ExtentLine]
@@ -36,19 +40,28 @@ extension VMDK {
                 }
             }
             createType = values["createtype"] ?? ""
+            cid = (values["cid"] ?? "").lowercased()
+            parentHint = values["parentfilenamehint"]
             parentCID = (values["parentcid"] ?? "ffffffff").lowercased()
             isEncrypted = values["ddb.iofilters"]?.lowercased().contains("vmcrypt") ?? false
             self.extents = extents
         }
 
+        var isDelta: Bool { parentCID != "ffffffff" }
+
         /// Throws unless this is a complete disk of a kind that is read here.
         func requireWholeDisk(name: String) throws {
-            guard parentCID == "ffffffff" else {
+            guard !isDelta else {
                 throw MigrationError(
                     .failedPrecondition,
                     "\(name): a snapshot's delta (parent CID \(VMDK.printable(parentCID))), not a whole disk",
                     hint: "consolidate the VM's snapshots, or export it, and give the resulting disk")
             }
+            try requireKnownKind(name: name)
+        }
+
+        /// Throws unless this is a disk, or a delta, of a kind that is read here.
+        func requireKnownKind(name: String) throws {
             guard !isEncrypted else {
                 throw MigrationError(
                     .failedPrecondition, "\(name): the disk is encrypted",

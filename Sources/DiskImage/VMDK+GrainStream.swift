@@ -20,7 +20,7 @@ extension VMDK {
         init(_ extent: SparseExtent, _ file: File) {
             self.extent = extent
             self.file = file
-            let record = GrainStream.markerSize + GrainStream.maximumCompressed(extent)
+            let record = GrainStream.markerSize + GrainStream.maximumCompressed(extent.header.grainSize)
             window = .allocate(byteCount: max(record, 1 << 20), alignment: 4096)
             grain = .allocate(byteCount: extent.header.grainSize, alignment: 4096)
         }
@@ -31,12 +31,10 @@ extension VMDK {
         }
 
         /// zlib adds less than 0.1% to data it can't compress; writers round up generously.
-        private static func maximumCompressed(_ extent: SparseExtent) -> Int {
-            extent.header.grainSize + extent.header.grainSize / 8 + 64
-        }
+        static func maximumCompressed(_ grainSize: Int) -> Int { grainSize + grainSize / 8 + 64 }
 
         func read(_ pieces: [Piece], into buffer: UnsafeMutableRawBufferPointer) throws {
-            let largest = UInt64(GrainStream.markerSize + GrainStream.maximumCompressed(extent))
+            let largest = UInt64(GrainStream.markerSize + GrainStream.maximumCompressed(extent.header.grainSize))
             let horizon = (pieces.map(\.sector).max() ?? 0) * sectorSize + largest
             for piece in pieces { try read(piece, horizon: horizon, into: buffer) }
         }
@@ -53,7 +51,7 @@ extension VMDK {
                     "the marker at byte \(start) is for sector \(sector) instead of"
                         + " \(piece.grain * extent.header.grainSectors)")
             }
-            guard size > 0, size <= GrainStream.maximumCompressed(extent) else {
+            guard size > 0, size <= GrainStream.maximumCompressed(extent.header.grainSize) else {
                 throw MigrationError.damaged(name, "the grain at byte \(start) claims \(size) compressed bytes")
             }
             let data = try bytes(

@@ -20,6 +20,8 @@ extension VMDK {
         /// What the grain table says about a grain.
         enum Entry {
             case hole
+            /// Known to be zeros: in a delta, whatever its parent has there.
+            case zero
             /// The first sector of the grain, or of its marker.
             case sector(UInt64)
         }
@@ -31,7 +33,8 @@ extension VMDK {
         }
 
         private func interpret(_ value: UInt32, _ grain: UInt64) throws -> Entry {
-            if value == 0 || value == 1 && extent.header.hasZeroedGrains { return .hole }
+            if value == 0 { return .hole }
+            if value == 1 && extent.header.hasZeroedGrains { return .zero }
             guard value > 1 else {
                 throw MigrationError.damaged(
                     extent.source.path, "grain \(grain) points into the header (sector \(value))")

@@ -28,6 +28,8 @@ extension VMDK {
         let descriptor: (sector: UInt64, sectors: UInt64)?
         /// A sector, or `directoryAtEnd`.
         let grainDirectory: UInt64
+        /// Sectors before the first grain. At most 2^40, unchecked otherwise.
+        let overhead: UInt64
         let isCompressed: Bool
         /// Grain table entry 1 means a grain of zeros.
         let hasZeroedGrains: Bool
@@ -76,6 +78,10 @@ extension VMDK {
             }
             descriptor = place > 0 && sectors > 0 ? (place, sectors) : nil
             grainDirectory = bytes.littleEndian(at: 56)
+            overhead = bytes.littleEndian(at: 64)
+            guard overhead <= Chunk.maximumCapacity / sectorSize else {
+                throw malformed("\(overhead) sectors of metadata")
+            }
             let compression: UInt16 = bytes.littleEndian(at: 77)
             isCompressed = flags & 1 << 16 != 0
             guard compression == (isCompressed ? 1 : 0) else {

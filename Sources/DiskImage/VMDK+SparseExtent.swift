@@ -54,6 +54,13 @@ extension VMDK {
             return SparseReader(self, file)
         }
 
+        /// nil unless the extent is compressed and the whole of its file.
+        func makeForwardReader(_ stream: any ByteSource) throws -> ForwardReader? {
+            guard header.isCompressed, capacity == header.capacity * sectorSize else { return nil }
+            let file = try FileRegion(path: source.path).open(flags: flags).0
+            return try ForwardReader(stream, self, GrainTables(self, file))
+        }
+
         /// Finds the footer at the end of a stream. A few sectors of zero padding behind the end are tolerated.
         private static func footer(_ file: File, _ source: SourceFile, matching first: Header) throws -> Header {
             let sectors = source.length / sectorSize

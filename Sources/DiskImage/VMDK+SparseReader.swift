@@ -29,6 +29,19 @@ extension VMDK {
             let end = offset + UInt64(buffer.count)
             guard let first = try nextData(from: offset), first < end else { return false }
             zero(UnsafeMutableRawBufferPointer(rebasing: buffer[..<Int(first - offset)]))
+            try read(from: first, at: offset, into: buffer, keepingHoles: false)
+            return true
+        }
+
+        func overlay(at offset: UInt64, into buffer: UnsafeMutableRawBufferPointer) throws {
+            try read(from: offset, at: offset, into: buffer, keepingHoles: true)
+        }
+
+        /// - Parameter keepingHoles: what the buffer has where this extent has nothing stays.
+        private func read(
+            from first: UInt64, at offset: UInt64, into buffer: UnsafeMutableRawBufferPointer, keepingHoles: Bool
+        ) throws {
+            let end = offset + UInt64(buffer.count)
             // Where this range's last stored grain ends bounds how far a compressed read may run ahead.
             var pieces: [Piece] = []
             var position = first
@@ -39,13 +52,13 @@ extension VMDK {
                     grain: grain, skip: position - grain * grainSize,
                     target: Int(position - offset)..<Int(stop - offset))
                 switch try tables.entry(grain) {
-                case .hole: zero(UnsafeMutableRawBufferPointer(rebasing: buffer[piece.target]))
+                case .hole where keepingHoles: break
+                case .hole, .zero: zero(UnsafeMutableRawBufferPointer(rebasing: buffer[piece.target]))
                 case .sector(let sector): pieces.append(piece.at(sector))
                 }
                 position = stop
             }
             if let stream { try stream.read(pieces, into: buffer) } else { try readStored(pieces, into: buffer) }
-            return true
         }
 
         /// Uncompressed grains; neighbours in guest and file are read together.

@@ -17,7 +17,8 @@ import MigrationModel
 ///   **footer**: footer marker, footer, end-of-stream marker (a sector of zeros) are the last three sectors. Some
 ///   writers (QEMU) reserve space for the directory instead and write no footer.
 ///
-/// A disk whose `parentCID` isn't `ffffffff` holds only the changes since a snapshot and isn't a disk by itself.
+/// A disk whose `parentCID` isn't `ffffffff` holds only the changes since a snapshot; `parentFileNameHint` names the
+/// disk with the rest, whose `CID` must still be that.
 package enum VMDK {
     static let sectorSize: UInt64 = 512
     private static let descriptorLimit: UInt64 = 1 << 20
@@ -25,12 +26,36 @@ package enum VMDK {
     static func open(_ region: FileRegion) throws -> any DiskSource {
         let (file, source) = try region.open()
         let start = try file.readExactly(at: source.offset, count: Int(min(source.length, 512)))
-        if isHostedSparse(start) { return try openSparse(file, source) }
-        if isDescriptor(start) { return try openDescriptor(file, source) }
+        if let (disk, descriptor) = try openLayer(file, source, start) {
+            guard let descriptor, descriptor.isDelta else { return disk }
+            guard source.offset == 0, source.length == source.identity.size else {
+                try descriptor.requireWholeDisk(name: source.path)
+                return disk
+            }
+            return try Chain(disk, descriptor, path: source.path)
+        }
         try refuseForeign(start, name: region.path)
         throw MigrationError(
             .invalidArgument, "\(region.path): not a VMDK: neither a sparse header nor a descriptor at its start",
             hint: start.isEmpty ? "the file is empty" : "a -flat.vmdk holds raw data: give its descriptor instead")
+    }
+
+    /// A disk of a chain, by a path that was resolved.
+    static func openLayer(_ path: String) throws -> (ExtentDisk, Descriptor?) {
+        let (file, source) = try FileRegion(path: path).open(flags: extentFlags)
+        let start = try file.readExactly(at: 0, count: Int(min(source.length, 512)))
+        if let layer = try openLayer(file, source, start) { return layer }
+        try refuseForeign(start, name: path)
+        throw MigrationError(.invalidArgument, "\(path): not a VMDK")
+    }
+
+    /// nil when it doesn't look like a VMDK.
+    private static func openLayer(
+        _ file: File, _ source: SourceFile, _ start: [UInt8]
+    ) throws -> (ExtentDisk, Descriptor?)? {
+        if isHostedSparse(start) { return try openSparse(file, source) }
+        if isDescriptor(start) { return try openDescriptor(file, source) }
+        return nil
     }
 
     static func isHostedSparse(_ start: [UInt8]) -> Bool { start.starts(with: "KDMV".utf8) }
@@ -57,29 +82,31 @@ package enum VMDK {
         }
     }
 
-    private static func openSparse(_ file: File, _ source: SourceFile) throws -> any DiskSource {
+    private static func openSparse(_ file: File, _ source: SourceFile) throws -> (ExtentDisk, Descriptor?) {
         let extent = try SparseExtent(file, source, flags: 0)
+        var found: Descriptor?
         if let place = extent.descriptor {
             let bytes = try file.readExactly(
                 at: source.offset + place.sector * sectorSize, count: Int(place.sectors * sectorSize))
             let descriptor = try Descriptor(parsing: bytes, name: "\(source.path) (embedded descriptor)")
-            try descriptor.requireWholeDisk(name: source.path)
+            try descriptor.requireKnownKind(name: source.path)
+            found = descriptor
             guard descriptor.extents.count == 1 else {
                 throw MigrationError.malformed(
                     source.path, "its embedded descriptor names \(descriptor.extents.count) extents instead of itself")
             }
         }
         let kind = extent.header.isCompressed ? "streamOptimized" : "monolithicSparse"
-        return try ExtentDisk([extent], formatName: "VMDK \(kind)", files: [source], name: source.path)
+        return (try ExtentDisk([extent], formatName: "VMDK \(kind)", files: [source], name: source.path), found)
     }
 
-    private static func openDescriptor(_ file: File, _ source: SourceFile) throws -> any DiskSource {
+    private static func openDescriptor(_ file: File, _ source: SourceFile) throws -> (ExtentDisk, Descriptor?) {
         guard source.length <= descriptorLimit else {
             throw MigrationError.malformed(source.path, "a descriptor of \(source.length) bytes is implausible")
         }
         let bytes = try file.readExactly(at: source.offset, count: Int(source.length))
         let descriptor = try Descriptor(parsing: bytes, name: source.path)
-        try descriptor.requireWholeDisk(name: source.path)
+        try descriptor.requireKnownKind(name: source.path)
         guard !descriptor.extents.isEmpty else {
             throw MigrationError.malformed(source.path, "the descriptor names no extent")
         }
@@ -98,8 +125,9 @@ package enum VMDK {
             extents.append(extent)
             files.append(file)
         }
-        return try ExtentDisk(
+        let disk = try ExtentDisk(
             extents, formatName: "VMDK \(descriptor.createType)", files: files, name: source.path)
+        return (disk, descriptor)
     }
 
     /// nil for an extent of zeros.

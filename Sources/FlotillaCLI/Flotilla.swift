@@ -15,7 +15,7 @@ package struct Flotilla: AsyncParsableCommand {
             Shell completions: flotilla --generate-completion-script bash|zsh|fish
             """,
         version: "flotilla \(version)",
-        subcommands: [MigrateCommand.self])
+        subcommands: [MigrateCommand.self, DiskCommand.self])
 
     package init() {}
 

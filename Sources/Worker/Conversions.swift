@@ -41,7 +41,7 @@ extension Disk {
     mutating func take(_ result: DiskConversion.Result) {
         source.sha256 = result.sourceSHA256 ?? ""
         source.streamBytes = result.sourceBytes
-        source.contentSha256 = result.contentDigest
+        source.contentSha256 = result.contentDigest ?? ""
         source.contentChunkBytes = UInt64(Chunk.size)
         target = .with {
             $0.path = result.path

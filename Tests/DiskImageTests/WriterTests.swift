@@ -26,14 +26,15 @@ import Testing
     }
 
     @Test(arguments: [0, 1, 1 << 63, .max, 0xF0F0_0000_0000_0001, 0x5555_5555_5555_5555] as [UInt64])
-    func packingIsUndoneByUnpacking(_ bitmap: UInt64) {
+    func runsLaidEndToEndAreUndoneByUnpacking(_ bitmap: UInt64) {
         var bytes = [UInt8](repeating: 0, count: Chunk.size)
         for cluster in 0..<64 where bitmap >> UInt64(cluster) & 1 == 1 {
             bytes[cluster * Chunk.clusterSize] = UInt8(cluster + 1)
         }
         var moved = bytes
         moved.withUnsafeMutableBytes {
-            Packing.pack($0, bitmap)
+            let packed = Packing.runs(of: UnsafeRawBufferPointer($0), bitmap).flatMap { Array($0) }
+            $0.copyBytes(from: packed)
             Packing.unpack($0, bitmap)
         }
         #expect(moved == bytes)

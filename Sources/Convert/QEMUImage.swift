@@ -1,0 +1,173 @@
+package import DiskImage
+import Glibc
+package import HostKit
+import MigrationModel
+
+/// Images in formats that this program leaves to qemu-img.
+package struct QEMUImage: Sendable {
+    package enum Format: String, Sendable, CaseIterable {
+        case qcow2, qed, vdi, vhdx, vpc
+    }
+
+    package let path: String
+    package let format: Format
+
+    package init(path: String, format: Format) {
+        self.path = path
+        self.format = format
+    }
+
+    /// By its magic number; nil for anything else.
+    package static func detect(_ path: String) throws -> QEMUImage? {
+        let start = try FileSource.beginning(of: path, count: 512)
+        func has(_ magic: [UInt8], at offset: Int = 0) -> Bool { start.dropFirst(offset).starts(with: magic) }
+        let format: Format? =
+            if has([0x51, 0x46, 0x49, 0xFB]) {
+                .qcow2
+            } else if has(Array("QED\0".utf8)) {
+                .qed
+            } else if has([0x7F, 0x10, 0xDA, 0xBE], at: 64) {
+                .vdi
+            } else if has(Array("vhdxfile".utf8)) {
+                .vhdx
+            } else if has(Array("conectix".utf8)) {
+                .vpc
+            } else {
+                nil
+            }
+        return format.map { QEMUImage(path: path, format: $0) }
+    }
+
+    /// `qemu-img info` as JSON. Throws `failedPrecondition` for an image that leads to other files: one from elsewhere
+    /// must not pull a file of this host into a disk.
+    package func info(stop: StopFlag = StopFlag()) throws -> String {
+        let text = try Self.run(["info", "--output=json", "-f", format.rawValue, path], stop: stop)
+        for key in ["backing-filename", "data-file"] where text.contains("\"\(key)\":") {
+            throw MigrationError(
+                .failedPrecondition, "\(path): depends on another file (\(key))",
+                hint: "merge them with qemu-img convert where that file is known and trusted")
+        }
+        return text
+    }
+
+    /// Writes the content to `target`, a path that doesn't exist, and syncs it.
+    ///
+    /// - Parameter progress: a share, 0 to 1.
+    package func convert(
+        to target: String, _ format: TargetFormat, options: DiskConversion.Options, bytesPerSecond: UInt64?,
+        stop: StopFlag, progress: (Double) -> Void
+    ) throws {
+        _ = try info(stop: stop)
+        var arguments = ["convert", "-p", "-f", self.format.rawValue, "-O", format.rawValue]
+        if let threads = options.threads { arguments += ["-m", "\(min(max(threads, 1), 16))", "-W"] }
+        if let bytesPerSecond { arguments += ["-r", "\(bytesPerSecond)"] }
+        switch options.compression {
+        case .zlib: arguments += ["-c"]
+        case .zstd: arguments += ["-c", "-o", "compression_type=zstd"]
+        case nil: break
+        }
+        try Self.run(arguments + [path, target], stop: stop) {
+            // "    (12.34/100%)\r"
+            guard let open = $0.lastIndex(of: "("), let slash = $0[open...].firstIndex(of: "/") else { return }
+            if let percent = Double($0[$0.index(after: open)..<slash]) { progress(percent / 100) }
+        }
+        try File(target, O_RDWR).synchronize()
+    }
+
+    /// Whether two images hold the same for the guest, in whatever formats qemu-img knows; if not, what it says.
+    package static func compare(
+        _ first: (path: String, format: String), _ second: (path: String, format: String), stop: StopFlag
+    ) throws -> String? {
+        let (status, text) = try launch(
+            ["compare", "-f", first.format, "-F", second.format, first.path, second.path], stop: stop
+        ) { _ in }
+        switch status {
+        case 0: return nil
+        case 1: return text.trimmed
+        default: throw failure("compare", text)
+        }
+    }
+
+    @discardableResult
+    private static func run(
+        _ arguments: [String], stop: StopFlag, output: (String) -> Void = { _ in }
+    ) throws -> String {
+        let (status, text) = try launch(arguments, stop: stop, output)
+        guard status == 0 else { throw failure(arguments[0], text) }
+        return text
+    }
+
+    private static func failure(_ verb: String, _ text: String) -> MigrationError {
+        MigrationError(.internal, "qemu-img \(verb) failed: \(text.trimmed.suffix(2000))")
+    }
+
+    /// Runs qemu-img with no shell in between; its output and errors go to `output` as they come and, up to 1 MiB, into
+    /// the result. Killed when the flag is set.
+    private static func launch(
+        _ arguments: [String], stop: StopFlag, _ output: (String) -> Void
+    ) throws -> (status: Int32, text: String) {
+        var ends: [Int32] = [0, 0]
+        guard pipe(&ends) == 0 else { throw systemError("pipe to", "qemu-img") }
+        for end in ends { _ = fcntl(end, F_SETFD, FD_CLOEXEC) }
+        defer { close(ends[0]) }
+        var actions = posix_spawn_file_actions_t()
+        posix_spawn_file_actions_init(&actions)
+        defer { posix_spawn_file_actions_destroy(&actions) }
+        posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0)
+        posix_spawn_file_actions_adddup2(&actions, ends[1], STDOUT_FILENO)
+        posix_spawn_file_actions_adddup2(&actions, ends[1], STDERR_FILENO)
+        var attributes = posix_spawnattr_t()
+        posix_spawnattr_init(&attributes)
+        defer { posix_spawnattr_destroy(&attributes) }
+        // The child must hear signals that this process blocks.
+        var none = sigset_t()
+        sigemptyset(&none)
+        posix_spawnattr_setsigmask(&attributes, &none)
+        posix_spawnattr_setflags(&attributes, Int16(POSIX_SPAWN_SETSIGMASK))
+        var pointers: [UnsafeMutablePointer<CChar>?] = (["qemu-img"] + arguments).map { strdup($0) } + [nil]
+        defer { for pointer in pointers { free(pointer) } }
+        var pid: pid_t = 0
+        let status = posix_spawnp(&pid, "qemu-img", &actions, &attributes, &pointers, environ)
+        close(ends[1])
+        guard status == 0 else {
+            throw MigrationError(
+                .notFound, "qemu-img can't be started: \(String(cString: strerror(status)))",
+                hint: "install qemu-utils: it reads the formats that this program doesn't")
+        }
+        var text = ""
+        let result = Result { text = try collect(ends[0], pid, stop, output) }
+        var ended: Int32 = 0
+        while waitpid(pid, &ended, 0) < 0 && errno == EINTR {}
+        try result.get()
+        return (ended & 0x7F == 0 ? ended >> 8 & 0xFF : -1, text)
+    }
+
+    private static func collect(
+        _ descriptor: Int32, _ pid: pid_t, _ stop: StopFlag, _ output: (String) -> Void
+    ) throws -> String {
+        let source = DescriptorSource(descriptor, name: "qemu-img", stop: stop)
+        var text = ""
+        var buffer = [UInt8](repeating: 0, count: 4096)
+        do {
+            while true {
+                let count = try buffer.withUnsafeMutableBytes { try source.read(into: $0) }
+                if count == 0 { return text }
+                let piece = String(decoding: buffer[..<count], as: UTF8.self)
+                output(piece)
+                if text.utf8.count < 1 << 20 { text += piece }
+            }
+        } catch {
+            kill(pid, SIGKILL)
+            throw error
+        }
+    }
+}
+
+extension String {
+    fileprivate var trimmed: String {
+        var text = self[...]
+        while let first = text.first, first.isWhitespace { text.removeFirst() }
+        while let last = text.last, last.isWhitespace { text.removeLast() }
+        return String(text)
+    }
+}
