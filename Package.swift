@@ -91,9 +91,9 @@ let package = Package(
         tests("MigrationModelTests", ["MigrationModel"]),
         tests(
             "MessagingTests", ["Messaging", "MigrationModel", "FlotillaProtocol", "TestKit", grpc, protobuf, logging]),
-        tests("DiskImageTests", ["DiskImage", "HostKit", "MigrationModel"]),
-        tests("ConvertTests", ["Convert", "DiskImage", "HostKit", "MigrationModel"]),
-        tests("ExportTests", ["Export", "FlotillaProtocol", "HostKit", "MigrationModel", protobuf]),
+        tests("DiskImageTests", ["DiskImage", "HostKit", "MigrationModel", "TestKit"]),
+        tests("ConvertTests", ["Convert", "DiskImage", "HostKit", "MigrationModel", "TestKit"]),
+        tests("ExportTests", ["Export", "FlotillaProtocol", "HostKit", "MigrationModel", "TestKit", protobuf]),
         tests(
             "PassthroughTests", ["Passthrough", "FlotillaProtocol", "HostKit", "MigrationModel", protobuf],
             data: ["Fixtures"]),

@@ -49,7 +49,7 @@ final class CheckpointLog: Sendable {
             for file in files ?? [] {
                 let id = file.identity
                 add(file.path)
-                add("\(file.offset) \(file.length) \(id.device) \(id.inode) \(id.size) \(id.modifiedNanoseconds)")
+                add("\(file.offset) \(file.length) \(id.inode) \(id.size) \(id.modifiedNanoseconds)")
             }
             self.init(target: target, capacity: capacity, digest: digest.finalize())
         }
@@ -64,28 +64,29 @@ final class CheckpointLog: Sendable {
     /// The image is complete and synced; what remains is to publish it.
     struct Finished: Equatable {
         let inode: UInt64
-        let device: UInt64
+        /// Bytes. With the inode it tells the image; the device's number may change over a reboot.
+        let imageSize: UInt64
         let sourceBytes: UInt64
         let sourceSHA256: [UInt8]?
         let contentDigest: [UInt8]?
 
         init(image: FileIdentity, sourceBytes: UInt64, sourceSHA256: [UInt8]?, contentDigest: [UInt8]?) {
             self.init(
-                inode: image.inode, device: image.device, sourceBytes: sourceBytes, sourceSHA256: sourceSHA256,
+                inode: image.inode, imageSize: image.size, sourceBytes: sourceBytes, sourceSHA256: sourceSHA256,
                 contentDigest: contentDigest)
         }
 
         fileprivate init(
-            inode: UInt64, device: UInt64, sourceBytes: UInt64, sourceSHA256: [UInt8]?, contentDigest: [UInt8]?
+            inode: UInt64, imageSize: UInt64, sourceBytes: UInt64, sourceSHA256: [UInt8]?, contentDigest: [UInt8]?
         ) {
             self.inode = inode
-            self.device = device
+            self.imageSize = imageSize
             self.sourceBytes = sourceBytes
             self.sourceSHA256 = sourceSHA256
             self.contentDigest = contentDigest
         }
 
-        func isImage(_ identity: FileIdentity) -> Bool { identity.inode == inode && identity.device == device }
+        func isImage(_ identity: FileIdentity) -> Bool { identity.inode == inode && identity.size == imageSize }
     }
 
     struct Contents {
@@ -156,7 +157,7 @@ final class CheckpointLog: Sendable {
                 case .finished:
                     contents.finished = source.map {
                         Finished(
-                            inode: first, device: second, sourceBytes: $0.bytes, sourceSHA256: $0.digest,
+                            inode: first, imageSize: second, sourceBytes: $0.bytes, sourceSHA256: $0.digest,
                             contentDigest: third == 0 ? digest : nil)
                     }
                 case nil: return contents
@@ -201,7 +202,7 @@ final class CheckpointLog: Sendable {
             .source, finished.sourceBytes, finished.sourceSHA256 == nil ? 0 : 1, 0,
             finished.sourceSHA256 ?? [UInt8](repeating: 0, count: 32))
         let end = record(
-            .finished, finished.inode, finished.device, finished.contentDigest == nil ? 1 : 0,
+            .finished, finished.inode, finished.imageSize, finished.contentDigest == nil ? 1 : 0,
             finished.contentDigest ?? [UInt8](repeating: 0, count: 32))
         try append(source + end)
     }

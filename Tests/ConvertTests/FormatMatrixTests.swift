@@ -3,6 +3,7 @@ import DiskImage
 import Glibc
 import HostKit
 import MigrationModel
+import TestKit
 import Testing
 
 enum SourceKind: String, CaseIterable, Sendable {
@@ -34,7 +35,7 @@ enum SourceKind: String, CaseIterable, Sendable {
     /// Every kind of source into every format, judged by qemu-img.
     @Test(arguments: SourceKind.allCases, sizes)
     func convertsExactly(_ kind: SourceKind, _ size: UInt64) throws {
-        let folder = try TemporaryFolder()
+        let folder = try TemporaryFolder("work")
         try makeRawDisk(folder.file("made.raw"), size: size, seed: size)
         let source = try kind.make(from: folder.file("made.raw"), in: folder)
         let judged = folder.file("judged.raw")
@@ -62,7 +63,7 @@ enum SourceKind: String, CaseIterable, Sendable {
     }
 
     @Test func convertsAMemberOfAnArchiveInPlace() throws {
-        let folder = try TemporaryFolder()
+        let folder = try TemporaryFolder("work")
         try makeRawDisk(folder.file("made.raw"), size: 9 << 20, seed: 1)
         let stream = try Files.read(SourceKind.stream.make(from: folder.file("made.raw"), in: folder))
         let archive = try File(folder.file("appliance.ova"), O_RDWR | O_CREAT)
@@ -84,7 +85,7 @@ enum SourceKind: String, CaseIterable, Sendable {
 
     /// 64 TiB with two pieces of data: tables, time and space follow the data.
     @Test func hugeSparseDisks() throws {
-        let folder = try TemporaryFolder()
+        let folder = try TemporaryFolder("work")
         let lines = [
             "# Disk DescriptorFile", "createType=\"vmfs\"", "RW 2048 FLAT \"a-flat.vmdk\"",
             "RW \((1 << 37) - 4096) ZERO", "RW 2048 FLAT \"a-flat.vmdk\"",

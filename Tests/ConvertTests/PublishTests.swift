@@ -4,6 +4,7 @@ import Glibc
 import HostKit
 import MigrationModel
 import Synchronization
+import TestKit
 import Testing
 
 /// A conversion of a 40 MiB stream in a folder of its own.
@@ -13,7 +14,7 @@ struct Scene {
     let digest: String
 
     init(_ target: TargetFormat = .qcow2, options: DiskConversion.Options = DiskConversion.Options()) throws {
-        folder = try TemporaryFolder()
+        folder = try TemporaryFolder("work")
         try makeRawDisk(folder.file("made.raw"), size: 40 << 20, seed: 40)
         conversion = DiskConversion(
             source: FileRegion(path: try SourceKind.stream.make(from: folder.file("made.raw"), in: folder)),

@@ -2,12 +2,13 @@ import Convert
 import DiskImage
 import HostKit
 import MigrationModel
+import TestKit
 import Testing
 
 @Suite struct QEMUImageTests {
     @Test(arguments: QEMUImage.Format.allCases)
     func convertsWhatQEMUReads(_ format: QEMUImage.Format) throws {
-        let folder = try TemporaryFolder()
+        let folder = try TemporaryFolder("work")
         let raw = folder.file("made.raw")
         try makeRawDisk(raw, size: 20 << 20, seed: 6)
         let path = folder.file("disk.\(format.rawValue)")
@@ -30,7 +31,7 @@ import Testing
 
     /// An image from elsewhere must not pull a file of this host into a disk.
     @Test func imagesThatLeadToOtherFilesAreRefused() throws {
-        let folder = try TemporaryFolder()
+        let folder = try TemporaryFolder("work")
         try makeRawDisk(folder.file("secret"), size: 1 << 20, seed: 1)
         let path = folder.file("disk.qcow2")
         try run("qemu-img", "create", "-f", "qcow2", "-b", folder.file("secret"), "-F", "raw", path)
@@ -40,7 +41,7 @@ import Testing
     }
 
     @Test func cancellingKillsIt() throws {
-        let folder = try TemporaryFolder()
+        let folder = try TemporaryFolder("work")
         try run("qemu-img", "create", "-f", "qcow2", folder.file("disk.qcow2"), "1G")
         let stop = StopFlag()
         stop.set()

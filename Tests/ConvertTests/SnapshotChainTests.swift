@@ -3,6 +3,7 @@ import DiskImage
 import Glibc
 import HostKit
 import MigrationModel
+import TestKit
 import Testing
 
 /// Snapshot deltas as qemu-img makes them: parentCID and parentFileNameHint in an embedded descriptor.
@@ -25,7 +26,7 @@ import Testing
 
     @Test(arguments: TargetFormat.allCases)
     func followsTheChain(_ target: TargetFormat) throws {
-        let folder = try TemporaryFolder()
+        let folder = try TemporaryFolder("work")
         let judged = try makeChain(folder)
         let result = try DiskConversion(
             source: FileRegion(path: folder.file("two.vmdk")), sourceFormat: .vmdk, targetFormat: target,
@@ -36,7 +37,7 @@ import Testing
     }
 
     @Test func aChangedOrMissingParentIsRefused() throws {
-        let folder = try TemporaryFolder()
+        let folder = try TemporaryFolder("work")
         _ = try makeChain(folder)
         let child = FileRegion(path: folder.file("two.vmdk"))
         // Writing to the parent gives it a new CID.

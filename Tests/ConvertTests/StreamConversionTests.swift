@@ -4,6 +4,7 @@ import Dispatch
 import Glibc
 import HostKit
 import MigrationModel
+import TestKit
 import Testing
 
 /// Conversions whose source is a pipe, whose target is compressed, or whose pace is limited.
@@ -87,7 +88,7 @@ import Testing
     /// Out of guest order, as `qemu-img convert -W` writes: found through the tables, digested all the same.
     @Test(arguments: [DiskConversion.Checksum.sha256, .none])
     func chunksOutOfOrderAreConverted(_ checksum: DiskConversion.Checksum) throws {
-        let folder = try TemporaryFolder()
+        let folder = try TemporaryFolder("work")
         try makeRawDisk(folder.file("made.raw"), size: 70 << 20, seed: 3)
         let source = folder.file("source.vmdk")
         try run("qemu-img", "create", "-f", "vmdk", "-o", "subformat=streamOptimized", source, "70M")
@@ -109,7 +110,7 @@ import Testing
 
     @Test(arguments: [Compression.zlib(), .zlib(level: 1), .zstd], [SourceKind.stream, .raw])
     func compressesExactly(_ compression: Compression, _ kind: SourceKind) throws {
-        let folder = try TemporaryFolder()
+        let folder = try TemporaryFolder("work")
         try makeRawDisk(folder.file("made.raw"), size: 71 << 20 | 1536, seed: 8)
         let source = try kind.make(from: folder.file("made.raw"), in: folder)
         var options = DiskConversion.Options()
@@ -168,7 +169,7 @@ import Testing
     }
 
     @Test func differencesAreFoundAcrossFormats() throws {
-        let folder = try TemporaryFolder()
+        let folder = try TemporaryFolder("work")
         let raw = folder.file("made.raw")
         try makeRawDisk(raw, size: 70 << 20, seed: 5)
         let source = try SourceKind.stream.make(from: raw, in: folder)

@@ -3,35 +3,11 @@ import DiskImage
 import Glibc
 import HostKit
 import MigrationModel
+import TestKit
 import Testing
 
-/// A folder that goes away with the value.
-final class TemporaryFolder: Sendable {
-    let path: String
-
-    init() throws {
-        var template = Array("/tmp/flotilla-convert-XXXXXX".utf8CString)
-        try #require(mkdtemp(&template) != nil)
-        path = String(decoding: template.dropLast().map { UInt8(bitPattern: $0) }, as: UTF8.self)
-        try Files.createDirectories("\(path)/work")
-    }
-
-    deinit { try? Files.remove(path) }
-
+extension TemporaryFolder {
     func file(_ name: String) -> String { "\(path)/\(name)" }
-}
-
-/// The error that `body` throws; nil when it throws none.
-func failure(_ body: () throws -> Void) -> MigrationError? {
-    do {
-        try body()
-        return nil
-    } catch let error as MigrationError {
-        return error
-    } catch {
-        Issue.record("not a MigrationError: \(error)")
-        return nil
-    }
 }
 
 /// Runs a program found in PATH; fails the test unless it exits with 0.

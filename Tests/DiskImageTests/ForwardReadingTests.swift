@@ -1,6 +1,7 @@
 import Glibc
 import HostKit
 import MigrationModel
+import TestKit
 import Testing
 
 @testable import DiskImage

@@ -2,37 +2,14 @@ import DiskImage
 import Glibc
 import HostKit
 import MigrationModel
+import TestKit
 import Testing
 
-/// A folder that goes away with the value.
-final class TemporaryFolder: Sendable {
-    let path: String
-
-    init() throws {
-        var template = Array("/tmp/flotilla-disk-XXXXXX".utf8CString)
-        try #require(mkdtemp(&template) != nil)
-        path = String(decoding: template.dropLast().map { UInt8(bitPattern: $0) }, as: UTF8.self)
-    }
-
-    deinit { try? Files.remove(path) }
-
+extension TemporaryFolder {
     func write(_ bytes: [UInt8], _ name: String) throws -> String {
         let file = try File("\(path)/\(name)", O_RDWR | O_CREAT | O_TRUNC)
         try file.write(bytes, at: 0)
         return file.path
-    }
-}
-
-/// The error that `body` throws; nil when it throws none.
-func failure(_ body: () throws -> Void) -> MigrationError? {
-    do {
-        try body()
-        return nil
-    } catch let error as MigrationError {
-        return error
-    } catch {
-        Issue.record("not a MigrationError: \(error)")
-        return nil
     }
 }
 

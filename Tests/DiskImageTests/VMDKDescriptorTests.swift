@@ -2,6 +2,7 @@ import DiskImage
 import Glibc
 import HostKit
 import MigrationModel
+import TestKit
 import Testing
 
 @Suite struct VMDKDescriptorTests {

@@ -2,6 +2,7 @@ import DiskImage
 import Glibc
 import HostKit
 import MigrationModel
+import TestKit
 import Testing
 
 /// A disk of 37.5 grains of 4 KiB with data, holes, a zeroed grain and a short last grain.

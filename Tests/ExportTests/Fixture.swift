@@ -3,19 +3,9 @@ import FlotillaProtocol
 import Glibc
 import HostKit
 import MigrationModel
+import TestKit
 
-/// A temporary folder that goes with its last reference.
-final class TemporaryFolder: Sendable {
-    let path: String
-
-    init() throws {
-        var template = Array("/tmp/flotilla-export-XXXXXX\0".utf8CString)
-        guard mkdtemp(&template) != nil else { throw systemError("create", "a temporary folder") }
-        path = String(decoding: template.prefix { $0 != 0 }.map { UInt8(bitPattern: $0) }, as: UTF8.self)
-    }
-
-    deinit { try? Files.remove(path) }
-
+extension TemporaryFolder {
     @discardableResult
     func write(_ name: String, _ bytes: [UInt8]) throws -> String {
         try Files.createDirectories(Files.parent(of: "\(path)/\(name)"))
@@ -28,16 +18,6 @@ final class TemporaryFolder: Sendable {
 
     func capture(_ kind: String, _ name: String, vm: String? = nil) throws -> Manifest {
         try captureManifest(from: SourceURL(parsing: "\(kind):\(path)/\(name)"), vmName: vm, stop: StopFlag())
-    }
-}
-
-/// The error a body throws, as a MigrationError.
-func failure(_ body: () throws -> some Any) -> MigrationError? {
-    do {
-        _ = try body()
-        return nil
-    } catch {
-        return error as? MigrationError
     }
 }
 

@@ -2,6 +2,7 @@ import FlotillaProtocol
 import Glibc
 import HostKit
 import MigrationModel
+import TestKit
 import Testing
 
 @testable import Export

@@ -1,5 +1,6 @@
 import FlotillaProtocol
 import MigrationModel
+import TestKit
 import Testing
 
 @testable import Export

@@ -3,6 +3,7 @@ import FlotillaProtocol
 import Glibc
 import HostKit
 import MigrationModel
+import TestKit
 import Testing
 
 @Suite struct OVFRefusalTests {

@@ -2,6 +2,7 @@ import Export
 import FlotillaProtocol
 import HostKit
 import MigrationModel
+import TestKit
 import Testing
 
 @Suite struct OVFTests {

@@ -1,6 +1,7 @@
 import FlotillaProtocol
 import HostKit
 import MigrationModel
+import TestKit
 import Testing
 
 @testable import Export

@@ -1,4 +1,5 @@
 import MigrationModel
+import TestKit
 import Testing
 
 @testable import Export

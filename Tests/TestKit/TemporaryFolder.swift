@@ -1,14 +1,17 @@
 import Glibc
 import HostKit
+package import MigrationModel
 
 /// A folder that is gone when the test is over.
 package final class TemporaryFolder: Sendable {
     package let path: String
 
-    package init() throws {
+    /// - Parameter folders: made within it.
+    package init(_ folders: String...) throws {
         var template = Array("/tmp/flotilla-test-XXXXXX".utf8CString)
         guard mkdtemp(&template) != nil else { throw systemError("create a folder in", "/tmp") }
         path = String(decoding: template.dropLast().map { UInt8(bitPattern: $0) }, as: UTF8.self)
+        for folder in folders { try Files.createDirectories("\(path)/\(folder)") }
     }
 
     deinit { try? Files.remove(path) }
@@ -16,6 +19,16 @@ package final class TemporaryFolder: Sendable {
     package func sub(_ name: String) throws -> String {
         try Files.createDirectories("\(path)/\(name)")
         return "\(path)/\(name)"
+    }
+}
+
+/// The `MigrationError` that `body` throws; nil when it throws none, or another.
+package func failure(_ body: () throws -> some Any) -> MigrationError? {
+    do {
+        _ = try body()
+        return nil
+    } catch {
+        return error as? MigrationError
     }
 }
 
