@@ -109,7 +109,7 @@ final class CheckpointLog: Sendable {
         file = try File(path, O_RDWR | O_CREAT)
         guard flock(file.descriptor, LOCK_EX | LOCK_NB) == 0 else {
             throw MigrationError(
-                .failedPrecondition, "\(path): another conversion is working on this disk",
+                .unavailable, "\(path): another conversion is working on this disk",
                 hint: "wait for it or stop it")
         }
     }

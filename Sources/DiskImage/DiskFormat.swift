@@ -23,7 +23,7 @@ package enum DiskFormat: String, Sendable, CaseIterable {
         try VMDK.refuseForeign(start, name: region.path)
         throw MigrationError(
             .invalidArgument, "\(region.path): not a VMDK",
-            hint: "say the format explicitly if it is a raw disk")
+            hint: "if it is a raw disk, say so: -f raw (for the second of two images -F raw)")
     }
 }
 

@@ -38,6 +38,14 @@ package struct MigrationError: Error, Sendable, CustomStringConvertible {
         }
     }
 
+    /// Whether unfinished work can be of use to another attempt. What the input itself caused can't be continued.
+    package var keepsCheckpoint: Bool {
+        switch code {
+        case .invalidArgument, .dataLoss, .unimplemented, .alreadyExists, .failedPrecondition: false
+        default: true
+        }
+    }
+
     package var code: Code
     package var message: String
     package var hint: String?

@@ -290,13 +290,3 @@ extension CallIdentity {
         }
     }
 }
-
-extension MigrationError {
-    /// Whether running the task again can go on from what is there. What the input itself caused can't.
-    fileprivate var keepsCheckpoint: Bool {
-        switch code {
-        case .invalidArgument, .dataLoss, .unimplemented, .alreadyExists, .failedPrecondition: false
-        default: true
-        }
-    }
-}

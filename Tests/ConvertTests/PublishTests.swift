@@ -102,7 +102,7 @@ struct Scene {
             let error = failure { _ = try scene.conversion.run() }
             inner.withLock { $0 = error }
         }
-        #expect(inner.withLock { $0?.code } == .failedPrecondition)
+        #expect(inner.withLock { $0?.code } == .unavailable)
     }
 
     @Test func stopsWithTheReasonGiven() throws {

@@ -78,9 +78,14 @@ struct DiskConvertCommand: AsyncParsableCommand {
         let view = DiskProgressView(title: Files.name(of: target), output: OutputStyle(json: json))
         let report = try await interruptible("convert") { stop in
             try Files.createDirectories(work)
-            let report = try convert(to: target, work, view, stop)
-            try Files.remove(work)
-            return report
+            do {
+                let report = try convert(to: target, work, view, stop)
+                try Files.remove(work)
+                return report
+            } catch let error as MigrationError where !error.keepsCheckpoint {
+                try? Files.remove(work)
+                throw error
+            }
         }
         view.finish()
         if json { return Console.line(try jsonLine(report)) }
