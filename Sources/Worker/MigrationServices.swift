@@ -35,7 +35,8 @@ struct ExportHandler: ExportService.ServiceProtocol {
             manifest.migrationID = request.migrationID
             manifest.capturedAt = Moment.now.timestamp
             manifest.createdBy = "flotilla \(version)"
-            try await write(manifest)
+            try await configuration.record(manifest)
+            Failpoint.exportManifestWritten.hit()
             try await writer.write(
                 .with {
                     $0.step = .with { [manifest] in
@@ -46,17 +47,6 @@ struct ExportHandler: ExportService.ServiceProtocol {
             try await writer.write(.with { [manifest] in $0.result = .with { $0.manifest = manifest } })
             return [:]
         }
-    }
-
-    /// For people and for the record; stages get the manifest in their request.
-    private func write(_ manifest: Manifest) async throws {
-        let folder = "\(configuration.stateDirectory)/manifests"
-        let json = try manifest.jsonUTF8Bytes() as [UInt8]
-        try await blocking("manifest") {
-            try Files.createDirectories(folder)
-            try Files.writeAtomically(json, to: "\(folder)/\(manifest.migrationID).json", mode: 0o644)
-        }
-        Failpoint.exportManifestWritten.hit()
     }
 }
 
@@ -196,6 +186,8 @@ struct DeployHandler: DeployService.ServiceProtocol {
                     try DeployPlan(manifest, options, configuration, mode: request.mode)
                 }
                 guard request.mode == .deploy else { return (plan, LibvirtDomain?.none) }
+                // With the digests and targets that the conversion added.
+                try await configuration.record(manifest)
                 try await permit("define-domain", call)
                 Failpoint.deployPermitted.hit()
                 let domain = try await blocking("deploy") { try plan.deployment.define(plan.domain) }

@@ -1,7 +1,9 @@
 package import Deploy
+import FlotillaProtocol
 import HostKit
 package import Messaging
 import MigrationModel
+import SwiftProtobuf
 
 /// What a worker is told about itself and its host. Nothing in a message can widen it.
 package struct WorkerConfiguration: Sendable {
@@ -34,6 +36,16 @@ package struct WorkerConfiguration: Sendable {
         let parts = [host] + pools.flatMap { [$0.name, $0.path] }
         let mark = hex(Digest.hash(.sha256, Array(parts.joined(separator: "\0").utf8)).prefix(4))
         return "\(stateDirectory)/worker-\(mark).journal"
+    }
+
+    /// Writes the manifest for people and for the record; stages get theirs in their requests.
+    func record(_ manifest: Manifest) async throws {
+        let folder = "\(stateDirectory)/manifests"
+        let json = try manifest.jsonUTF8Bytes() as [UInt8]
+        try await blocking("manifest") {
+            try Files.createDirectories(folder)
+            try Files.writeAtomically(json, to: "\(folder)/\(manifest.migrationID).json", mode: 0o644)
+        }
     }
 
     func pool(named name: String) throws -> PoolFolder {

@@ -1,5 +1,6 @@
 import FlotillaProtocol
 import HostKit
+import SwiftProtobuf
 import Testing
 
 extension Integration {
@@ -23,6 +24,15 @@ extension Integration {
                 #expect(outcome.output.contains(part), "\(part) in \(outcome.output)")
             }
             try place.expectDisks("demo-web")
+            let names = try Files.list("\(place.state)/manifests")
+            let json = try Files.read("\(place.state)/manifests/\(try #require(names.first))")
+            let manifest = try Manifest(jsonUTF8Bytes: json)
+            #expect(names.count == 1 && manifest.schemaVersion == 1)
+            for disk in manifest.disks {
+                #expect(
+                    outcome.output.contains(disk.source.contentSha256) && outcome.output.contains(disk.source.sha256))
+                #expect(disk.source.contentSha256.count == 64 && disk.target.path.hasPrefix(place.pool))
+            }
         }
 
         @Test func oneObjectPerEvent() throws {
