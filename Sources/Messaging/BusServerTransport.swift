@@ -227,6 +227,13 @@ package final class BusServerTransport: ServerTransport {
         let event = TaskEvent(call.identity, sequence: call.nextSequence(), .ended(ended.thatFits))
         do {
             try await ledger.recordEnd(of: call.identity, event)
+        } catch {
+            // What is not durable must not count as done; but nobody should wait for the lease to run out either.
+            logger.error("result not journaled", metadata: ["task": "\(call.identity)", "error": "\(error)"])
+            _ = await refuse(call.identity, error as? MigrationError ?? MigrationError(.internal, "\(error)"))
+            return
+        }
+        do {
             Failpoint.workerResultJournaled.hit()
             try await events.publish(event, kind: "ended")
             Failpoint.workerResultPublished.hit()
