@@ -20,6 +20,10 @@ package final class Coordinator: Sendable {
         /// Leave migrations alone until somebody submits them in this process. For one machine, where a command is
         /// about what it names and about nothing else that the store holds.
         package var startsOnlySubmitted: Bool
+        /// How long a task may wait in its host's queue before it needs another signature, i.e. another attempt.
+        package var taskValidity = Duration.seconds(24 * 3600)
+        /// How long control messages are of use; whoever needs one that came too late asks again.
+        package var controlValidity = Duration.seconds(600)
 
         package init(
             names: Names = Names(), policy: TaskMachine.Policy = .init(), tick: Duration = .milliseconds(250),
@@ -37,13 +41,18 @@ package final class Coordinator: Sendable {
     let settings: Settings
     private let submitted = Mutex<Set<String>>([])
     private let bus: any MessageBus
+    private let member: FleetMember
     private let logger: Logger
     private let outboxSignal: AsyncStream<Void>
     private let outboxContinuation: AsyncStream<Void>.Continuation
 
-    package init(store: any JobStore, bus: any MessageBus, settings: Settings = .init(), logger: Logger) {
+    /// - Parameter member: named `FleetMember.coordinator`.
+    package init(
+        store: any JobStore, bus: any MessageBus, member: FleetMember, settings: Settings = .init(), logger: Logger
+    ) {
         self.store = store
         self.bus = bus
+        self.member = member
         self.settings = settings
         self.logger = logger
         (outboxSignal, outboxContinuation) = AsyncStream.makeStream(bufferingPolicy: .bufferingNewest(1))
@@ -97,6 +106,7 @@ package final class Coordinator: Sendable {
                 exchange: settings.names.control, routingKey: host, body: try control.serializedBytes())
             message.type = "flotilla.v1.ControlMessage"
             message.correlationID = control.taskID
+            member.sign(&message, for: host, validity: settings.controlValidity)
             try await bus.publish(message)
         } catch {
             // Whoever waits for it asks again: heartbeats, permits and results are all repeated.
@@ -142,7 +152,8 @@ package final class Coordinator: Sendable {
         let call = TaskCall(
             identity: row.identity, method: row.method, audience: row.host, deadline: row.deadline, body: row.body)
         do {
-            try await bus.publish(call.message(settings.names, messageID: row.id))
+            try await bus.publish(
+                call.message(settings.names, messageID: row.id, from: member, validity: settings.taskValidity))
             try await store.write { try $0.markSent(row.id) }
             Failpoint.coordinatorTaskSent.hit()
         } catch let error as MigrationError where [.resourceExhausted, .notFound].contains(error.code) {
@@ -158,17 +169,18 @@ package final class Coordinator: Sendable {
         }
     }
 
-    private func consume(_ events: Subscription) async throws {
-        for await delivery in events.deliveries {
-            guard let event = try? WorkerEvent(serializedBytes: delivery.message.body) else {
-                await delivery.settle(.reject(reason: "undecodable event"))
+    private func consume(_ deliveries: Subscription) async throws {
+        for await delivery in deliveries.deliveries {
+            let events: WorkerEvents
+            do { events = try verified(delivery.message) } catch {
+                try await reject(delivery, "\(error)")
                 continue
             }
             do {
-                try await handle(event)
+                for event in events.events { try await handle(event, from: events.host) }
                 await delivery.settle(.ack)
             } catch {
-                logger.error("event not handled", metadata: ["host": "\(event.host)", "error": "\(error)"])
+                logger.error("event not handled", metadata: ["host": "\(events.host)", "error": "\(error)"])
                 await delivery.settle(.requeue)
                 // Without a broker nobody would deliver it later: end, and let the next run continue.
                 if !bus.isDurable { throw error }
@@ -176,18 +188,48 @@ package final class Coordinator: Sendable {
         }
     }
 
+    /// What a worker says under its own name. Throws the reason for which it can't be believed.
+    private func verified(_ message: Messaging.Message) throws -> WorkerEvents {
+        let issuer = try member.verify(message)
+        let events: WorkerEvents
+        do { events = try WorkerEvents(serializedBytes: message.body) } catch {
+            throw MigrationError(.invalidArgument, "its body is no WorkerEvents message")
+        }
+        guard events.host == issuer, message.userID.isEmpty || message.userID == issuer else {
+            throw MigrationError(
+                .permissionDenied,
+                "\(issuer) signed it, for host '\(events.host)', as broker user '\(message.userID)'")
+        }
+        return events
+    }
+
+    private func reject(_ delivery: Delivery, _ reason: String) async throws {
+        let message = delivery.message
+        logger.warning("event rejected", metadata: ["user": "\(message.userID)", "reason": "\(reason)"])
+        let rejected = MessageRejected.with {
+            $0.queue = settings.names.coordinatorEvents
+            $0.messageID = message.messageID
+            $0.type = message.type
+            $0.taskID = message.correlationID
+            $0.reason = reason
+        }
+        try await store.write { try $0.note(rejected, by: FleetMember.coordinator, at: .now) }
+        await delivery.settle(.reject(reason: reason))
+    }
+
     /// What a worker said. Safe to call twice with the same event.
-    func handle(_ event: WorkerEvent) async throws {
+    func handle(_ event: WorkerEvent, from host: String) async throws {
         switch event.event {
         case .inventory(let profile):
-            guard profile.name == event.host else { return }
+            guard profile.name == host else { return }
             try await store.write { try $0.save(profile) }
-            watchers.publish(host: profile.name)
+            watchers.publish(host: host)
         case .task(let task):
             if case .update(let bytes) = task.kind { return try await relay(task, bytes) }
-            try await decide { try $0.handle(task, from: event.host) }
+            try await decide { try $0.handle(task, from: host) }
             if case .ended = task.kind { Failpoint.coordinatorResultStored.hit() }
-        case nil: break
+        case .rejected(let rejected): try await store.write { try $0.note(rejected, by: host, at: .now) }
+        case .heartbeat, nil: break
         }
     }
 

@@ -35,6 +35,11 @@ package protocol JobTransaction {
     /// Notes an event for the record. False when it was noted before.
     func note(_ event: TaskEvent, kind: String, at: Moment) throws -> Bool
 
+    /// Why a message went to the dead letters, and by whose decision.
+    func note(_ rejected: MessageRejected, by member: String, at: Moment) throws
+    /// Newest first.
+    func rejections(limit: Int) throws -> [RejectionRecord]
+
     func host(_ name: String) throws -> HostProfile?
     func hosts() throws -> [HostProfile]
     func save(_ host: HostProfile) throws

@@ -49,3 +49,11 @@ package struct OutboxRecord: Sendable {
     package var deadline: Moment?
     package var body: [UInt8]
 }
+
+/// A message that went to the dead letters.
+package struct RejectionRecord: Sendable {
+    package var rejected: MessageRejected
+    /// Who rejected it: a host, or the coordinator.
+    package var member: String
+    package var at: Moment
+}

@@ -77,6 +77,14 @@ package final class SQLiteStore: JobStore {
                     CREATE TABLE host (name TEXT PRIMARY KEY, profile BLOB NOT NULL) STRICT;
                     """)
         }
+        migrator.registerMigration("2") { database in
+            try database.execute(
+                sql: """
+                    CREATE TABLE rejection (
+                        number INTEGER PRIMARY KEY, member TEXT NOT NULL, rejected BLOB NOT NULL, at INTEGER NOT NULL
+                    ) STRICT;
+                    """)
+        }
         return migrator
     }
 }
@@ -228,6 +236,24 @@ private struct Transaction: JobTransaction {
                 event.taskID, Int64(clamping: event.fence), Int64(clamping: event.seq), kind, at.milliseconds,
             ])
         return database.changesCount > 0
+    }
+
+    func note(_ rejected: MessageRejected, by member: String, at: Moment) throws {
+        try database.execute(
+            sql: "INSERT INTO rejection (member, rejected, at) VALUES (?, ?, ?)",
+            arguments: [member, try data(rejected), at.milliseconds])
+        // A storm of forged messages must not fill the disk.
+        try database.execute(
+            sql: "DELETE FROM rejection WHERE number <= ?", arguments: [database.lastInsertedRowID - 10_000])
+    }
+
+    func rejections(limit: Int) throws -> [RejectionRecord] {
+        try Row.fetchAll(database, sql: "SELECT * FROM rejection ORDER BY number DESC LIMIT ?", arguments: [limit])
+            .map { row in
+                RejectionRecord(
+                    rejected: try message(row["rejected"]), member: row["member"],
+                    at: Moment(milliseconds: row["at"]))
+            }
     }
 
     func host(_ name: String) throws -> HostProfile? {

@@ -58,6 +58,35 @@ package enum Files {
         }
     }
 
+    /// The bytes of a key or password file. Throws `permissionDenied` unless it is a plain file that only its owner,
+    /// this process's user or root, can read.
+    package static func readSecret(_ path: String) throws -> [UInt8] {
+        let file = try File(path, O_RDONLY | O_NONBLOCK)
+        let status = try file.status()
+        guard status.st_mode & S_IFMT == S_IFREG else {
+            throw MigrationError(.permissionDenied, "secret \(path) is not a plain file")
+        }
+        guard status.st_mode & 0o077 == 0, status.st_uid == geteuid() || status.st_uid == 0 else {
+            throw MigrationError(
+                .permissionDenied, "secret \(path) can be read by others or belongs to somebody else",
+                hint: "chown it to the user that runs flotilla, and chmod 600 it")
+        }
+        guard status.st_size <= 64 << 10 else {
+            throw MigrationError(.outOfRange, "secret \(path) is larger than 64 KiB")
+        }
+        return try file.readExactly(at: 0, count: Int(status.st_size))
+    }
+
+    /// Throws `permissionDenied` when somebody else than this process's user and root could change what is in a folder.
+    package static func requireProtected(_ folder: String) throws {
+        let status = try File(folder, O_RDONLY | O_DIRECTORY).status()
+        guard status.st_mode & 0o022 == 0, status.st_uid == geteuid() || status.st_uid == 0 else {
+            throw MigrationError(
+                .permissionDenied, "folder \(folder) can be changed by others",
+                hint: "chown it to the user that runs flotilla or to root, and chmod go-w it")
+        }
+    }
+
     package static func exists(_ path: String) -> Bool {
         var info = stat()
         return lstat(path, &info) == 0

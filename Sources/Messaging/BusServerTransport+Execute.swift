@@ -14,7 +14,7 @@ extension BusServerTransport {
     ) async -> TaskEnded? {
         guard running.stopReason == nil else { return report(nil, running.stopReason, last: nil) }
         let writer = UpdateWriter(call: running, events: events)
-        let peer = "bus:\(settings.host)"
+        let peer = "bus:\(member.name)"
         let work = Task {
             await withServerContextRPCCancellationHandle { handle in
                 let context = ServerContext(
@@ -109,7 +109,7 @@ private final class UpdateWriter: ClosableRPCWriterProtocol {
             state.withLock { $0.last = bytes }
             // An update that can't be published now is only progress; the end is what must not be lost.
             try? await events.publish(
-                TaskEvent(call.identity, sequence: call.nextSequence(), .update(Data(bytes))), kind: "update")
+                TaskEvent(call.identity, sequence: call.nextSequence(), .update(Data(bytes))))
         case .status(let status, let metadata):
             state.withLock {
                 $0.status = status

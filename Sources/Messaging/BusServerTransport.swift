@@ -8,7 +8,7 @@ import Synchronization
 
 /// Serves gRPC services from a host's task queue. For each delivered task:
 ///
-///  1. decode and check it; what can't be right goes to the dead letters with the reason
+///  1. verify signature, audience and validity, decode it; what can't be right goes to the dead letters with the reason
 ///  2. enter it in the ledger, publish `Accepted`, settle the delivery: from here on the lease owns the task
 ///  3. run the handler; its messages become update events, a heartbeat renews the lease
 ///  4. enter the end in the ledger, publish it, and again until the coordinator confirms that it has it
@@ -19,7 +19,6 @@ package final class BusServerTransport: ServerTransport {
     package typealias Bytes = [UInt8]
 
     package struct Settings: Sendable {
-        package var host: String
         /// Handlers that run at once.
         package var slots: Int
         package var heartbeat: Duration
@@ -27,9 +26,8 @@ package final class BusServerTransport: ServerTransport {
         package var leaseDuration: Duration
 
         package init(
-            host: String, slots: Int = 4, heartbeat: Duration = .seconds(10), leaseDuration: Duration = .seconds(60)
+            slots: Int = 4, heartbeat: Duration = .seconds(10), leaseDuration: Duration = .seconds(60)
         ) {
-            self.host = host
             self.slots = slots
             self.heartbeat = heartbeat
             self.leaseDuration = leaseDuration
@@ -39,6 +37,7 @@ package final class BusServerTransport: ServerTransport {
     typealias StreamHandler = @concurrent @Sendable (RPCStream<Inbound, Outbound>, ServerContext) async -> Void
 
     let settings: Settings
+    let member: FleetMember
     let ledger: any TaskLedger
     let events: EventPublisher
     let logger: Logger
@@ -57,14 +56,16 @@ package final class BusServerTransport: ServerTransport {
     private let state = Mutex(State())
 
     package init(
-        bus: any MessageBus, names: Names, settings: Settings, ledger: any TaskLedger, logger: Logger
+        bus: any MessageBus, names: Names, member: FleetMember, settings: Settings = Settings(),
+        ledger: any TaskLedger, logger: Logger
     ) {
         self.bus = bus
         self.names = names
         self.settings = settings
+        self.member = member
         self.ledger = ledger
         self.logger = logger
-        events = EventPublisher(bus: bus, names: names, host: settings.host)
+        events = EventPublisher(bus: bus, names: names, member: member)
         slots = Slots(settings.slots)
     }
 
@@ -77,8 +78,8 @@ package final class BusServerTransport: ServerTransport {
     package func listen(
         streamHandler: @escaping @concurrent @Sendable (RPCStream<Inbound, Outbound>, ServerContext) async -> Void
     ) async throws {
-        let control = try await bus.subscribe(names.control(of: settings.host), prefetch: 256)
-        let tasks = try await bus.subscribe(names.tasks(of: settings.host), prefetch: 64)
+        let control = try await bus.subscribe(names.control(of: member.name), prefetch: 256)
+        let tasks = try await bus.subscribe(names.tasks(of: member.name), prefetch: 64)
         let stopped = state.withLock {
             $0.subscription = tasks
             return $0.isShuttingDown
@@ -131,23 +132,21 @@ package final class BusServerTransport: ServerTransport {
 
     private func receive(_ delivery: Delivery, _ handler: @escaping StreamHandler) async {
         let call: TaskCall
-        let method: MethodDescriptor
         do {
-            call = try TaskCall(decoding: delivery.message)
-            guard call.audience == settings.host else {
-                throw MigrationError(.permissionDenied, "addressed to \(call.audience), this is \(settings.host)")
+            let isLate = try requireCoordinator(delivery.message)
+            call = try TaskCall(decoding: delivery.message, audience: member.name)
+            if let isLate {
+                // The task itself is as good as ever: another attempt, signed anew, will do.
+                _ = await refuse(call.identity, MigrationError(.unavailable, "the task came too late: \(isLate)"))
+                throw isLate
             }
-            guard let known = state.withLock({ $0.methods[call.method] }) else {
-                throw MigrationError(.unimplemented, "method /\(call.method) is not served here")
-            }
-            method = known
         } catch {
-            logger.warning(
-                "task refused", metadata: ["reason": "\(error)", "task": "\(delivery.message.correlationID)"])
-            if let call = try? TaskCall(decoding: delivery.message), call.audience == settings.host {
-                _ = await refuse(call.identity, error as? MigrationError ?? MigrationError(.internal, "\(error)"))
-            }
-            return await delivery.settle(.reject(reason: "\(error)"))
+            return await reject(delivery, from: names.tasks(of: member.name), "\(error)")
+        }
+        guard let method = state.withLock({ $0.methods[call.method] }) else {
+            let error = MigrationError(.unimplemented, "method /\(call.method) is not served here")
+            _ = await refuse(call.identity, error)
+            return await reject(delivery, from: names.tasks(of: member.name), "\(error)")
         }
         do {
             try await take(call, method, delivery, handler)
@@ -159,13 +158,58 @@ package final class BusServerTransport: ServerTransport {
         }
     }
 
+    /// Throws unless the coordinator said this, to us. Returns the error of a message that is good but too old.
+    private func requireCoordinator(_ message: Message) throws -> MigrationError? {
+        guard message.body.count <= Message.maximumBody else {
+            throw MigrationError(
+                .invalidArgument, "its body has \(message.body.count) bytes, \(Message.maximumBody) are allowed")
+        }
+        do {
+            let issuer = try member.verify(message)
+            guard issuer == FleetMember.coordinator else {
+                throw MigrationError(.permissionDenied, "it comes from \(issuer), not from the coordinator")
+            }
+            return nil
+        } catch let error as MigrationError where error.code == .deadlineExceeded {
+            return error
+        }
+    }
+
+    /// To the dead letters. The reason goes to the coordinator first: no broker carries one with a rejection.
+    private func reject(_ delivery: Delivery, from queue: String, _ reason: String) async {
+        logger.warning(
+            "message rejected",
+            metadata: ["queue": "\(queue)", "task": "\(delivery.message.correlationID)", "reason": "\(reason)"])
+        let rejected = MessageRejected.with {
+            $0.queue = queue
+            $0.messageID = delivery.message.messageID
+            $0.type = delivery.message.type
+            $0.taskID = delivery.message.correlationID
+            $0.reason = reason
+        }
+        do {
+            try await events.publish(.rejected(rejected))
+            await delivery.settle(.reject(reason: reason))
+        } catch {
+            await delivery.settle(.requeue)
+        }
+    }
+
+    /// What was taken on before: the broker's own repetition is forgotten, anybody else's is a replay.
+    private func settleCopy(_ delivery: Delivery, of call: TaskCall) async {
+        guard delivery.redeliveries == 0 else { return await delivery.settle(.ack) }
+        await reject(
+            delivery, from: names.tasks(of: member.name),
+            "replay: \(call.identity), or a later attempt, was taken on before")
+    }
+
     private func take(
         _ call: TaskCall, _ method: MethodDescriptor, _ delivery: Delivery, _ handler: @escaping StreamHandler
     ) async throws {
         let running = RunningCall(call.identity, leaseUntil: .now + settings.leaseDuration)
         // An older attempt on this host must be out of the way before the new one touches its files.
         while let other = enter(running) {
-            guard other.identity.fence < call.identity.fence else { return await delivery.settle(.ack) }
+            guard other.identity.fence < call.identity.fence else { return await settleCopy(delivery, of: call) }
             other.stop(.lostOwnership("attempt \(call.identity.attempt) was issued"))
             await other.waitForEnd()
         }
@@ -174,11 +218,11 @@ package final class BusServerTransport: ServerTransport {
             running.markEnded()
         }
         let admission = try await ledger.admit(call)
-        if admission == .stale { return await delivery.settle(.ack) }
+        if admission == .stale { return await settleCopy(delivery, of: call) }
         Failpoint.workerAccepted.hit()
         let accepted = running.nextSequence(asksForLease: true)
         try await events.publish(
-            TaskEvent(call.identity, sequence: accepted, .accepted(TaskAccepted())), kind: "accepted")
+            TaskEvent(call.identity, sequence: accepted, .accepted(TaskAccepted())))
         await delivery.settle(.ack)
         Failpoint.workerAcceptedPublished.hit()
 
@@ -203,7 +247,7 @@ package final class BusServerTransport: ServerTransport {
             $0.hint = error.hint ?? ""
         }
         do {
-            try await events.publish(TaskEvent(call, sequence: 1, .ended(ended)), kind: "ended")
+            try await events.publish(TaskEvent(call, sequence: 1, .ended(ended)))
             return true
         } catch {
             logger.error("refusal not published", metadata: ["task": "\(call)", "error": "\(error)"])
@@ -235,7 +279,7 @@ package final class BusServerTransport: ServerTransport {
         }
         do {
             Failpoint.workerResultJournaled.hit()
-            try await events.publish(event, kind: "ended")
+            try await events.publish(event)
             Failpoint.workerResultPublished.hit()
         } catch {
             logger.error("result not published yet", metadata: ["task": "\(call.identity)", "error": "\(error)"])
@@ -245,8 +289,12 @@ package final class BusServerTransport: ServerTransport {
     // MARK: - Control and heartbeat
 
     private func obey(_ delivery: Delivery) async {
-        guard let control = try? ControlMessage(serializedBytes: delivery.message.body) else {
-            return await delivery.settle(.reject(reason: "undecodable control message"))
+        let control: ControlMessage
+        do {
+            if let isLate = try requireCoordinator(delivery.message) { throw isLate }
+            control = try ControlMessage(serializedBytes: delivery.message.body)
+        } catch {
+            return await reject(delivery, from: names.control(of: member.name), "\(error)")
         }
         await delivery.settle(.ack)
         if case .stored = control.kind {
@@ -270,7 +318,7 @@ package final class BusServerTransport: ServerTransport {
     private func ask(_ step: String, _ call: RunningCall) async {
         let event = TaskEvent(
             call.identity, sequence: call.nextSequence(), .permit(.with { $0.step = step }))
-        do { try await events.publish(event, kind: "permit") } catch {
+        do { try await events.publish(event) } catch {
             logger.warning("permit not asked for yet", metadata: ["task": "\(call.identity)", "error": "\(error)"])
         }
     }
@@ -286,17 +334,19 @@ package final class BusServerTransport: ServerTransport {
                 }
                 let event = TaskEvent(
                     call.identity, sequence: call.nextSequence(asksForLease: true), .heartbeat(TaskHeartbeat()))
-                try? await events.publish(event, kind: "heartbeat")
+                try? await events.publish(event)
                 for step in call.pendingPermits { await ask(step, call) }
             }
+            let held = state.withLock { $0.calls.count }
+            try? await events.publish(.heartbeat(.with { $0.tasks = UInt32(held) }))
             await republish()
         }
     }
 
-    package func publishInventory(_ profile: HostProfile) async throws { try await events.publish(profile) }
+    package func publishInventory(_ profile: HostProfile) async throws { try await events.publish(.inventory(profile)) }
 
     /// Says again what ended and was never confirmed. Called at start as well.
     package func republish() async {
-        for event in await ledger.unacknowledged() { try? await events.publish(event, kind: "ended") }
+        for event in await ledger.unacknowledged() { try? await events.publish(event) }
     }
 }

@@ -2,39 +2,106 @@ package import FlotillaProtocol
 import HostKit
 package import MigrationModel
 import SwiftProtobuf
+import Synchronization
 
-/// Publishes what a worker has to say, under its own name.
-package struct EventPublisher: Sendable {
+/// Publishes what a worker has to say, under its own name and signature. Events that come while a message is on its way
+/// travel together in the next one, so that a busy worker pays for one signature and one confirm, not for hundreds.
+package final class EventPublisher: Sendable {
+    private struct Waiting {
+        let event: WorkerEvent
+        let size: Int
+        let published: CheckedContinuation<Void, any Error>
+    }
+
+    private struct State {
+        var waiting: [Waiting] = []
+        var isSending = false
+    }
+
+    /// Results wait in the queue for as long as the coordinator is down.
+    private static let validity = Duration.seconds(7 * 24 * 3600)
+    /// What an event adds to a message besides its own bytes, at most.
+    private static let overhead = 16
+    /// Events of one message; the coordinator applies them in one transaction.
+    private static let batch = 256
+
     private let bus: any MessageBus
     private let names: Names
-    private let host: String
+    private let member: FleetMember
+    private let state = Mutex(State())
 
-    package init(bus: any MessageBus, names: Names, host: String) {
+    package init(bus: any MessageBus, names: Names, member: FleetMember) {
         self.bus = bus
         self.names = names
-        self.host = host
+        self.member = member
     }
 
-    package func publish(_ event: TaskEvent, kind: String) async throws {
-        try await publish(.task(event), kind: kind, correlationID: event.taskID)
-    }
+    /// Returns once the bus has the event. Events of one caller arrive in the order of its calls.
+    package func publish(_ event: TaskEvent) async throws { try await publish(.task(event)) }
 
-    package func publish(_ inventory: HostProfile) async throws {
-        try await publish(.inventory(inventory), kind: "inventory", correlationID: "")
-    }
-
-    private func publish(_ event: WorkerEvent.OneOf_Event, kind: String, correlationID: String) async throws {
-        let envelope = WorkerEvent.with {
-            $0.host = host
+    package func publish(_ event: WorkerEvent.OneOf_Event) async throws {
+        let event = WorkerEvent.with {
             $0.time = Moment.now.timestamp
             $0.event = event
         }
+        let size = try (event.serializedBytes() as [UInt8]).count + Self.overhead
+        try await withCheckedThrowingContinuation { continuation in
+            let starts = state.withLock { state in
+                state.waiting.append(Waiting(event: event, size: size, published: continuation))
+                defer { state.isSending = true }
+                return !state.isSending
+            }
+            if starts { Task { await self.send() } }
+        }
+    }
+
+    @concurrent
+    private func send() async {
+        while let batch = next() {
+            let result: Result<Void, any Error>
+            do { result = .success(try await send(batch)) } catch { result = .failure(error) }
+            for waiting in batch { waiting.published.resume(with: result) }
+        }
+    }
+
+    /// As many events as fit into a message, or nil when none wait.
+    private func next() -> [Waiting]? {
+        state.withLock { state in
+            var room = Message.maximumBody - member.name.utf8.count - 64
+            var count = 0
+            for waiting in state.waiting.prefix(Self.batch) {
+                room -= waiting.size
+                // One that is too large on its own is for the bus to refuse.
+                if room < 0 && count > 0 { break }
+                count += 1
+            }
+            guard count > 0 else {
+                state.isSending = false
+                return nil
+            }
+            defer { state.waiting.removeFirst(count) }
+            return Array(state.waiting[..<count])
+        }
+    }
+
+    private func send(_ batch: [Waiting]) async throws {
+        let envelope = WorkerEvents.with {
+            $0.host = member.name
+            $0.events = batch.map(\.event)
+        }
+        let kind: String
+        switch batch.first?.event.event {
+        case .inventory: kind = "inventory"
+        case .rejected: kind = "rejected"
+        case .heartbeat: kind = "heartbeat"
+        case .task, nil: kind = "task"
+        }
         var message = Message(
-            exchange: names.events, routingKey: names.eventKey(host: host, kind: kind),
+            exchange: names.events, routingKey: names.eventKey(host: member.name, kind: kind),
             body: try envelope.serializedBytes())
-        message.type = "flotilla.v1.WorkerEvent"
-        message.correlationID = correlationID
-        message.userID = host
+        message.type = "flotilla.v1.WorkerEvents"
+        message.userID = member.name
+        member.sign(&message, for: FleetMember.coordinator, validity: Self.validity)
         try await bus.publish(message)
     }
 }

@@ -15,7 +15,7 @@ package struct TaskCall: Sendable, Equatable {
     package var identity: CallIdentity
     /// "flotilla.v1.ConvertService/Convert".
     package var method: String
-    /// The host it is for. A worker refuses what is addressed to another.
+    /// The host it is for.
     package var audience: String
     /// When the answer stops being of use. Absolute: a relative timeout goes stale in a queue.
     package var deadline: Moment?
@@ -38,11 +38,14 @@ package struct TaskCall: Sendable, Equatable {
     private enum Header {
         static let attempt = "flotilla-attempt"
         static let fence = "flotilla-fence"
-        static let audience = "flotilla-audience"
         static let deadline = "deadline-unix-ms"
     }
 
-    package func message(_ names: Names, messageID: String) -> Message {
+    /// The task as its host believes it.
+    ///
+    /// - Parameter validity: when it ends before the host took the task on, the host refuses it and another attempt is
+    ///   issued.
+    package func message(_ names: Names, messageID: String, from sender: FleetMember, validity: Duration) -> Message {
         var message = Message(exchange: names.tasks, routingKey: audience, body: body)
         message.type = "/\(method)"
         message.correlationID = identity.task
@@ -51,14 +54,15 @@ package struct TaskCall: Sendable, Equatable {
             Self.contentTypeHeader: .string(Self.contentType),
             Header.attempt: .integer(Int64(identity.attempt)),
             Header.fence: .integer(Int64(clamping: identity.fence)),
-            Header.audience: .string(audience),
         ]
         if let deadline { message.headers[Header.deadline] = .integer(deadline.milliseconds) }
+        sender.sign(&message, for: audience, validity: validity)
         return message
     }
 
-    /// Throws `invalidArgument` saying which part of the message is missing or wrong.
-    package init(decoding message: Message) throws {
+    /// Decodes a message that was verified to be for `audience`. Throws `invalidArgument` saying which part of it is
+    /// missing or wrong.
+    package init(decoding message: Message, audience: String) throws {
         guard message.body.count <= Message.maximumBody else {
             throw MigrationError(.invalidArgument, "body of \(message.body.count) bytes is over the limit")
         }
@@ -71,9 +75,6 @@ package struct TaskCall: Sendable, Equatable {
         guard let attempt = message.headers[Header.attempt]?.integer.flatMap(UInt32.init(exactly:)), attempt > 0,
             let fence = message.headers[Header.fence]?.integer.flatMap(UInt64.init(exactly:)), fence > 0
         else { throw MigrationError(.invalidArgument, "headers \(Header.attempt) and \(Header.fence) are needed") }
-        guard let audience = message.headers[Header.audience]?.string else {
-            throw MigrationError(.invalidArgument, "header \(Header.audience) is missing")
-        }
         self.init(
             identity: CallIdentity(task: message.correlationID, attempt: attempt, fence: fence),
             method: String(message.type.dropFirst()), audience: audience,

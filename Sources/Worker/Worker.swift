@@ -14,7 +14,11 @@ package final class Worker: Sendable {
     private let server: GRPCServer<BusServerTransport>
 
     /// Opens the journal. Blocking.
-    package init(_ configuration: WorkerConfiguration, bus: any MessageBus, logger: Logger) throws {
+    ///
+    /// - Parameter member: this host's name and keys.
+    package init(
+        _ configuration: WorkerConfiguration, bus: any MessageBus, member: FleetMember, logger: Logger
+    ) throws {
         self.configuration = configuration
         let pools = configuration.pools
         let convert = ConvertService.Method.Convert.descriptor.fullyQualifiedMethod
@@ -22,7 +26,8 @@ package final class Worker: Sendable {
             for pool in pools { try WorkDirectory(pool: pool.path, task: task).remove() }
         }
         let transport = BusServerTransport(
-            bus: bus, names: configuration.names, settings: configuration.transport, ledger: journal, logger: logger)
+            bus: bus, names: configuration.names, member: member, settings: configuration.transport, ledger: journal,
+            logger: logger)
         self.transport = transport
         let permit: @Sendable (String, CallIdentity) async throws -> Void = { try await transport.permit($0, for: $1) }
         server = GRPCServer(

@@ -20,7 +20,7 @@ package struct WorkerConfiguration: Sendable {
 
     package init(
         host: String, libvirtURI: String, pools: [PoolFolder], sourceFolders: [String], stateDirectory: String,
-        names: Names = Names(), transport: BusServerTransport.Settings? = nil
+        names: Names = Names(), transport: BusServerTransport.Settings = .init()
     ) {
         self.host = host
         self.libvirtURI = libvirtURI
@@ -28,7 +28,7 @@ package struct WorkerConfiguration: Sendable {
         self.sourceFolders = sourceFolders
         self.stateDirectory = stateDirectory
         self.names = names
-        self.transport = transport ?? BusServerTransport.Settings(host: host)
+        self.transport = transport
     }
 
     /// One journal per host and set of pools: a worker only ever speaks for work whose folders it can reach.

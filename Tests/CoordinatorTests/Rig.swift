@@ -18,6 +18,7 @@ struct Rig {
     static let host = "kvm1"
 
     let folder: TemporaryFolder
+    let members = FleetMember.pair(host: host)
     var policy = TaskMachine.Policy()
     var startsOnlySubmitted = false
 
@@ -32,6 +33,7 @@ struct Rig {
         let names = Names()
         let coordinator = Coordinator(
             store: try SQLiteStore(path: "\(folder.path)/store.sqlite"), bus: bus,
+            member: members.coordinator,
             settings: .init(
                 names: names, policy: policy, tick: .milliseconds(10), startsOnlySubmitted: startsOnlySubmitted),
             logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() })
@@ -44,7 +46,7 @@ struct Rig {
             Task { try await coordinator.run(hosts: [Self.host]) }, Task { try await server.serve() },
             Task { try await client.runConnections() },
         ]
-        var worker = try await FakeWorker(bus, names, Self.host)
+        var worker = try await FakeWorker(bus, names, members.worker)
         try await worker.announce()
         do {
             try await body(Client(wrapping: client), &worker)
@@ -93,7 +95,7 @@ struct Rig {
 /// Says what a worker would.
 struct FakeWorker {
     private let names: Names
-    private let host: String
+    private let member: FleetMember
     private let bus: InProcessBus
     private let events: EventPublisher
     private var tasks: AsyncStream<Delivery>.Iterator
@@ -101,9 +103,10 @@ struct FakeWorker {
     private var sequence: UInt64 = 0
     var profile: HostProfile
 
-    init(_ bus: InProcessBus, _ names: Names, _ host: String) async throws {
-        (self.names, self.host, self.bus) = (names, host, bus)
-        events = EventPublisher(bus: bus, names: names, host: host)
+    init(_ bus: InProcessBus, _ names: Names, _ member: FleetMember) async throws {
+        (self.names, self.member, self.bus) = (names, member, bus)
+        let host = member.name
+        events = EventPublisher(bus: bus, names: names, member: member)
         tasks = try await bus.subscribe(names.tasks(of: host), prefetch: 10).deliveries.makeAsyncIterator()
         control = try await bus.subscribe(names.control(of: host), prefetch: 10).deliveries.makeAsyncIterator()
         profile = .with {
@@ -123,19 +126,20 @@ struct FakeWorker {
         }
     }
 
-    func announce() async throws { try await events.publish(profile) }
+    func announce() async throws { try await events.publish(.inventory(profile)) }
 
     /// The next task of the queue, settled.
     mutating func take() async throws -> TaskCall {
         let next = await tasks.next(isolation: #isolation)
         let delivery = try #require(next)
         await delivery.settle(.ack)
-        return try TaskCall(decoding: delivery.message)
+        #expect(try member.verify(delivery.message) == FleetMember.coordinator)
+        return try TaskCall(decoding: delivery.message, audience: member.name)
     }
 
     mutating func say(_ call: TaskCall, _ kind: TaskEvent.OneOf_Kind) async throws {
         sequence += 1
-        try await events.publish(TaskEvent(call.identity, sequence: sequence, kind), kind: "test")
+        try await events.publish(TaskEvent(call.identity, sequence: sequence, kind))
     }
 
     mutating func accept(_ call: TaskCall) async throws { try await say(call, .accepted(TaskAccepted())) }

@@ -41,14 +41,15 @@ private final class Rig: Sendable {
     let bus = InProcessBus()
     let names = Names()
     let ledger = MemoryLedger()
+    let members = FleetMember.pair(host: "kvm1")
     let transport: BusServerTransport
     private let server: GRPCServer<BusServerTransport>
     private let serving: Mutex<Task<Void, any Error>?> = Mutex(nil)
 
     init(heartbeat: Duration = .seconds(10), lease: Duration = .seconds(60)) {
         transport = BusServerTransport(
-            bus: bus, names: names,
-            settings: .init(host: "kvm1", slots: 2, heartbeat: heartbeat, leaseDuration: lease), ledger: ledger,
+            bus: bus, names: names, member: members.worker,
+            settings: .init(slots: 2, heartbeat: heartbeat, leaseDuration: lease), ledger: ledger,
             logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() })
         server = GRPCServer(
             transport: transport, services: [ScriptedConvert(transport: transport)], interceptors: [ErrorInterceptor()])
@@ -59,7 +60,7 @@ private final class Rig: Sendable {
         try await bus.declare(names.topology(hosts: ["kvm1"]))
         let subscription = try await bus.subscribe(names.coordinatorEvents, prefetch: 1000)
         let serving = Task { try await server.serve() }
-        var events = Events(iterator: subscription.deliveries.makeAsyncIterator())
+        var events = Events(subscription.deliveries.makeAsyncIterator(), members.coordinator)
         try await body(&events)
         transport.stopNow()
         try await serving.value
@@ -67,37 +68,66 @@ private final class Rig: Sendable {
 
     func send(
         _ script: String, task: String = "m-convert", fence: UInt64 = 1, host: String = "kvm1",
-        deadline: Moment? = nil, method: String = "flotilla.v1.ConvertService/Convert"
+        deadline: Moment? = nil, method: String = "flotilla.v1.ConvertService/Convert", from sender: FleetMember? = nil,
+        validity: Duration = .seconds(60), _ change: (inout Messaging.Message) -> Void = { _ in }
     ) async throws {
         let request = ConvertRequest.with { $0.domainName = script }
         let call = TaskCall(
             identity: CallIdentity(task: task, attempt: UInt32(fence), fence: fence), method: method, audience: host,
             deadline: deadline, body: try request.serializedBytes())
-        var message = call.message(names, messageID: "\(task)-\(fence)")
+        var message = call.message(
+            names, messageID: "\(task)-\(fence)", from: sender ?? members.coordinator, validity: validity)
         message.routingKey = "kvm1"
+        change(&message)
         try await bus.publish(message)
     }
 
     func tell(_ control: ControlMessage) async throws {
-        try await bus.publish(
-            Message(exchange: names.control, routingKey: "kvm1", body: try control.serializedBytes()))
+        var message = Messaging.Message(
+            exchange: names.control, routingKey: "kvm1", body: try control.serializedBytes())
+        members.coordinator.sign(&message, for: "kvm1", validity: .seconds(60))
+        try await bus.publish(message)
     }
 
-    func deadLetter() async throws -> String? {
+    func deadLetter() async throws -> Messaging.Message? {
         let dead = try await bus.subscribe(names.dead, prefetch: 1)
         var iterator = dead.deliveries.makeAsyncIterator()
-        return await iterator.next(isolation: #isolation)?.message.headers["flotilla-death-reason"]?.string
+        let delivery = await iterator.next(isolation: #isolation)
+        await delivery?.settle(.ack)
+        dead.cancel()
+        return delivery?.message
     }
 }
 
 private struct Events {
     var iterator: AsyncStream<Delivery>.Iterator
+    let coordinator: FleetMember
+    private var read: [WorkerEvent] = []
 
+    init(_ iterator: AsyncStream<Delivery>.Iterator, _ coordinator: FleetMember) {
+        self.iterator = iterator
+        self.coordinator = coordinator
+    }
+
+    /// The next event of any kind.
+    mutating func any() async throws -> WorkerEvent {
+        while read.isEmpty {
+            let next = await iterator.next(isolation: #isolation)
+            let delivery = try #require(next)
+            await delivery.settle(.ack)
+            #expect(try coordinator.verify(delivery.message) == "kvm1")
+            read = try WorkerEvents(serializedBytes: delivery.message.body).events
+        }
+        return read.removeFirst()
+    }
+
+    /// The next that is about a task.
     mutating func next() async throws -> TaskEvent {
-        let next = await iterator.next(isolation: #isolation)
-        let delivery = try #require(next)
-        await delivery.settle(.ack)
-        return try WorkerEvent(serializedBytes: delivery.message.body).task
+        while true { if case .task(let event) = try await any().event { return event } }
+    }
+
+    mutating func rejected() async throws -> MessageRejected {
+        while true { if case .rejected(let rejected) = try await any().event { return rejected } }
     }
 
     /// Skips to the first event of which `pick` makes something.
@@ -154,24 +184,111 @@ private struct Events {
         }
     }
 
-    @Test(arguments: ["wrong host", "unknown method", "undecodable"])
-    func refusedTasksReachTheDeadLettersAndTheWorkerGoesOn(_ kind: String) async throws {
+    enum Poison: String, CaseIterable {
+        case undecodable, unsigned, forged, strangerKey, otherWorker, wrongHost, expired, fromTheFuture, oversized
+        case unknownMethod, noAttempt, changedHeader, changedTask, replayed
+    }
+
+    /// What can't be right reaches the dead letters, its reason the coordinator, and the worker goes on.
+    @Test(arguments: Poison.allCases)
+    func poison(_ poison: Poison) async throws {
         let rig = Rig()
         try await rig.run { events in
-            switch kind {
-            case "wrong host": try await rig.send("work", host: "kvm2")
-            case "unknown method": try await rig.send("work", method: "flotilla.v1.ConvertService/Explode")
-            default: try await rig.bus.publish(Message(exchange: rig.names.tasks, routingKey: "kvm1", body: [0xff]))
+            var reason = "not signed"
+            var admitted = 0
+            switch poison {
+            case .undecodable:
+                try await rig.bus.publish(
+                    Messaging.Message(exchange: rig.names.tasks, routingKey: "kvm1", body: [0xff]))
+            case .unsigned: try await rig.send("work") { $0.headers[Messaging.Message.signatureHeader] = nil }
+            case .forged:
+                try await rig.send("work") { $0.body.append(0) }
+                reason = "signature"
+            case .changedHeader:
+                try await rig.send("work") { $0.headers["flotilla-fence"] = .integer(99) }
+                reason = "signature"
+            case .changedTask:
+                try await rig.send("work") { $0.correlationID = "other-convert" }
+                reason = "signature"
+            case .strangerKey:
+                try await rig.send("work", from: FleetMember.pair(host: "kvm1").coordinator)
+                reason = "does not believe"
+            case .otherWorker:
+                try await rig.send("work", from: rig.members.worker)
+                reason = "does not believe"
+            case .wrongHost:
+                try await rig.send("work", host: "kvm2")
+                reason = "addressed to kvm2"
+            case .expired:
+                try await rig.send("work", validity: .seconds(-1))
+                reason = "validity ended"
+            case .fromTheFuture:
+                try await rig.send("work") {
+                    rig.members.coordinator.sign(
+                        &$0, for: "kvm1", validity: .seconds(60), now: .now + .seconds(120))
+                }
+                reason = "in the future"
+            case .oversized:
+                // No bus takes it from an honest publisher; a dishonest one may have no such limit.
+                var message = Messaging.Message(
+                    exchange: rig.names.tasks, routingKey: "kvm1",
+                    body: [UInt8](repeating: 0, count: Messaging.Message.maximumBody))
+                message.type = "/flotilla.v1.ConvertService/Convert"
+                try await rig.bus.publish(message)
+            case .unknownMethod:
+                try await rig.send("work", method: "flotilla.v1.ConvertService/Explode")
+                reason = "not served here"
+            case .noAttempt:
+                try await rig.send("work") {
+                    $0.headers["flotilla-attempt"] = nil
+                    rig.members.coordinator.sign(&$0, for: "kvm1", validity: .seconds(60))
+                }
+                reason = "flotilla-attempt"
+            case .replayed:
+                try await rig.send("work", task: "m-export", fence: 2)
+                #expect(try await events.ended().code == 0)
+                try await rig.send("work", task: "m-export", fence: 1)
+                reason = "replay"
+                admitted = 1
             }
-            let reason = try #require(try await rig.deadLetter())
-            #expect(!reason.isEmpty)
-            #expect(rig.ledger.admitted.isEmpty)
-            if kind == "unknown method" {
+            if poison == .unknownMethod {
                 // The sender is known: it is told.
                 #expect(try await events.ended().code == Int32(MigrationError.Code.unimplemented.rawValue))
+            } else if poison == .expired {
+                #expect(try await events.ended().code == Int32(MigrationError.Code.unavailable.rawValue))
             }
+            let rejected = try await events.rejected()
+            #expect(rejected.reason.contains(reason), "\(rejected.reason)")
+            #expect(rejected.queue == rig.names.tasks(of: "kvm1"))
+            let letter = try #require(try await rig.deadLetter())
+            #expect(letter.messageID == rejected.messageID)
+            #expect(rig.ledger.admitted.count == admitted)
             try await rig.send("work")
             #expect(try await events.ended().code == 0)
+        }
+    }
+
+    @Test func forgedControlMessagesChangeNothing() async throws {
+        let rig = Rig()
+        try await rig.run { events in
+            try await rig.send("wait")
+            try await events.update()
+            let cancel = ControlMessage.with {
+                $0.taskID = "m-convert"
+                $0.fence = 1
+                $0.cancel.reason = "forged"
+            }
+            try await rig.bus.publish(
+                Messaging.Message(
+                    exchange: rig.names.control, routingKey: "kvm1", body: try cancel.serializedBytes()))
+            #expect(try await events.rejected().queue == rig.names.control(of: "kvm1"))
+            try await rig.tell(
+                .with {
+                    $0.taskID = "m-convert"
+                    $0.fence = 1
+                    $0.cancel.reason = "real"
+                })
+            #expect(try await events.ended().message == "real")
         }
     }
 

@@ -35,17 +35,18 @@ struct EmbeddedFleet {
         defer { withExtendedLifetime(lock) {} }
         let bus = InProcessBus()
         let names = Names()
+        let members = FleetMember.pair(host: libvirtURI)
         let coordinator = Coordinator(
             store: try SQLiteStore(path: "\(stateDirectory)/flotilla.sqlite"), bus: bus,
-            settings: .init(names: names, startsOnlySubmitted: true), logger: logger)
+            member: members.coordinator, settings: .init(names: names, startsOnlySubmitted: true), logger: logger)
         try await bus.declare(names.topology(hosts: [libvirtURI]))
         let worker = try Worker(
             WorkerConfiguration(
                 host: libvirtURI, libvirtURI: libvirtURI, pools: [PoolFolder(name: pool, path: pool)],
                 // The sources are named by the person at this command line, with that person's rights.
                 sourceFolders: ["/"], stateDirectory: stateDirectory, names: names,
-                transport: .init(host: libvirtURI, slots: slots)),
-            bus: bus, logger: logger)
+                transport: .init(slots: slots)),
+            bus: bus, member: members.worker, logger: logger)
 
         let transport = InProcessTransport()
         let server = GRPCServer(

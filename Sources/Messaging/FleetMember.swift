@@ -1,0 +1,117 @@
+package import HostKit
+package import MigrationModel
+
+/// The coordinator or a host's worker: the name it goes by, the key it signs with, and the keys it believes.
+///
+/// Every message between members is signed: a broker account, or a hand on a queue, is not enough to make a host do
+/// something. What is signed is in `Message.signedBytes`; `protocol/amqp.md` says it in words.
+package struct FleetMember: Sendable {
+    /// The coordinator's name. No host can have it: host names become queue names after a dot.
+    package static let coordinator = "coordinator"
+
+    package let name: String
+    private let key: SigningKey
+    private let believed: KeyRing
+
+    /// How far the sender's clock may be ahead of ours.
+    package static let clockTolerance = Duration.seconds(60)
+
+    private enum Header {
+        static let issuer = "flotilla-issuer"
+        static let audience = "flotilla-audience"
+        static let keyID = "flotilla-key-id"
+        static let issued = "flotilla-issued-unix-ms"
+        static let expires = "flotilla-expires-unix-ms"
+    }
+
+    package init(name: String, key: SigningKey, believes ring: KeyRing) {
+        self.name = name
+        self.key = key
+        believed = ring
+    }
+
+    /// A coordinator and the worker of one host with keys made for this process, who know each other.
+    package static func pair(host: String) -> (coordinator: FleetMember, worker: FleetMember) {
+        let (ours, theirs) = (SigningKey(), SigningKey())
+        return (
+            FleetMember(name: coordinator, key: ours, believes: KeyRing([host: [theirs.publicKey]])),
+            FleetMember(name: host, key: theirs, believes: KeyRing([coordinator: [ours.publicKey]]))
+        )
+    }
+
+    /// Signs the message as it is; nothing of it may change any more.
+    ///
+    /// - Parameter validity: after it the audience refuses the message.
+    package func sign(_ message: inout Message, for audience: String, validity: Duration, now: Moment = .now) {
+        message.headers[Header.issuer] = .string(name)
+        message.headers[Header.audience] = .string(audience)
+        message.headers[Header.keyID] = .string(key.publicKey.id)
+        message.headers[Header.issued] = .integer(now.milliseconds)
+        message.headers[Header.expires] = .integer((now + validity).milliseconds)
+        message.headers[Message.signatureHeader] = .bytes(key.sign(message.signedBytes))
+    }
+
+    /// Returns who signed the message. Throws `unauthenticated` for one that is unsigned, forged or signed with a key
+    /// not believed, `permissionDenied` for one addressed to somebody else, and `deadlineExceeded` for one that came
+    /// too late; only the last is thrown of a message that is otherwise good.
+    package func verify(_ message: Message, now: Moment = .now) throws -> String {
+        guard case .bytes(let signature)? = message.headers[Message.signatureHeader],
+            let keyID = message.headers[Header.keyID]?.string,
+            let issuer = message.headers[Header.issuer]?.string,
+            let issued = message.headers[Header.issued]?.integer,
+            let expires = message.headers[Header.expires]?.integer
+        else { throw MigrationError(.unauthenticated, "it is not signed") }
+        guard let key = try believed.key(keyID, of: issuer) else {
+            throw MigrationError(
+                .unauthenticated, "it is signed by \(issuer) with key \(keyID), which \(name) does not believe",
+                hint: "if the key is new, add its public half to \(name)'s keys of \(issuer)")
+        }
+        guard key.verifies(signature, of: message.signedBytes) else {
+            throw MigrationError(.unauthenticated, "its signature by \(issuer)'s key \(keyID) is wrong")
+        }
+        guard message.headers[Header.audience]?.string == name else {
+            throw MigrationError(
+                .permissionDenied,
+                "it is addressed to \(message.headers[Header.audience]?.string ?? "nobody"), this is \(name)")
+        }
+        guard issued <= (now + Self.clockTolerance).milliseconds else {
+            throw MigrationError(
+                .unauthenticated, "it was signed \((issued - now.milliseconds) / 1000) s in the future",
+                hint: "set the clocks of \(issuer) and \(name) by NTP")
+        }
+        guard now.milliseconds <= expires else {
+            throw MigrationError(
+                .deadlineExceeded, "its validity ended \((now.milliseconds - expires) / 1000) s ago")
+        }
+        return issuer
+    }
+}
+
+extension Message {
+    package static let signatureHeader = "flotilla-signature-bin"
+
+    /// The bytes a signature is made over: the text `flotilla-signature-v1`, then type, correlation-id and message-id,
+    /// then every header but the signature itself and those a broker adds (`x-…`), sorted by name, as the name, one
+    /// letter for its kind (`s`, `i`, `b`) with its value (text, decimal digits, bytes), and at last the body; each
+    /// preceded by its length in four bytes, big-endian.
+    package var signedBytes: [UInt8] {
+        var bytes: [UInt8] = []
+        bytes.reserveCapacity(body.count + 1024)
+        func add(_ field: some Collection<UInt8>) {
+            withUnsafeBytes(of: UInt32(field.count).bigEndian) { bytes.append(contentsOf: $0) }
+            bytes.append(contentsOf: field)
+        }
+        for text in ["flotilla-signature-v1", type, correlationID, messageID] { add(text.utf8) }
+        let covered = headers.filter { $0.key != Self.signatureHeader && !$0.key.hasPrefix("x-") }
+        for (name, value) in covered.sorted(by: { Array($0.key.utf8).lexicographicallyPrecedes($1.key.utf8) }) {
+            add(name.utf8)
+            switch value {
+            case .string(let text): add(Array("s\(text)".utf8))
+            case .integer(let number): add(Array("i\(number)".utf8))
+            case .bytes(let content): add([UInt8(ascii: "b")] + content)
+            }
+        }
+        add(body)
+        return bytes
+    }
+}
