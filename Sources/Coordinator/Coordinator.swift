@@ -22,6 +22,8 @@ package final class Coordinator: Sendable {
         package var startsOnlySubmitted: Bool
         /// How long a task may wait in its host's queue before it needs another signature, i.e. another attempt.
         package var taskValidity = Duration.seconds(24 * 3600)
+        /// How long a task may go without being taken on by a host whose worker is alive.
+        package var acceptanceTimeout = Duration.seconds(120)
         /// How long control messages are of use; whoever needs one that came too late asks again.
         package var controlValidity = Duration.seconds(600)
 
@@ -96,21 +98,26 @@ package final class Coordinator: Sendable {
             Failpoint.coordinatorTaskStored.hit()
             outboxContinuation.yield()
         }
-        for (host, message) in effects.control { await tell(host, message) }
+        await withDiscardingTaskGroup { group in
+            for (host, messages) in effects.control { group.addTask { await self.tell(host, messages) } }
+        }
         for migration in effects.changed { watchers.publish(migration) }
     }
 
-    private func tell(_ host: String, _ control: ControlMessage) async {
-        do {
-            var message = Message(
-                exchange: settings.names.control, routingKey: host, body: try control.serializedBytes())
-            message.type = "flotilla.v1.ControlMessage"
-            message.correlationID = control.taskID
-            member.sign(&message, for: host, validity: settings.controlValidity)
-            try await bus.publish(message)
-        } catch {
-            // Whoever waits for it asks again: heartbeats, permits and results are all repeated.
-            logger.warning("control message not sent", metadata: ["host": "\(host)", "error": "\(error)"])
+    private func tell(_ host: String, _ messages: [ControlMessage]) async {
+        // A few hundred small messages stay far below a message's limit.
+        for start in stride(from: 0, to: messages.count, by: 512) {
+            do {
+                let part = ControlMessages.with { $0.messages = Array(messages[start...].prefix(512)) }
+                var message = Message(
+                    exchange: settings.names.control, routingKey: host, body: try part.serializedBytes())
+                message.type = "flotilla.v1.ControlMessages"
+                member.sign(&message, for: host, validity: settings.controlValidity)
+                try await bus.publish(message)
+            } catch {
+                // Whoever waits for it asks again: heartbeats, permits and results are all repeated.
+                logger.warning("control message not sent", metadata: ["host": "\(host)", "error": "\(error)"])
+            }
         }
     }
 
@@ -141,31 +148,52 @@ package final class Coordinator: Sendable {
         outboxContinuation.yield()
         for await _ in outboxSignal {
             while true {
-                let rows = try await store.write { try $0.unsent(limit: 100) }
+                let rows = try await store.write { try $0.unsent(limit: 256) }
                 if rows.isEmpty { break }
-                for row in rows { try await send(row) }
+                let outcomes = await withTaskGroup { group in
+                    for row in rows { group.addTask { (row, await self.send(row)) } }
+                    return await group.reduce(into: []) { $0.append($1) }
+                }
+                let sent = outcomes.filter { $0.1 == nil }.map { $0.0.id }
+                if !sent.isEmpty {
+                    try await store.write { store in for id in sent { try store.markSent(id, at: .now) } }
+                    Failpoint.coordinatorTaskSent.hit()
+                }
+                for case (let row, let error?) in outcomes { try await takeBack(row, error) }
+                // The bus has tried for long already; what it could not send stays in the outbox.
+                if sent.isEmpty { try await Task.sleep(for: settings.tick) }
             }
         }
     }
 
-    private func send(_ row: OutboxRecord) async throws {
+    /// Returns the reason for which it could not be sent.
+    private func send(_ row: OutboxRecord) async -> MigrationError? {
         let call = TaskCall(
             identity: row.identity, method: row.method, audience: row.host, deadline: row.deadline, body: row.body)
         do {
+            guard row.body.count <= Message.maximumBody else {
+                throw MigrationError(
+                    .invalidArgument,
+                    "\(row.identity): its request has \(row.body.count) bytes, a message holds \(Message.maximumBody)")
+            }
             try await bus.publish(
                 call.message(settings.names, messageID: row.id, from: member, validity: settings.taskValidity))
-            try await store.write { try $0.markSent(row.id) }
-            Failpoint.coordinatorTaskSent.hit()
-        } catch let error as MigrationError where [.resourceExhausted, .notFound].contains(error.code) {
-            // No repetition helps: too large, or nobody's. The task fails with the reason instead of blocking the rest.
-            logger.error("task can't be sent", metadata: ["task": "\(row.identity)", "error": "\(error)"])
-            try await decide { transitions in
-                try transitions.store.markSent(row.id)
-                guard let task = try transitions.store.task(id: row.identity.task) else { return }
-                _ = try transitions.apply(
-                    .ended(fence: row.identity.fence, outcome: .failure(code: error.code.rawValue)), to: task,
-                    ended: TaskEnded(error))
-            }
+            return nil
+        } catch {
+            logger.error("task not sent", metadata: ["task": "\(row.identity)", "error": "\(error)"])
+            return error as? MigrationError ?? MigrationError(.unavailable, "\(error)")
+        }
+    }
+
+    /// Where no repetition helps (too large, or nobody's), the task fails with the reason instead of blocking the rest.
+    private func takeBack(_ row: OutboxRecord, _ error: MigrationError) async throws {
+        guard [.invalidArgument, .notFound, .permissionDenied].contains(error.code) else { return }
+        try await decide { transitions in
+            try transitions.store.markSent(row.id, at: transitions.now)
+            guard let task = try transitions.store.task(id: row.identity.task) else { return }
+            _ = try transitions.apply(
+                .ended(fence: row.identity.fence, outcome: .failure(code: error.code.rawValue)), to: task,
+                ended: TaskEnded(error))
         }
     }
 
@@ -177,7 +205,7 @@ package final class Coordinator: Sendable {
                 continue
             }
             do {
-                for event in events.events { try await handle(event, from: events.host) }
+                try await handle(events)
                 await delivery.settle(.ack)
             } catch {
                 logger.error("event not handled", metadata: ["host": "\(events.host)", "error": "\(error)"])
@@ -217,19 +245,38 @@ package final class Coordinator: Sendable {
         await delivery.settle(.reject(reason: reason))
     }
 
-    /// What a worker said. Safe to call twice with the same event.
-    func handle(_ event: WorkerEvent, from host: String) async throws {
-        switch event.event {
-        case .inventory(let profile):
-            guard profile.name == host else { return }
-            try await store.write { try $0.save(profile) }
-            watchers.publish(host: host)
-        case .task(let task):
-            if case .update(let bytes) = task.kind { return try await relay(task, bytes) }
-            try await decide { try $0.handle(task, from: host) }
-            if case .ended = task.kind { Failpoint.coordinatorResultStored.hit() }
-        case .rejected(let rejected): try await store.write { try $0.note(rejected, by: host, at: .now) }
-        case .heartbeat, nil: break
+    /// What a worker said. Safe to call twice with the same events.
+    func handle(_ events: WorkerEvents) async throws {
+        let host = events.host
+        var decisions: [TaskEvent] = []
+        for event in events.events {
+            switch event.event {
+            case .task(let task):
+                if case .update(let bytes) = task.kind { try await relay(task, bytes) } else { decisions.append(task) }
+            case .inventory(let profile):
+                guard profile.name == host else { continue }
+                try await store.write { try $0.save(profile, at: .now) }
+                watchers.publish(host: host)
+            case .heartbeat: try await noteAlive(host)
+            case .rejected(let rejected): try await store.write { try $0.note(rejected, by: host, at: .now) }
+            case nil: break
+            }
+        }
+        guard !decisions.isEmpty else { return }
+        try await decide { [decisions] in for event in decisions { try $0.handle(event, from: host) } }
+        Failpoint.coordinatorResultStored.hit()
+    }
+
+    /// A worker that lives takes a task on within seconds of its arrival. One that was sent long ago and is still not
+    /// taken on is lost: dead-lettered, or in a queue that is gone.
+    private func noteAlive(_ host: String) async throws {
+        let patience = settings.acceptanceTimeout
+        try await decide { transitions in
+            try transitions.store.touch(host: host, at: transitions.now)
+            for task in try transitions.store.tasksSent(to: host, before: transitions.now - patience) {
+                let task = try transitions.apply(.orphaned, to: task)
+                _ = try transitions.apply(.dispatch, to: task)
+            }
         }
     }
 

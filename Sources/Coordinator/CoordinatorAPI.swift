@@ -77,16 +77,36 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
 
     package func listHosts(request: ListHostsRequest, context: ServerContext) async throws -> ListHostsResponse {
         let hosts = try await coordinator.store.write { try $0.hosts() }
-        return .with { $0.hosts = hosts }
+        return .with { $0.hosts = hosts.map(Host.init) }
     }
 
     package func rollbackMigration(
         request: RollbackMigrationRequest, context: ServerContext
     ) async throws -> Migration { throw unimplemented("RollbackMigration") }
 
-    package func drainHost(request: DrainHostRequest, context: ServerContext) async throws -> HostProfile {
-        throw unimplemented("DrainHost")
+    package func drainHost(request: DrainHostRequest, context: ServerContext) async throws -> Host {
+        try await coordinator.decide { transitions in
+            try transitions.store.setDrained(!request.undrain, host: request.name)
+            guard let host = try transitions.store.host(request.name) else {
+                throw MigrationError(
+                    .notFound, "no worker of a host \(request.name) has been heard of",
+                    hint: "flotilla host list shows those that have")
+            }
+            return Host(host)
+        }
     }
+
+    package func listQueues(request: ListQueuesRequest, context: ServerContext) async throws -> ListQueuesResponse {
+        throw unimplemented("ListQueues")
+    }
+
+    package func listDeadLetters(
+        request: ListDeadLettersRequest, context: ServerContext
+    ) async throws -> ListDeadLettersResponse { throw unimplemented("ListDeadLetters") }
+
+    package func replayDeadLetters(
+        request: ReplayDeadLettersRequest, context: ServerContext
+    ) async throws -> ReplayDeadLettersResponse { throw unimplemented("ReplayDeadLetters") }
 
     package func applyPlan(request: ApplyPlanRequest, context: ServerContext) async throws -> ApplyPlanResponse {
         throw unimplemented("ApplyPlan")
@@ -102,5 +122,15 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
 
     private func unimplemented(_ method: String) -> MigrationError {
         MigrationError(.unimplemented, "CoordinatorService/\(method) is not in this version")
+    }
+}
+
+extension Host {
+    init(_ record: HostRecord) {
+        self.init()
+        profile = record.profile
+        if record.seenAt.milliseconds > 0 { seenAt = record.seenAt.timestamp }
+        drained = record.isDrained
+        tasks = UInt32(record.tasks)
     }
 }

@@ -19,8 +19,10 @@ package protocol JobTransaction {
     func task(id: String) throws -> TaskRecord?
     /// In stage order.
     func tasks(ofMigration id: String) throws -> [TaskRecord]
-    /// Tasks whose wait is over or whose lease has run out.
+    /// Tasks whose wait is over, but for those of drained hosts, or whose lease has run out.
     func dueTasks(now: Moment) throws -> [TaskRecord]
+    /// Tasks that wait in the queue of a host since before `moment`, for all the store knows.
+    func tasksSent(to host: String, before moment: Moment) throws -> [TaskRecord]
     /// Tasks that were sent or run.
     func tasksWithWorkers() throws -> [TaskRecord]
     func save(_ task: TaskRecord) throws
@@ -28,7 +30,7 @@ package protocol JobTransaction {
     func enqueue(_ message: OutboxRecord) throws
     /// In the order they were enqueued.
     func unsent(limit: Int) throws -> [OutboxRecord]
-    func markSent(_ id: String) throws
+    func markSent(_ id: String, at: Moment) throws
     /// Drops messages of fences older than the task's present one.
     func discardUnsent(task: String) throws
 
@@ -40,7 +42,11 @@ package protocol JobTransaction {
     /// Newest first.
     func rejections(limit: Int) throws -> [RejectionRecord]
 
-    func host(_ name: String) throws -> HostProfile?
-    func hosts() throws -> [HostProfile]
-    func save(_ host: HostProfile) throws
+    func host(_ name: String) throws -> HostRecord?
+    func hosts() throws -> [HostRecord]
+    /// Keeps whether the host is drained.
+    func save(_ profile: HostProfile, at: Moment) throws
+    /// Notes that the host was heard of.
+    func touch(host: String, at: Moment) throws
+    func setDrained(_ isDrained: Bool, host: String) throws
 }

@@ -57,3 +57,12 @@ package struct RejectionRecord: Sendable {
     package var member: String
     package var at: Moment
 }
+
+/// A host and its worker.
+package struct HostRecord: Sendable {
+    package var profile: HostProfile
+    package var seenAt: Moment
+    package var isDrained: Bool
+    /// Tasks it has, sent or running.
+    package var tasks: Int
+}

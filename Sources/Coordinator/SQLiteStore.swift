@@ -83,6 +83,10 @@ package final class SQLiteStore: JobStore {
                     CREATE TABLE rejection (
                         number INTEGER PRIMARY KEY, member TEXT NOT NULL, rejected BLOB NOT NULL, at INTEGER NOT NULL
                     ) STRICT;
+                    ALTER TABLE host ADD COLUMN seen_at INTEGER NOT NULL DEFAULT 0;
+                    ALTER TABLE host ADD COLUMN drained INTEGER NOT NULL DEFAULT 0;
+                    ALTER TABLE task ADD COLUMN sent_at INTEGER;
+                    CREATE INDEX task_of_worker ON task(host) WHERE has_worker;
                     """)
         }
         return migrator
@@ -149,7 +153,19 @@ private struct Transaction: JobTransaction {
 
     func dueTasks(now: Moment) throws -> [TaskRecord] {
         try Row.fetchAll(
-            database, sql: "SELECT * FROM task WHERE due_at <= ? ORDER BY due_at", arguments: [now.milliseconds]
+            database,
+            sql: """
+                SELECT * FROM task WHERE due_at <= ?
+                    AND (has_worker OR host NOT IN (SELECT name FROM host WHERE drained)) ORDER BY due_at
+                """,
+            arguments: [now.milliseconds]
+        ).map(task)
+    }
+
+    func tasksSent(to host: String, before moment: Moment) throws -> [TaskRecord] {
+        try Row.fetchAll(
+            database, sql: "SELECT * FROM task WHERE host = ? AND has_worker AND due_at IS NULL AND sent_at < ?",
+            arguments: [host, moment.milliseconds]
         ).map(task)
     }
 
@@ -172,6 +188,7 @@ private struct Transaction: JobTransaction {
                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
                 ON CONFLICT (id) DO UPDATE SET host = excluded.host, request = excluded.request,
                     machine = excluded.machine, due_at = excluded.due_at, has_worker = excluded.has_worker,
+                    sent_at = CASE WHEN machine = excluded.machine THEN sent_at END,
                     started_at = excluded.started_at, ended_at = excluded.ended_at
                 """,
             arguments: [
@@ -219,7 +236,10 @@ private struct Transaction: JobTransaction {
         }
     }
 
-    func markSent(_ id: String) throws {
+    func markSent(_ id: String, at: Moment) throws {
+        try database.execute(
+            sql: "UPDATE task SET sent_at = ? WHERE id = (SELECT task_id FROM outbox WHERE id = ?)",
+            arguments: [at.milliseconds, id])
         try database.execute(sql: "DELETE FROM outbox WHERE id = ?", arguments: [id])
     }
 
@@ -256,19 +276,40 @@ private struct Transaction: JobTransaction {
             }
     }
 
-    func host(_ name: String) throws -> HostProfile? {
-        try optional(Data.fetchOne(database, sql: "SELECT profile FROM host WHERE name = ?", arguments: [name]))
+    private static let hostColumns =
+        "profile, seen_at, drained, (SELECT count(*) FROM task WHERE task.host = host.name AND has_worker) AS tasks"
+
+    func host(_ name: String) throws -> HostRecord? {
+        try Row.fetchOne(database, sql: "SELECT \(Self.hostColumns) FROM host WHERE name = ?", arguments: [name])
+            .map(host)
     }
 
-    func hosts() throws -> [HostProfile] {
-        try Data.fetchAll(database, sql: "SELECT profile FROM host ORDER BY name").map { try message($0) }
+    func hosts() throws -> [HostRecord] {
+        try Row.fetchAll(database, sql: "SELECT \(Self.hostColumns) FROM host ORDER BY name").map(host)
     }
 
-    func save(_ host: HostProfile) throws {
+    func save(_ profile: HostProfile, at: Moment) throws {
         try database.execute(
-            sql:
-                "INSERT INTO host (name, profile) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET profile = excluded.profile",
-            arguments: [host.name, try data(host)])
+            sql: """
+                INSERT INTO host (name, profile, seen_at) VALUES (?, ?, ?)
+                ON CONFLICT (name) DO UPDATE SET profile = excluded.profile, seen_at = excluded.seen_at
+                """,
+            arguments: [profile.name, try data(profile), at.milliseconds])
+    }
+
+    func touch(host: String, at: Moment) throws {
+        try database.execute(
+            sql: "UPDATE host SET seen_at = ? WHERE name = ?", arguments: [at.milliseconds, host])
+    }
+
+    func setDrained(_ isDrained: Bool, host: String) throws {
+        try database.execute(sql: "UPDATE host SET drained = ? WHERE name = ?", arguments: [isDrained, host])
+    }
+
+    private func host(_ row: Row) throws -> HostRecord {
+        HostRecord(
+            profile: try message(row["profile"]), seenAt: Moment(milliseconds: row["seen_at"]),
+            isDrained: row["drained"], tasks: row["tasks"])
     }
 
     // MARK: Messages

@@ -58,7 +58,7 @@ extension Transitions {
     private mutating func afterExport(_ migration: inout MigrationRecord, _ captured: Manifest) throws {
         let request = migration.request
         let options = request.options.settled(for: captured.vm)
-        guard let host = try store.host(request.host) else {
+        guard let host = try store.host(request.host)?.profile else {
             throw MigrationError(
                 .unavailable, "host \(request.host) has not told of itself yet", hint: "is its worker running?")
         }
@@ -135,6 +135,7 @@ extension Transitions {
         } else {
             task = TaskRecord(
                 migrationID: migration.id, stage: stage, host: migration.request.host, request: body, now: now)
+            try store.save(task)
         }
         _ = try apply(.dispatch, to: task)
     }

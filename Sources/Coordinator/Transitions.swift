@@ -8,8 +8,8 @@ import SwiftProtobuf
 struct Transitions {
     struct Effects: Sendable {
         var sendsTasks = false
-        /// To the named host.
-        var control: [(host: String, message: ControlMessage)] = []
+        /// By host, in order.
+        var control: [String: [ControlMessage]] = [:]
         var changed: [Migration] = []
         /// Migrations that somebody asked for.
         var submitted: Set<String> = []
@@ -80,7 +80,9 @@ struct Transitions {
     mutating func apply(
         _ event: TaskMachine.Event, to record: TaskRecord, answering sequence: UInt64 = 0, ended: TaskEnded? = nil
     ) throws -> TaskRecord {
-        if case .dispatch = event, !isActive(record.migrationID) { return record }
+        if case .dispatch = event {
+            guard isActive(record.migrationID), try store.host(record.host)?.isDrained != true else { return record }
+        }
         var task = record
         let actions = task.machine.handle(event, now: now, policy: policy)
         guard task.machine != record.machine || !actions.isEmpty else { return task }
@@ -127,14 +129,11 @@ struct Transitions {
     }
 
     mutating func tell(_ host: String, _ call: CallIdentity, _ kind: ControlMessage.OneOf_Kind) {
-        effects.control.append(
-            (
-                host,
-                .with {
-                    $0.taskID = call.task
-                    $0.fence = call.fence
-                    $0.kind = kind
-                }
-            ))
+        effects.control[host, default: []].append(
+            .with {
+                $0.taskID = call.task
+                $0.fence = call.fence
+                $0.kind = kind
+            })
     }
 }

@@ -289,14 +289,18 @@ package final class BusServerTransport: ServerTransport {
     // MARK: - Control and heartbeat
 
     private func obey(_ delivery: Delivery) async {
-        let control: ControlMessage
+        let messages: [ControlMessage]
         do {
             if let isLate = try requireCoordinator(delivery.message) { throw isLate }
-            control = try ControlMessage(serializedBytes: delivery.message.body)
+            messages = try ControlMessages(serializedBytes: delivery.message.body).messages
         } catch {
             return await reject(delivery, from: names.control(of: member.name), "\(error)")
         }
         await delivery.settle(.ack)
+        for message in messages { await obey(message) }
+    }
+
+    private func obey(_ control: ControlMessage) async {
         if case .stored = control.kind {
             do { try await ledger.acknowledge(task: control.taskID, fence: control.fence) } catch {
                 logger.error("ledger", metadata: ["task": "\(control.taskID)", "error": "\(error)"])

@@ -9,6 +9,10 @@ package struct Moment: Hashable, Comparable, Sendable, Codable {
     package static func + (moment: Moment, duration: Duration) -> Moment {
         Moment(milliseconds: moment.milliseconds + duration.milliseconds)
     }
+
+    package static func - (moment: Moment, duration: Duration) -> Moment {
+        Moment(milliseconds: moment.milliseconds - duration.milliseconds)
+    }
 }
 
 extension Duration {

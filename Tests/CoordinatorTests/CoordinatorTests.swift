@@ -59,6 +59,71 @@ import Testing
         }
     }
 
+    @Test func forgedEventsReachTheDeadLettersAndChangeNothing() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let migration = try await client.submitMigration(Rig.request)
+            let export = try await worker.take()
+            try await worker.accept(export)
+            try await worker.forge(.ended(.with { $0.code = 15 }), of: export)
+            #expect(try await worker.deadLetter()?.type == "flotilla.v1.WorkerEvents")
+            try await worker.succeed(export, ExportUpdate.with { $0.result.manifest = Rig.manifest })
+            try await worker.work(.convert)
+            try await worker.work(.deploy)
+            #expect(try await client.end(migration.id).state == .done)
+        }
+        let noted = try await SQLiteStore(path: "\(rig.folder.path)/store.sqlite").write { try $0.rejections(limit: 9) }
+        #expect(noted.map(\.member) == ["coordinator"])
+        #expect(noted.first?.rejected.reason.contains("does not believe") == true)
+    }
+
+    /// A message that a queue lost is made up for once its host shows that it lives, and not before.
+    @Test func sentTaskThatNobodyTakesOnIsSentAgain() async throws {
+        var rig = try Rig()
+        rig.acceptanceTimeout = .zero
+        try await rig.process { client, worker in
+            let migration = try await client.submitMigration(Rig.request)
+            let lost = try await worker.take()
+            // Not before the store knows that it was sent.
+            let attempt = try await eventually {
+                try await worker.heartbeat()
+                let attempt = try await client.getMigration(.with { $0.id = migration.id }).stages[0].attempt
+                return attempt > 1 ? attempt : nil
+            }
+            #expect(attempt == 2)
+            let again = try await worker.take()
+            #expect(again.identity.task == lost.identity.task)
+            #expect(again.identity.fence > lost.identity.fence)
+            try await worker.accept(again)
+            _ = try await worker.told { if case .lease = $0.kind { true } else { nil } }
+            // What was taken on is not sent a third time.
+            try await worker.heartbeat()
+            try await worker.succeed(again, ExportUpdate.with { $0.result.manifest = Rig.manifest })
+            try await worker.work(.convert)
+        }
+    }
+
+    @Test func drainedHostGetsNoNewTasks() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let migration = try await client.submitMigration(Rig.request)
+            let export = try await worker.take()
+            try await worker.accept(export)
+            let host = try await client.drainHost(.with { $0.name = Rig.host })
+            #expect(host.drained && host.tasks == 1 && host.hasSeenAt)
+            try await worker.succeed(export, ExportUpdate.with { $0.result.manifest = Rig.manifest })
+            _ = try await worker.told { if case .stored = $0.kind { true } else { nil } }
+            #expect(try await client.listHosts(.init()).hosts.map(\.tasks) == [0])
+            let waiting = try await client.getMigration(.with { $0.id = migration.id }).stages
+            #expect(waiting.map(\.state) == ["succeeded", "waiting"])
+            #expect(try await client.drainHost(.with { ($0.name, $0.undrain) = (Rig.host, true) }).drained == false)
+            try await worker.work(.convert)
+        }
+        await #expect(throws: (any Error).self) {
+            try await rig.process { client, _ in _ = try await client.drainHost(.with { $0.name = "nobody" }) }
+        }
+    }
+
     @Test(arguments: Stage.allCases)
     func restartTakesTheTaskBackUnderALargerFence(_ stage: Stage) async throws {
         let rig = try Rig()
@@ -337,7 +402,6 @@ import Testing
                 ("ApplyPlan", { _ = try await client.applyPlan(ApplyPlanRequest()) }),
                 ("ListWaves", { _ = try await client.listWaves(ListWavesRequest()) }),
                 ("ControlWave", { _ = try await client.controlWave(ControlWaveRequest()) }),
-                ("DrainHost", { _ = try await client.drainHost(DrainHostRequest()) }),
                 ("RollbackMigration", { _ = try await client.rollbackMigration(RollbackMigrationRequest()) }),
             ]
             for (name, call) in calls {

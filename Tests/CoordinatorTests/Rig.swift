@@ -21,6 +21,7 @@ struct Rig {
     let members = FleetMember.pair(host: host)
     var policy = TaskMachine.Policy()
     var startsOnlySubmitted = false
+    var acceptanceTimeout = Duration.seconds(120)
 
     init(policy: TaskMachine.Policy = .init()) throws {
         folder = try TemporaryFolder()
@@ -31,11 +32,12 @@ struct Rig {
     func process(_ body: (Client, inout FakeWorker) async throws -> Void) async throws {
         let bus = InProcessBus()
         let names = Names()
+        var settings = Coordinator.Settings(
+            names: names, policy: policy, tick: .milliseconds(10), startsOnlySubmitted: startsOnlySubmitted)
+        settings.acceptanceTimeout = acceptanceTimeout
         let coordinator = Coordinator(
-            store: try SQLiteStore(path: "\(folder.path)/store.sqlite"), bus: bus,
-            member: members.coordinator,
-            settings: .init(
-                names: names, policy: policy, tick: .milliseconds(10), startsOnlySubmitted: startsOnlySubmitted),
+            store: try SQLiteStore(path: "\(folder.path)/store.sqlite"), bus: bus, member: members.coordinator,
+            settings: settings,
             logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() })
         try await bus.declare(names.topology(hosts: [Self.host]))
         let transport = InProcessTransport()
@@ -100,6 +102,7 @@ struct FakeWorker {
     private let events: EventPublisher
     private var tasks: AsyncStream<Delivery>.Iterator
     private var control: AsyncStream<Delivery>.Iterator
+    private var heard: [ControlMessage] = []
     private var sequence: UInt64 = 0
     var profile: HostProfile
 
@@ -127,6 +130,24 @@ struct FakeWorker {
     }
 
     func announce() async throws { try await events.publish(.inventory(profile)) }
+
+    func heartbeat() async throws { try await events.publish(.heartbeat(HostHeartbeat())) }
+
+    /// Publishes what somebody with this worker's place on the bus, but another key, would say.
+    func forge(_ kind: TaskEvent.OneOf_Kind, of call: TaskCall) async throws {
+        let impostor = EventPublisher(
+            bus: bus, names: names,
+            member: FleetMember(name: member.name, key: SigningKey(), believes: KeyRing([:])))
+        try await impostor.publish(TaskEvent(call.identity, sequence: 1, kind))
+    }
+
+    /// The next dead letter.
+    func deadLetter() async throws -> Messaging.Message? {
+        let dead = try await bus.subscribe(names.dead, prefetch: 1)
+        defer { dead.cancel() }
+        var iterator = dead.deliveries.makeAsyncIterator()
+        return await iterator.next(isolation: #isolation)?.message
+    }
 
     /// The next task of the queue, settled.
     mutating func take() async throws -> TaskCall {
@@ -162,10 +183,13 @@ struct FakeWorker {
     /// Skips to the first control message of which `pick` makes something.
     mutating func told<Value>(_ pick: (ControlMessage) -> Value?) async throws -> Value {
         while true {
-            let next = await control.next(isolation: #isolation)
-            let delivery = try #require(next)
-            await delivery.settle(.ack)
-            if let value = pick(try ControlMessage(serializedBytes: delivery.message.body)) { return value }
+            while heard.isEmpty {
+                let next = await control.next(isolation: #isolation)
+                let delivery = try #require(next)
+                await delivery.settle(.ack)
+                heard = try ControlMessages(serializedBytes: delivery.message.body).messages
+            }
+            if let value = pick(heard.removeFirst()) { return value }
         }
     }
 

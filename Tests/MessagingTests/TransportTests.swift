@@ -84,7 +84,8 @@ private final class Rig: Sendable {
 
     func tell(_ control: ControlMessage) async throws {
         var message = Messaging.Message(
-            exchange: names.control, routingKey: "kvm1", body: try control.serializedBytes())
+            exchange: names.control, routingKey: "kvm1",
+            body: try ControlMessages.with { $0.messages = [control] }.serializedBytes())
         members.coordinator.sign(&message, for: "kvm1", validity: .seconds(60))
         try await bus.publish(message)
     }
@@ -273,10 +274,14 @@ private struct Events {
         try await rig.run { events in
             try await rig.send("wait")
             try await events.update()
-            let cancel = ControlMessage.with {
-                $0.taskID = "m-convert"
-                $0.fence = 1
-                $0.cancel.reason = "forged"
+            let cancel = ControlMessages.with {
+                $0.messages = [
+                    .with {
+                        $0.taskID = "m-convert"
+                        $0.fence = 1
+                        $0.cancel.reason = "forged"
+                    }
+                ]
             }
             try await rig.bus.publish(
                 Messaging.Message(

@@ -131,11 +131,50 @@ package enum CoordinatorService: Sendable {
             /// Request type for "DrainHost".
             package typealias Input = DrainHostRequest
             /// Response type for "DrainHost".
-            package typealias Output = HostProfile
+            package typealias Output = Host
             /// Descriptor for "DrainHost".
             package static let descriptor = GRPCCore.MethodDescriptor(
                 service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "flotilla.v1.CoordinatorService"),
                 method: "DrainHost",
+                type: .unary
+            )
+        }
+        /// Namespace for "ListQueues" metadata.
+        package enum ListQueues: Sendable {
+            /// Request type for "ListQueues".
+            package typealias Input = ListQueuesRequest
+            /// Response type for "ListQueues".
+            package typealias Output = ListQueuesResponse
+            /// Descriptor for "ListQueues".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "flotilla.v1.CoordinatorService"),
+                method: "ListQueues",
+                type: .unary
+            )
+        }
+        /// Namespace for "ListDeadLetters" metadata.
+        package enum ListDeadLetters: Sendable {
+            /// Request type for "ListDeadLetters".
+            package typealias Input = ListDeadLettersRequest
+            /// Response type for "ListDeadLetters".
+            package typealias Output = ListDeadLettersResponse
+            /// Descriptor for "ListDeadLetters".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "flotilla.v1.CoordinatorService"),
+                method: "ListDeadLetters",
+                type: .unary
+            )
+        }
+        /// Namespace for "ReplayDeadLetters" metadata.
+        package enum ReplayDeadLetters: Sendable {
+            /// Request type for "ReplayDeadLetters".
+            package typealias Input = ReplayDeadLettersRequest
+            /// Response type for "ReplayDeadLetters".
+            package typealias Output = ReplayDeadLettersResponse
+            /// Descriptor for "ReplayDeadLetters".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "flotilla.v1.CoordinatorService"),
+                method: "ReplayDeadLetters",
                 type: .unary
             )
         }
@@ -189,6 +228,9 @@ package enum CoordinatorService: Sendable {
             RollbackMigration.descriptor,
             ListHosts.descriptor,
             DrainHost.descriptor,
+            ListQueues.descriptor,
+            ListDeadLetters.descriptor,
+            ReplayDeadLetters.descriptor,
             ApplyPlan.descriptor,
             ListWaves.descriptor,
             ControlWave.descriptor
@@ -340,17 +382,71 @@ extension CoordinatorService {
 
         /// Handle the "DrainHost" method.
         ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Stops or resumes sending tasks to a host. Those it has go on.
+        ///
         /// - Parameters:
         ///   - request: A streaming request of `DrainHostRequest` messages.
         ///   - context: Context providing information about the RPC.
         /// - Throws: Any error which occurred during the processing of the request. Thrown errors
         ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
         ///     to an internal error.
-        /// - Returns: A streaming response of `HostProfile` messages.
+        /// - Returns: A streaming response of `Host` messages.
         func drainHost(
             request: GRPCCore.StreamingServerRequest<DrainHostRequest>,
             context: GRPCCore.ServerContext
-        ) async throws -> GRPCCore.StreamingServerResponse<HostProfile>
+        ) async throws -> GRPCCore.StreamingServerResponse<Host>
+
+        /// Handle the "ListQueues" method.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `ListQueuesRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `ListQueuesResponse` messages.
+        func listQueues(
+            request: GRPCCore.StreamingServerRequest<ListQueuesRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<ListQueuesResponse>
+
+        /// Handle the "ListDeadLetters" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Messages nobody could take, oldest first. They stay.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `ListDeadLettersRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `ListDeadLettersResponse` messages.
+        func listDeadLetters(
+            request: GRPCCore.StreamingServerRequest<ListDeadLettersRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<ListDeadLettersResponse>
+
+        /// Handle the "ReplayDeadLetters" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `ReplayDeadLettersRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `ReplayDeadLettersResponse` messages.
+        func replayDeadLetters(
+            request: GRPCCore.StreamingServerRequest<ReplayDeadLettersRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<ReplayDeadLettersResponse>
 
         /// Handle the "ApplyPlan" method.
         ///
@@ -525,17 +621,71 @@ extension CoordinatorService {
 
         /// Handle the "DrainHost" method.
         ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Stops or resumes sending tasks to a host. Those it has go on.
+        ///
         /// - Parameters:
         ///   - request: A request containing a single `DrainHostRequest` message.
         ///   - context: Context providing information about the RPC.
         /// - Throws: Any error which occurred during the processing of the request. Thrown errors
         ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
         ///     to an internal error.
-        /// - Returns: A response containing a single `HostProfile` message.
+        /// - Returns: A response containing a single `Host` message.
         func drainHost(
             request: GRPCCore.ServerRequest<DrainHostRequest>,
             context: GRPCCore.ServerContext
-        ) async throws -> GRPCCore.ServerResponse<HostProfile>
+        ) async throws -> GRPCCore.ServerResponse<Host>
+
+        /// Handle the "ListQueues" method.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `ListQueuesRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `ListQueuesResponse` message.
+        func listQueues(
+            request: GRPCCore.ServerRequest<ListQueuesRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<ListQueuesResponse>
+
+        /// Handle the "ListDeadLetters" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Messages nobody could take, oldest first. They stay.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `ListDeadLettersRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `ListDeadLettersResponse` message.
+        func listDeadLetters(
+            request: GRPCCore.ServerRequest<ListDeadLettersRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<ListDeadLettersResponse>
+
+        /// Handle the "ReplayDeadLetters" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `ReplayDeadLettersRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `ReplayDeadLettersResponse` message.
+        func replayDeadLetters(
+            request: GRPCCore.ServerRequest<ReplayDeadLettersRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<ReplayDeadLettersResponse>
 
         /// Handle the "ApplyPlan" method.
         ///
@@ -709,17 +859,71 @@ extension CoordinatorService {
 
         /// Handle the "DrainHost" method.
         ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Stops or resumes sending tasks to a host. Those it has go on.
+        ///
         /// - Parameters:
         ///   - request: A `DrainHostRequest` message.
         ///   - context: Context providing information about the RPC.
         /// - Throws: Any error which occurred during the processing of the request. Thrown errors
         ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
         ///     to an internal error.
-        /// - Returns: A `HostProfile` to respond with.
+        /// - Returns: A `Host` to respond with.
         func drainHost(
             request: DrainHostRequest,
             context: GRPCCore.ServerContext
-        ) async throws -> HostProfile
+        ) async throws -> Host
+
+        /// Handle the "ListQueues" method.
+        ///
+        /// - Parameters:
+        ///   - request: A `ListQueuesRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `ListQueuesResponse` to respond with.
+        func listQueues(
+            request: ListQueuesRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> ListQueuesResponse
+
+        /// Handle the "ListDeadLetters" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Messages nobody could take, oldest first. They stay.
+        ///
+        /// - Parameters:
+        ///   - request: A `ListDeadLettersRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `ListDeadLettersResponse` to respond with.
+        func listDeadLetters(
+            request: ListDeadLettersRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> ListDeadLettersResponse
+
+        /// Handle the "ReplayDeadLetters" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters.
+        ///
+        /// - Parameters:
+        ///   - request: A `ReplayDeadLettersRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `ReplayDeadLettersResponse` to respond with.
+        func replayDeadLetters(
+            request: ReplayDeadLettersRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> ReplayDeadLettersResponse
 
         /// Handle the "ApplyPlan" method.
         ///
@@ -860,9 +1064,42 @@ extension CoordinatorService.StreamingServiceProtocol {
         router.registerHandler(
             forMethod: CoordinatorService.Method.DrainHost.descriptor,
             deserializer: GRPCProtobuf.ProtobufDeserializer<DrainHostRequest>(),
-            serializer: GRPCProtobuf.ProtobufSerializer<HostProfile>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<Host>(),
             handler: { request, context in
                 try await self.drainHost(
+                    request: request,
+                    context: context
+                )
+            }
+        )
+        router.registerHandler(
+            forMethod: CoordinatorService.Method.ListQueues.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<ListQueuesRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<ListQueuesResponse>(),
+            handler: { request, context in
+                try await self.listQueues(
+                    request: request,
+                    context: context
+                )
+            }
+        )
+        router.registerHandler(
+            forMethod: CoordinatorService.Method.ListDeadLetters.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<ListDeadLettersRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<ListDeadLettersResponse>(),
+            handler: { request, context in
+                try await self.listDeadLetters(
+                    request: request,
+                    context: context
+                )
+            }
+        )
+        router.registerHandler(
+            forMethod: CoordinatorService.Method.ReplayDeadLetters.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<ReplayDeadLettersRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<ReplayDeadLettersResponse>(),
+            handler: { request, context in
+                try await self.replayDeadLetters(
                     request: request,
                     context: context
                 )
@@ -998,8 +1235,41 @@ extension CoordinatorService.ServiceProtocol {
     package func drainHost(
         request: GRPCCore.StreamingServerRequest<DrainHostRequest>,
         context: GRPCCore.ServerContext
-    ) async throws -> GRPCCore.StreamingServerResponse<HostProfile> {
+    ) async throws -> GRPCCore.StreamingServerResponse<Host> {
         let response = try await self.drainHost(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func listQueues(
+        request: GRPCCore.StreamingServerRequest<ListQueuesRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<ListQueuesResponse> {
+        let response = try await self.listQueues(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func listDeadLetters(
+        request: GRPCCore.StreamingServerRequest<ListDeadLettersRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<ListDeadLettersResponse> {
+        let response = try await self.listDeadLetters(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
+    package func replayDeadLetters(
+        request: GRPCCore.StreamingServerRequest<ReplayDeadLettersRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<ReplayDeadLettersResponse> {
+        let response = try await self.replayDeadLetters(
             request: GRPCCore.ServerRequest(stream: request),
             context: context
         )
@@ -1154,9 +1424,48 @@ extension CoordinatorService.SimpleServiceProtocol {
     package func drainHost(
         request: GRPCCore.ServerRequest<DrainHostRequest>,
         context: GRPCCore.ServerContext
-    ) async throws -> GRPCCore.ServerResponse<HostProfile> {
-        return GRPCCore.ServerResponse<HostProfile>(
+    ) async throws -> GRPCCore.ServerResponse<Host> {
+        return GRPCCore.ServerResponse<Host>(
             message: try await self.drainHost(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func listQueues(
+        request: GRPCCore.ServerRequest<ListQueuesRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<ListQueuesResponse> {
+        return GRPCCore.ServerResponse<ListQueuesResponse>(
+            message: try await self.listQueues(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func listDeadLetters(
+        request: GRPCCore.ServerRequest<ListDeadLettersRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<ListDeadLettersResponse> {
+        return GRPCCore.ServerResponse<ListDeadLettersResponse>(
+            message: try await self.listDeadLetters(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func replayDeadLetters(
+        request: GRPCCore.ServerRequest<ReplayDeadLettersRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<ReplayDeadLettersResponse> {
+        return GRPCCore.ServerResponse<ReplayDeadLettersResponse>(
+            message: try await self.replayDeadLetters(
                 request: request.message,
                 context: context
             ),
@@ -1375,10 +1684,14 @@ extension CoordinatorService {
 
         /// Call the "DrainHost" method.
         ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Stops or resumes sending tasks to a host. Those it has go on.
+        ///
         /// - Parameters:
         ///   - request: A request containing a single `DrainHostRequest` message.
         ///   - serializer: A serializer for `DrainHostRequest` messages.
-        ///   - deserializer: A deserializer for `HostProfile` messages.
+        ///   - deserializer: A deserializer for `Host` messages.
         ///   - options: Options to apply to this RPC.
         ///   - handleResponse: A closure which handles the response and returns its result to
         ///       the caller. Returning from the closure will cancel the RPC if it hasn't
@@ -1387,9 +1700,74 @@ extension CoordinatorService {
         func drainHost<Result>(
             request: GRPCCore.ClientRequest<DrainHostRequest>,
             serializer: some GRPCCore.MessageSerializer<DrainHostRequest>,
-            deserializer: some GRPCCore.MessageDeserializer<HostProfile>,
+            deserializer: some GRPCCore.MessageDeserializer<Host>,
             options: GRPCCore.CallOptions,
-            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<HostProfile>) async throws -> Result
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Host>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "ListQueues" method.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `ListQueuesRequest` message.
+        ///   - serializer: A serializer for `ListQueuesRequest` messages.
+        ///   - deserializer: A deserializer for `ListQueuesResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func listQueues<Result>(
+            request: GRPCCore.ClientRequest<ListQueuesRequest>,
+            serializer: some GRPCCore.MessageSerializer<ListQueuesRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<ListQueuesResponse>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<ListQueuesResponse>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "ListDeadLetters" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Messages nobody could take, oldest first. They stay.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `ListDeadLettersRequest` message.
+        ///   - serializer: A serializer for `ListDeadLettersRequest` messages.
+        ///   - deserializer: A deserializer for `ListDeadLettersResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func listDeadLetters<Result>(
+            request: GRPCCore.ClientRequest<ListDeadLettersRequest>,
+            serializer: some GRPCCore.MessageSerializer<ListDeadLettersRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<ListDeadLettersResponse>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<ListDeadLettersResponse>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "ReplayDeadLetters" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `ReplayDeadLettersRequest` message.
+        ///   - serializer: A serializer for `ReplayDeadLettersRequest` messages.
+        ///   - deserializer: A deserializer for `ReplayDeadLettersResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func replayDeadLetters<Result>(
+            request: GRPCCore.ClientRequest<ReplayDeadLettersRequest>,
+            serializer: some GRPCCore.MessageSerializer<ReplayDeadLettersRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<ReplayDeadLettersResponse>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<ReplayDeadLettersResponse>) async throws -> Result
         ) async throws -> Result where Result: Sendable
 
         /// Call the "ApplyPlan" method.
@@ -1714,10 +2092,14 @@ extension CoordinatorService {
 
         /// Call the "DrainHost" method.
         ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Stops or resumes sending tasks to a host. Those it has go on.
+        ///
         /// - Parameters:
         ///   - request: A request containing a single `DrainHostRequest` message.
         ///   - serializer: A serializer for `DrainHostRequest` messages.
-        ///   - deserializer: A deserializer for `HostProfile` messages.
+        ///   - deserializer: A deserializer for `Host` messages.
         ///   - options: Options to apply to this RPC.
         ///   - handleResponse: A closure which handles the response and returns its result to
         ///       the caller. Returning from the closure will cancel the RPC if it hasn't
@@ -1726,15 +2108,113 @@ extension CoordinatorService {
         package func drainHost<Result>(
             request: GRPCCore.ClientRequest<DrainHostRequest>,
             serializer: some GRPCCore.MessageSerializer<DrainHostRequest>,
-            deserializer: some GRPCCore.MessageDeserializer<HostProfile>,
+            deserializer: some GRPCCore.MessageDeserializer<Host>,
             options: GRPCCore.CallOptions = .defaults,
-            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<HostProfile>) async throws -> Result = { response in
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Host>) async throws -> Result = { response in
                 try response.message
             }
         ) async throws -> Result where Result: Sendable {
             try await self.client.unary(
                 request: request,
                 descriptor: CoordinatorService.Method.DrainHost.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
+
+        /// Call the "ListQueues" method.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `ListQueuesRequest` message.
+        ///   - serializer: A serializer for `ListQueuesRequest` messages.
+        ///   - deserializer: A deserializer for `ListQueuesResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func listQueues<Result>(
+            request: GRPCCore.ClientRequest<ListQueuesRequest>,
+            serializer: some GRPCCore.MessageSerializer<ListQueuesRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<ListQueuesResponse>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<ListQueuesResponse>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: CoordinatorService.Method.ListQueues.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
+
+        /// Call the "ListDeadLetters" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Messages nobody could take, oldest first. They stay.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `ListDeadLettersRequest` message.
+        ///   - serializer: A serializer for `ListDeadLettersRequest` messages.
+        ///   - deserializer: A deserializer for `ListDeadLettersResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func listDeadLetters<Result>(
+            request: GRPCCore.ClientRequest<ListDeadLettersRequest>,
+            serializer: some GRPCCore.MessageSerializer<ListDeadLettersRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<ListDeadLettersResponse>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<ListDeadLettersResponse>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: CoordinatorService.Method.ListDeadLetters.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
+
+        /// Call the "ReplayDeadLetters" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `ReplayDeadLettersRequest` message.
+        ///   - serializer: A serializer for `ReplayDeadLettersRequest` messages.
+        ///   - deserializer: A deserializer for `ReplayDeadLettersResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func replayDeadLetters<Result>(
+            request: GRPCCore.ClientRequest<ReplayDeadLettersRequest>,
+            serializer: some GRPCCore.MessageSerializer<ReplayDeadLettersRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<ReplayDeadLettersResponse>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<ReplayDeadLettersResponse>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: CoordinatorService.Method.ReplayDeadLetters.descriptor,
                 serializer: serializer,
                 deserializer: deserializer,
                 options: options,
@@ -2045,6 +2525,10 @@ extension CoordinatorService.ClientProtocol {
 
     /// Call the "DrainHost" method.
     ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Stops or resumes sending tasks to a host. Those it has go on.
+    ///
     /// - Parameters:
     ///   - request: A request containing a single `DrainHostRequest` message.
     ///   - options: Options to apply to this RPC.
@@ -2055,14 +2539,97 @@ extension CoordinatorService.ClientProtocol {
     package func drainHost<Result>(
         request: GRPCCore.ClientRequest<DrainHostRequest>,
         options: GRPCCore.CallOptions = .defaults,
-        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<HostProfile>) async throws -> Result = { response in
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Host>) async throws -> Result = { response in
             try response.message
         }
     ) async throws -> Result where Result: Sendable {
         try await self.drainHost(
             request: request,
             serializer: GRPCProtobuf.ProtobufSerializer<DrainHostRequest>(),
-            deserializer: GRPCProtobuf.ProtobufDeserializer<HostProfile>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<Host>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "ListQueues" method.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `ListQueuesRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func listQueues<Result>(
+        request: GRPCCore.ClientRequest<ListQueuesRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<ListQueuesResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.listQueues(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<ListQueuesRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<ListQueuesResponse>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "ListDeadLetters" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Messages nobody could take, oldest first. They stay.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `ListDeadLettersRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func listDeadLetters<Result>(
+        request: GRPCCore.ClientRequest<ListDeadLettersRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<ListDeadLettersResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.listDeadLetters(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<ListDeadLettersRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<ListDeadLettersResponse>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "ReplayDeadLetters" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `ReplayDeadLettersRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func replayDeadLetters<Result>(
+        request: GRPCCore.ClientRequest<ReplayDeadLettersRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<ReplayDeadLettersResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.replayDeadLetters(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<ReplayDeadLettersRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<ReplayDeadLettersResponse>(),
             options: options,
             onResponse: handleResponse
         )
@@ -2387,6 +2954,10 @@ extension CoordinatorService.ClientProtocol {
 
     /// Call the "DrainHost" method.
     ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Stops or resumes sending tasks to a host. Those it has go on.
+    ///
     /// - Parameters:
     ///   - message: request message to send.
     ///   - metadata: Additional metadata to send, defaults to empty.
@@ -2399,7 +2970,7 @@ extension CoordinatorService.ClientProtocol {
         _ message: DrainHostRequest,
         metadata: GRPCCore.Metadata = [:],
         options: GRPCCore.CallOptions = .defaults,
-        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<HostProfile>) async throws -> Result = { response in
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Host>) async throws -> Result = { response in
             try response.message
         }
     ) async throws -> Result where Result: Sendable {
@@ -2408,6 +2979,101 @@ extension CoordinatorService.ClientProtocol {
             metadata: metadata
         )
         return try await self.drainHost(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "ListQueues" method.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func listQueues<Result>(
+        _ message: ListQueuesRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<ListQueuesResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<ListQueuesRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.listQueues(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "ListDeadLetters" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Messages nobody could take, oldest first. They stay.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func listDeadLetters<Result>(
+        _ message: ListDeadLettersRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<ListDeadLettersResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<ListDeadLettersRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.listDeadLetters(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "ReplayDeadLetters" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func replayDeadLetters<Result>(
+        _ message: ReplayDeadLettersRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<ReplayDeadLettersResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<ReplayDeadLettersRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.replayDeadLetters(
             request: request,
             options: options,
             onResponse: handleResponse
