@@ -22,6 +22,8 @@ package final class Coordinator: Sendable {
         package var startsOnlySubmitted: Bool
         /// How long a task may wait in its host's queue before it needs another signature, i.e. another attempt.
         package var taskValidity = Duration.seconds(24 * 3600)
+        /// How often hosts that joined are looked for.
+        package var hostInterval = Duration.seconds(5)
         /// How long a task may go without being taken on by a host whose worker is alive.
         package var acceptanceTimeout = Duration.seconds(120)
         /// How long control messages are of use; whoever needs one that came too late asks again.
@@ -60,11 +62,11 @@ package final class Coordinator: Sendable {
         (outboxSignal, outboxContinuation) = AsyncStream.makeStream(bufferingPolicy: .bufferingNewest(1))
     }
 
-    /// Runs until the task is cancelled. `hosts` get their queues; tasks that were out when the last process ended
-    /// are taken back first if the bus forgot them with it.
+    /// Runs until the task is cancelled. `hosts` are given their queues, and asked for again as long as it runs; tasks
+    /// that were out when the last process ended are taken back first if the bus forgot them with it.
     @concurrent
-    package func run(hosts: [String]) async throws {
-        try await bus.declare(settings.names.topology(hosts: hosts))
+    package func run(hosts: @escaping @Sendable () throws -> [String]) async throws {
+        try await bus.declare(settings.names.topology(hosts: hosts()))
         if !bus.isDurable { try await takeBackOrphans() }
         let events = try await bus.subscribe(settings.names.coordinatorEvents, prefetch: 256)
         defer { events.cancel() }
@@ -72,8 +74,24 @@ package final class Coordinator: Sendable {
             group.addTask { try await self.consume(events) }
             group.addTask { try await self.publishOutbox() }
             group.addTask { try await self.watchTime() }
+            group.addTask { try await self.welcome(hosts) }
             try await group.next()
             group.cancelAll()
+        }
+    }
+
+    /// Gives hosts their queues that joined since the start.
+    private func welcome(_ hosts: @Sendable () throws -> [String]) async throws {
+        var known: Set<String> = []
+        while !Task.isCancelled {
+            do {
+                let present = Set(try hosts())
+                if present != known { try await bus.declare(settings.names.topology(hosts: present.sorted())) }
+                known = present
+            } catch let error as MigrationError {
+                logger.error("hosts not looked after", metadata: ["error": "\(error)"])
+            }
+            try await Task.sleep(for: settings.hostInterval)
         }
     }
 

@@ -11,7 +11,7 @@ package struct FleetMember: Sendable {
 
     package let name: String
     private let key: SigningKey
-    private let believed: KeyRing
+    private let ring: KeyRing
 
     /// How far the sender's clock may be ahead of ours.
     package static let clockTolerance = Duration.seconds(60)
@@ -27,8 +27,32 @@ package struct FleetMember: Sendable {
     package init(name: String, key: SigningKey, believes ring: KeyRing) {
         self.name = name
         self.key = key
-        believed = ring
+        self.ring = ring
     }
+
+    package static let hostNameRule =
+        "names have 1 to 63 letters, digits, '-' and '.', begin and end with a letter or digit, and aren't '\(coordinator)'"
+
+    /// Whether a host can go by this name: it becomes part of queue names, routing keys and file names.
+    package static func isHostName(_ name: String) -> Bool {
+        func isAlphanumeric(_ byte: UInt8) -> Bool {
+            switch byte {
+            case UInt8(ascii: "a")...UInt8(ascii: "z"), UInt8(ascii: "A")...UInt8(ascii: "Z"),
+                UInt8(ascii: "0")...UInt8(ascii: "9"):
+                true
+            default: false
+            }
+        }
+        let bytes = Array(name.utf8)
+        guard (1...63).contains(bytes.count), name != coordinator, let first = bytes.first, let last = bytes.last else {
+            return false
+        }
+        return isAlphanumeric(first) && isAlphanumeric(last)
+            && bytes.allSatisfy { isAlphanumeric($0) || $0 == UInt8(ascii: "-") || $0 == UInt8(ascii: ".") }
+    }
+
+    /// Whom it believes: for the coordinator, the hosts of its fleet. Reads the keys' folder again if it is due.
+    package func believed() throws -> [String] { try ring.owners() }
 
     /// A coordinator and the worker of one host with keys made for this process, who know each other.
     package static func pair(host: String) -> (coordinator: FleetMember, worker: FleetMember) {
@@ -61,7 +85,7 @@ package struct FleetMember: Sendable {
             let issued = message.headers[Header.issued]?.integer,
             let expires = message.headers[Header.expires]?.integer
         else { throw MigrationError(.unauthenticated, "it is not signed") }
-        guard let key = try believed.key(keyID, of: issuer) else {
+        guard let key = try ring.key(keyID, of: issuer) else {
             throw MigrationError(
                 .unauthenticated, "it is signed by \(issuer) with key \(keyID), which \(name) does not believe",
                 hint: "if the key is new, add its public half to \(name)'s keys of \(issuer)")

@@ -31,20 +31,26 @@ package final class KeyRing: Sendable {
 
     package func key(_ id: String, of owner: String) throws -> PublicKey? {
         try state.withLock { state in
-            if let folder, let readAt = state.readAt {
-                let age = ContinuousClock.now - readAt
-                let isKnown = state.keys[owner]?[id] != nil
-                if age > Self.maximumAge || (!isKnown && age > Self.minimumAge) {
-                    state.keys = try Self.read(folder)
-                    state.readAt = .now
-                }
-            }
+            try refresh(&state, isUrgent: state.keys[owner]?[id] == nil)
             return state.keys[owner]?[id]
         }
     }
 
-    /// Owners that have a key.
-    package var owners: [String] { state.withLock { $0.keys.filter { !$0.value.isEmpty }.keys.sorted() } }
+    /// Those who have a key.
+    package func owners() throws -> [String] {
+        try state.withLock { state in
+            try refresh(&state, isUrgent: true)
+            return state.keys.filter { !$0.value.isEmpty }.keys.sorted()
+        }
+    }
+
+    private func refresh(_ state: inout State, isUrgent: Bool) throws {
+        guard let folder, let readAt = state.readAt,
+            ContinuousClock.now - readAt > (isUrgent ? Self.minimumAge : Self.maximumAge)
+        else { return }
+        state.keys = try Self.read(folder)
+        state.readAt = .now
+    }
 
     private static func byID(_ keys: [PublicKey]) -> [String: PublicKey] {
         Dictionary(keys.map { ($0.id, $0) }, uniquingKeysWith: { first, _ in first })

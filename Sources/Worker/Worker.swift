@@ -68,6 +68,9 @@ package final class Worker: Sendable {
         }
     }
 
+    /// Takes no more tasks; `run` returns when those it has are done.
+    package func drain() { transport.beginGracefulShutdown() }
+
     /// Takes no more tasks and stops what runs at its last checkpoint.
     package func stopNow() { transport.stopNow() }
 }

@@ -45,7 +45,7 @@ struct Rig {
             transport: transport.server, services: [CoordinatorAPI(coordinator)], interceptors: [ErrorInterceptor()])
         let client = GRPCClient(transport: transport.client)
         let running = [
-            Task { try await coordinator.run(hosts: [Self.host]) }, Task { try await server.serve() },
+            Task { try await coordinator.run { [Self.host] } }, Task { try await server.serve() },
             Task { try await client.runConnections() },
         ]
         var worker = try await FakeWorker(bus, names, members.worker)

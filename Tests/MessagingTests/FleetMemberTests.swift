@@ -70,8 +70,15 @@ import Testing
         try publish(new, "2026")
         #expect(try await eventually { accepts(new) ? true : nil } == true)
         #expect(accepts(old))
-        #expect(ring.owners == ["coordinator"])
+        #expect(try ring.owners() == ["coordinator"])
     }
+
+    @Test(arguments: [
+        ("kvm1", true), ("kvm-1.example.org", true), ("7", true), ("", false), ("coordinator", false), ("-a", false),
+        ("a.", false), ("a/b", false), ("a b", false), ("*", false), ("#", false), ("ä", false),
+        (String(repeating: "a", count: 64), false),
+    ])
+    func hostNames(_ name: String, _ isOne: Bool) { #expect(FleetMember.isHostName(name) == isOne) }
 
     @Test func folderThatOthersCanWriteIsRefused() throws {
         let folder = try TemporaryFolder("kvm1")

@@ -78,3 +78,54 @@ enum VerifyArgument: ExpressibleByArgument, Equatable {
         return verification
     }
 }
+
+/// What is asked of a migration, wherever it runs.
+struct MigrationOptions: ParsableArguments {
+    @Option(help: "Format of the disks: qcow2 or raw.")
+    var format: DiskImageFormat = .qcow2
+
+    @Option(
+        name: .customLong("network"),
+        help: ArgumentHelp(
+            "Where a source network's NICs go: SRC=bridge:BR or SRC=network:NET. Repeatable.", valueName: "mapping"))
+    var networks: [NetworkArgument] = []
+
+    @Option(help: "GPUs and other passthrough devices: require (all or nothing) or drop.")
+    var gpu: GPUPolicyArgument = .require
+
+    @Option(help: "Bus of the disks: virtio, scsi or sata (default: what suits the guest).")
+    var diskBus: DiskBusArgument?
+
+    @Flag(help: "Let libvirt's domain have a new UUID instead of the source's.")
+    var newUUID = false
+
+    @Flag(help: "Start the VMs.")
+    var start = false
+
+    @Option(help: ArgumentHelp("Proof that a started VM runs: console=REGEX, agent or none.", valueName: "check"))
+    var verify: VerifyArgument = .none
+
+    @Option(help: ArgumentHelp("Seconds to wait for that proof.", valueName: "seconds"))
+    var verifyTimeout: UInt32 = 300
+
+    @Flag(help: "Change nothing; say what would be done, with the domain's XML.")
+    var dryRun = false
+
+    func validate() throws {
+        if verify != .none && !start {
+            throw ValidationError("--verify needs --start: there is nothing to watch otherwise")
+        }
+    }
+
+    func apply(to request: inout SubmitMigrationRequest) {
+        request.format = format.rawValue
+        request.dryRun = dryRun
+        request.options.networks = networks.map(\.mapping)
+        request.options.gpu = gpu.policy
+        request.options.diskBus = diskBus?.bus ?? .unspecified
+        request.options.keepUuid = !newUUID
+        request.options.start = start
+        request.options.verification = verify.verification
+        request.options.verification.timeoutSeconds = verifyTimeout
+    }
+}

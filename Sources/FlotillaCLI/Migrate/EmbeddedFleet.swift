@@ -55,7 +55,7 @@ struct EmbeddedFleet {
 
         return try await withThrowingTaskGroup(of: Value?.self) { group in
             group.addTask {
-                try await coordinator.run(hosts: [libvirtURI])
+                try await coordinator.run { [libvirtURI] }
                 return nil
             }
             group.addTask {

@@ -40,50 +40,19 @@ struct MigrateCommand: AsyncParsableCommand {
             valueName: "dir"), completion: .directory)
     var state: String?
 
-    @Option(help: "Format of the disks: qcow2 or raw.")
-    var format: DiskImageFormat = .qcow2
-
-    @Option(
-        name: .customLong("network"),
-        help: ArgumentHelp(
-            "Where a source network's NICs go: SRC=bridge:BR or SRC=network:NET. Repeatable.", valueName: "mapping"))
-    var networks: [NetworkArgument] = []
-
-    @Option(help: "GPUs and other passthrough devices: require (all or nothing) or drop.")
-    var gpu: GPUPolicyArgument = .require
-
-    @Option(help: "Bus of the disks: virtio, scsi or sata (default: what suits the guest).")
-    var diskBus: DiskBusArgument?
+    @OptionGroup var options: MigrationOptions
 
     @Option(help: "Name of the domain, when one VM is migrated (default: the VM's name).")
     var name: String?
 
-    @Flag(help: "Let libvirt's domain have a new UUID instead of the source's.")
-    var newUUID = false
-
-    @Flag(help: "Start the VMs.")
-    var start = false
-
-    @Option(help: ArgumentHelp("Proof that a started VM runs: console=REGEX, agent or none.", valueName: "check"))
-    var verify: VerifyArgument = .none
-
-    @Option(help: ArgumentHelp("Seconds to wait for that proof.", valueName: "seconds"))
-    var verifyTimeout: UInt32 = 300
-
     @Flag(help: "Print one JSON object per event.")
     var json = false
-
-    @Flag(help: "Change nothing; say what would be done, with the domain's XML.")
-    var dryRun = false
 
     @Flag(name: .shortAndLong, help: "Log what happens inside to standard error.")
     var verbose = false
 
     func validate() throws {
         if sources.isEmpty { throw ValidationError("Name at least one source, for example ova:web.ova") }
-        if verify != .none && !start {
-            throw ValidationError("--verify needs --start: there is nothing to watch otherwise")
-        }
         if let name {
             guard isValidDomainName(name) else { throw ValidationError("'\(name)' can't be a domain's name") }
             if sources.count > 1 || vms.count > 1 { throw ValidationError("--name goes with one VM only") }
@@ -103,7 +72,7 @@ struct MigrateCommand: AsyncParsableCommand {
         let run = MigrateRun(
             requests: requests, libvirtURI: host, pool: requests.first?.pool ?? pool,
             stateDirectory: try stateDirectory(),
-            isDryRun: dryRun, output: OutputStyle(json: json), verbose: verbose)
+            isDryRun: options.dryRun, output: OutputStyle(json: json), verbose: verbose)
         let exit = try await run.run()
         if exit != .done { throw ExitCode(exit.rawValue) }
     }
@@ -120,15 +89,6 @@ struct MigrateCommand: AsyncParsableCommand {
     /// One migration per source and VM.
     private func requests() throws -> [SubmitMigrationRequest] {
         let pool = Files.isDirectory(pool) ? try Files.canonical(pool) : try absolute(pool)
-        var options = DeployOptions()
-        options.networks = networks.map(\.mapping)
-        options.domainName = name ?? ""
-        options.gpu = gpu.policy
-        options.diskBus = diskBus?.bus ?? .unspecified
-        options.keepUuid = !newUUID
-        options.start = start
-        options.verification = verify.verification
-        options.verification.timeoutSeconds = verifyTimeout
         var requests: [SubmitMigrationRequest] = []
         for source in sources {
             let url = try SourceURL(parsing: source)
@@ -140,9 +100,8 @@ struct MigrateCommand: AsyncParsableCommand {
                 request.vmName = vm
                 request.host = host
                 request.pool = pool
-                request.format = format.rawValue
-                request.options = options
-                request.dryRun = dryRun
+                request.options.domainName = name ?? ""
+                options.apply(to: &request)
                 if !requests.contains(request) { requests.append(request) }
             }
         }

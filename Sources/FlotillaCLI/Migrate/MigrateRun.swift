@@ -31,46 +31,11 @@ struct MigrateRun {
         let fleet = EmbeddedFleet(libvirtURI: libvirtURI, pool: pool, stateDirectory: folder, logger: logger)
         let view = output.view()
         let migrations = try await fleet.run(interrupted: { await signals.first() }) { client in
-            let migrations = try await follow(client, view)
+            let migrations = try await follow(requests, client, view)
             return (migrations, Set(migrations.map(\.id)))
         }
         view.finish(migrations)
         return Exit(migrations)
-    }
-
-    private func follow(_ client: EmbeddedFleet.Client, _ view: any MigrationView) async throws -> [Migration] {
-        try await withThrowingTaskGroup(of: (Int, Migration).self) { group in
-            for (index, request) in requests.enumerated() {
-                group.addTask {
-                    do {
-                        let submitted = try await client.submitMigration(request)
-                        return (index, try await watch(submitted, client, view))
-                    } catch let error as RPCError {
-                        throw MigrationError(error)
-                    }
-                }
-            }
-            var ended: [Int: Migration] = [:]
-            for try await (index, migration) in group { ended[index] = migration }
-            return requests.indices.compactMap { ended[$0] }
-        }
-    }
-
-    private func watch(
-        _ migration: Migration, _ client: EmbeddedFleet.Client, _ view: any MigrationView
-    ) async throws -> Migration {
-        try await client.watchMigration(.with { $0.id = migration.id }) { response in
-            var last = migration
-            for try await event in response.messages {
-                view.show(event)
-                if case .state(let state) = event.event { last = state }
-            }
-            guard last.state.isFinal else {
-                throw MigrationError(
-                    .cancelled, "\(last.title) was left unfinished", hint: "run the same command again")
-            }
-            return last
-        }
     }
 
     private func temporaryDirectory() throws -> String {

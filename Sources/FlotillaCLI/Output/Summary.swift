@@ -77,24 +77,6 @@ struct Summary {
         let remedy = finding.remedy.isEmpty ? [] : ["           \(finding.remedy)"]
         return ["  \(word)  \(finding.message)"] + remedy
     }
-
-    /// Columns as wide as their widest cell, two spaces apart.
-    private func table(_ head: [String], _ rows: [[String]]) -> [String] {
-        let all = [head] + rows
-        let widths = head.indices.map { column in all.map { $0[column].count }.max() ?? 0 }
-        return all.map { row in
-            let cells = row.enumerated().map { column, cell in
-                column == row.count - 1 ? cell : cell.padding(to: widths[column])
-            }
-            return "  " + cells.joined(separator: "  ")
-        }
-    }
-}
-
-extension String {
-    fileprivate func padding(to width: Int) -> String {
-        self + String(repeating: " ", count: max(width - count, 0))
-    }
 }
 
 extension DeployResult {

@@ -1,0 +1,56 @@
+import ArgumentParser
+import Coordinator
+import GRPCCore
+import GRPCNIOTransportHTTP2Posix
+import Glibc
+import HostKit
+import Logging
+import Messaging
+import MessagingAMQP
+import MigrationModel
+
+struct CoordinatorCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "coordinator",
+        abstract: "Decides which host does what, and keeps the fleet's records.",
+        discussion: """
+            Runs until SIGTERM. Nothing is lost when it is killed: its database is what counts, and the next process \
+            goes on from there. Hosts are those whose keys it has: a new one joins with `flotilla host enroll`.
+            """)
+
+    @Option(help: ArgumentHelp("The coordinator's configuration.", valueName: "file"), completion: .file())
+    var config: String
+
+    @Flag(name: .shortAndLong, help: "Log more.")
+    var verbose = false
+
+    func run() async throws {
+        let configuration = try CoordinatorConfiguration(path: config)
+        let logger = serviceLogger("coordinator", verbose: verbose)
+        let member = try configuration.member()
+        try Files.createDirectories(configuration.stateDirectory, mode: 0o700)
+        let lock = try lockFolder(configuration.stateDirectory, for: "coordinator")
+        defer { withExtendedLifetime(lock) {} }
+        let bus = try AMQPBus(configuration.broker)
+        let coordinator = Coordinator(
+            store: try SQLiteStore(path: "\(configuration.stateDirectory)/coordinator.sqlite"), bus: bus,
+            member: member, settings: .init(names: configuration.names, policy: configuration.policy), logger: logger)
+        let socket = try FleetSocket(path: configuration.socket)
+        let server = GRPCServer(
+            transport: .http2NIOPosix(address: .unixDomainSocket(path: socket.path), transportSecurity: .plaintext),
+            services: [CoordinatorAPI(coordinator)], interceptors: [ErrorInterceptor()])
+        logger.info("coordinator starts", metadata: ["api": "\(socket.path)", "version": "\(version)"])
+        let signals = Signals(SIGTERM, SIGINT)
+        try await withThrowingTaskGroup(of: Void.self) { group in
+            group.addTask { try await coordinator.run { try member.believed().filter { $0 != FleetMember.coordinator } } }
+            group.addTask { try await server.serve() }
+            group.addTask { try await watchLiveness(of: bus, logger) }
+            group.addTask { await signals.first() }
+            defer { group.cancelAll() }
+            try await group.next()
+            server.beginGracefulShutdown()
+        }
+        await bus.close()
+        logger.info("coordinator ended")
+    }
+}

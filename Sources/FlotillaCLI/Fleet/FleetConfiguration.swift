@@ -1,0 +1,130 @@
+import Deploy
+import HostKit
+import Messaging
+import MessagingAMQP
+import MigrationModel
+import Worker
+
+/// What `flotilla coordinator --config` reads.
+struct CoordinatorConfiguration {
+    var broker: AMQPConfiguration
+    var names: Names
+    var keys: KeyFiles
+    var stateDirectory: String
+    /// Unix socket of the API.
+    var socket: String
+    var policy: TaskMachine.Policy
+
+    init(path: String) throws {
+        var file = try ConfigurationSection(path: path)
+        var brokerSection = try file.section("broker")
+        broker = try AMQPConfiguration(&brokerSection, name: FleetMember.coordinator)
+        names = Names(namespace: try file.text("namespace", default: "flotilla"))
+        keys = try KeyFiles(&file)
+        stateDirectory = try file.text("state", default: "/var/lib/flotilla")
+        socket = try file.text("socket", default: FleetSocket.standard)
+        policy = TaskMachine.Policy()
+        policy.leaseDuration = try file.duration("lease", default: policy.leaseDuration)
+        policy.maximumFailures = try file.number("attempts", default: policy.maximumFailures, in: 1...100)
+        try file.end()
+    }
+
+    func member() throws -> FleetMember { try keys.member(named: FleetMember.coordinator) }
+}
+
+/// What `flotilla worker --config` reads.
+struct WorkerFile {
+    var host: String
+    var broker: AMQPConfiguration
+    var keys: KeyFiles
+    var worker: WorkerConfiguration
+    /// How long running tasks may go on after SIGTERM before they are stopped at their last checkpoint.
+    var drain: Duration
+
+    init(path: String) throws {
+        var file = try ConfigurationSection(path: path)
+        host = try file.text("host")
+        guard FleetMember.isHostName(host) else {
+            throw file.problem("host", "'\(host)' can't name a host", hint: FleetMember.hostNameRule)
+        }
+        var brokerSection = try file.section("broker")
+        broker = try AMQPConfiguration(&brokerSection, name: host)
+        keys = try KeyFiles(&file)
+        var pools: [PoolFolder] = []
+        for var section in try file.sections("pools") {
+            let pool = PoolFolder(name: try section.text("name"), path: try section.text("path"))
+            guard pool.path.hasPrefix("/"), Files.isDirectory(pool.path) else {
+                throw section.problem("path", "\(pool.path) is not a folder", hint: "create it, owned by root")
+            }
+            try section.end()
+            pools.append(pool)
+        }
+        guard !pools.isEmpty else { throw file.problem("pools", "has to name at least one folder for disks") }
+        worker = WorkerConfiguration(
+            host: host, libvirtURI: try file.text("libvirt", default: "qemu:///system"), pools: pools,
+            sourceFolders: try file.texts("sources"), stateDirectory: try file.text("state", default: "/var/lib/flotilla"),
+            names: Names(namespace: try file.text("namespace", default: "flotilla")))
+        worker.transport.slots = try file.number("tasks", default: 2, in: 1...256)
+        worker.transport.heartbeat = try file.duration("heartbeat", default: worker.transport.heartbeat)
+        worker.transport.leaseDuration = try file.duration("lease", default: worker.transport.leaseDuration)
+        guard worker.transport.heartbeat * 3 <= worker.transport.leaseDuration else {
+            throw file.problem("lease", "has to be at least three heartbeats")
+        }
+        drain = try file.duration("drain", default: .seconds(300))
+        try file.end()
+    }
+}
+
+/// Where a member's own key and those it believes lie.
+struct KeyFiles {
+    var own: String
+    var trusted: String
+
+    init(_ file: inout ConfigurationSection) throws {
+        var section = try file.section("keys")
+        own = try section.text("own")
+        trusted = try section.text("trusted")
+        try section.end()
+    }
+
+    func member(named name: String) throws -> FleetMember {
+        FleetMember(name: name, key: try SigningKey(path: own), believes: try KeyRing(folder: trusted))
+    }
+}
+
+extension AMQPConfiguration {
+    /// - Parameter name: the broker user unless another is named, and what the connections are called.
+    init(_ section: inout ConfigurationSection, name: String) throws {
+        var brokers: [Broker] = []
+        for address in try section.texts("addresses") {
+            guard let colon = address.lastIndex(of: ":"), colon != address.startIndex,
+                let port = Int(address[address.index(after: colon)...])
+            else { throw section.problem("addresses", "'\(address)' is not HOST:PORT") }
+            brokers.append(Broker(host: String(address[..<colon]), port: port))
+        }
+        var tls: TLS?
+        if section.has("tls") {
+            var part = try section.section("tls")
+            tls = TLS(authorities: try part.text("ca"))
+            if part.has("certificate") {
+                tls?.certificate = try part.text("certificate")
+                tls?.key = try part.text("key")
+            }
+            try part.end()
+        }
+        let authentication: Authentication
+        if section.has("password-file") {
+            authentication = .plain(
+                user: try section.text("user", default: name), passwordFile: try section.text("password-file"))
+        } else {
+            authentication = .external
+        }
+        self.init(brokers: brokers, tls: tls, authentication: authentication)
+        virtualHost = try section.text("virtual-host", default: virtualHost)
+        allowsPlaintext = try section.flag("plaintext", default: false)
+        heartbeat = try section.duration("heartbeat", default: heartbeat)
+        connectionName = "flotilla \(name)"
+        try section.end()
+        try validate()
+    }
+}

@@ -1,0 +1,86 @@
+import Glibc
+import HostKit
+import Logging
+import Messaging
+import MigrationModel
+
+/// A logger to standard error, one line per message with its metadata as key=value, as journald wants it.
+func serviceLogger(_ label: String, verbose: Bool) -> Logger {
+    var logger = Logger(label: label) { StreamLogHandler.standardError(label: $0) }
+    logger.logLevel = verbose ? .debug : .info
+    return logger
+}
+
+/// Holds the folder for this process as long as the result lives.
+func lockFolder(_ folder: String, for role: String) throws -> File {
+    let lock = try File("\(folder)/\(role).lock", O_RDWR | O_CREAT)
+    guard flock(lock.descriptor, LOCK_EX | LOCK_NB) == 0 else {
+        throw MigrationError(
+            .unavailable, "another flotilla \(role) uses the state folder \(folder)",
+            hint: "stop that one, or give this one a state folder of its own")
+    }
+    return lock
+}
+
+/// Ends the process, by throwing, when the bus looks alive but isn't: a consumer that the broker does not have, or a
+/// connection that hears nothing although it should hear heartbeats. While the broker is away the bus reconnects, and
+/// nothing here minds. Tells systemd's watchdog of every look that went well.
+func watchLiveness(of bus: any MessageBus, _ logger: Logger) async throws {
+    let patience = Duration.seconds(60)
+    var healthyAt = ContinuousClock.now
+    ServiceManager.notify("READY=1")
+    while true {
+        try await Task.sleep(for: .seconds(5))
+        if let problem = bus.status.pretence(at: .now) {
+            logger.warning("bus", metadata: ["problem": "\(problem)"])
+            guard ContinuousClock.now - healthyAt < patience else {
+                throw MigrationError(
+                    .unavailable, "the connection to the broker is dead: \(problem)",
+                    hint: "the service manager starts this process again")
+            }
+        } else {
+            healthyAt = .now
+        }
+        ServiceManager.notify("WATCHDOG=1")
+    }
+}
+
+extension BusStatus {
+    /// What claims to be alive and isn't; nil while all is well, and while the bus knows that it has to reconnect.
+    fileprivate func pretence(at now: Moment) -> String? {
+        for connection in connections {
+            guard case .connected = connection.state, let heard = connection.lastInbound else { continue }
+            let silence = (now.milliseconds - heard.milliseconds) / 1000
+            if silence > 60 { return "nothing was heard on the \(connection.name) connection for \(silence) s" }
+            if connection.name == "consume", let consumer = consumers.first(where: { !$0.isActive }) {
+                return "nothing consumes \(consumer.queue): \(consumer.problem ?? "not registered")"
+            }
+        }
+        return nil
+    }
+}
+
+/// systemd's notification socket (sd_notify(3)); without one nothing happens.
+enum ServiceManager {
+    static func notify(_ state: String) {
+        guard let path = getenv("NOTIFY_SOCKET").map({ Array(String(cString: $0).utf8) }), path.count < 108 else {
+            return
+        }
+        let descriptor = socket(AF_UNIX, Int32(SOCK_DGRAM.rawValue) | Int32(SOCK_CLOEXEC.rawValue), 0)
+        guard descriptor >= 0 else { return }
+        defer { close(descriptor) }
+        var address = sockaddr_un()
+        address.sun_family = sa_family_t(AF_UNIX)
+        withUnsafeMutableBytes(of: &address.sun_path) { room in
+            for (index, byte) in path.enumerated() { room[index] = byte }
+            // An abstract address.
+            if path.first == UInt8(ascii: "@") { room[0] = 0 }
+        }
+        let length = socklen_t(MemoryLayout<sa_family_t>.size + path.count)
+        withUnsafePointer(to: &address) { pointer in
+            pointer.withMemoryRebound(to: sockaddr.self, capacity: 1) {
+                _ = sendto(descriptor, state, state.utf8.count, Int32(MSG_NOSIGNAL.rawValue), $0, length)
+            }
+        }
+    }
+}

@@ -1,0 +1,56 @@
+import ArgumentParser
+import HostKit
+import Logging
+import Messaging
+import MessagingAMQP
+import MigrationModel
+import Worker
+
+struct WorkerCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "worker",
+        abstract: "Serves the tasks of one KVM host from the fleet's message broker.",
+        discussion: """
+            SIGTERM drains: no task is taken any more, and the process ends when those it has are done, or after the \
+            configured time at their last checkpoint; the next process goes on from there. A second signal ends it at \
+            once.
+            """)
+
+    @Option(help: ArgumentHelp("The worker's configuration.", valueName: "file"), completion: .file())
+    var config: String
+
+    @Flag(name: .shortAndLong, help: "Log more.")
+    var verbose = false
+
+    func run() async throws {
+        let file = try WorkerFile(path: config)
+        let logger = serviceLogger("worker", verbose: verbose)
+        let member = try file.keys.member(named: file.host)
+        try Files.createDirectories(file.worker.stateDirectory, mode: 0o700)
+        let lock = try lockFolder(file.worker.stateDirectory, for: "worker")
+        defer { withExtendedLifetime(lock) {} }
+        let bus = try AMQPBus(file.broker)
+        let worker = try Worker(file.worker, bus: bus, member: member, logger: logger)
+        logger.info("worker starts", metadata: ["host": "\(file.host)", "version": "\(version)"])
+        let signals = Signals(SIGTERM, SIGINT)
+        try await withThrowingTaskGroup(of: Void.self) { group in
+            group.addTask { try await worker.run() }
+            group.addTask { try await watchLiveness(of: bus, logger) }
+            group.addTask {
+                await signals.first()
+                try Task.checkCancellation()
+                logger.info("worker drains", metadata: ["for at most": "\(file.drain)"])
+                worker.drain()
+                try await Task.sleep(for: file.drain)
+                logger.warning("worker stops its tasks at their last checkpoint")
+                worker.stopNow()
+                // Stopping takes less than a second; whoever doesn't obey is left to the supervisor.
+                try await Task.sleep(for: .seconds(30))
+            }
+            defer { group.cancelAll() }
+            try await group.next()
+        }
+        await bus.close()
+        logger.info("worker ended")
+    }
+}

@@ -1,0 +1,133 @@
+import ArgumentParser
+import Export
+import FlotillaProtocol
+import GRPCCore
+import HostKit
+import MigrationModel
+import SwiftProtobuf
+
+struct MigrationCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "migration", abstract: "The fleet's migrations.",
+        subcommands: [Submit.self, List.self, Show.self, Watch.self, Cancel.self, Retry.self])
+
+    struct Submit: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Has a host migrate VMs, and shows it until they are done.",
+            discussion: """
+                SOURCE is as for flotilla migrate, with paths as the host has them. Interrupting this command does not \
+                stop the migration; the same command shows it again.
+                """)
+
+        @OptionGroup var fleet: FleetOptions
+        @OptionGroup var options: MigrationOptions
+        @Argument(help: ArgumentHelp("What to migrate.", valueName: "source")) var sources: [String]
+        @Option(name: .customLong("vm"), help: "Name of the VM within a source that holds several.") var vm = ""
+        @Option(help: "Name of the host that does it and gets the VMs.") var host: String
+        @Option(help: "Name of the host's pool for the disks.") var pool: String
+        @Flag(help: "Return as soon as the coordinator has it.") var detach = false
+        @Flag(help: "Print JSON.") var json = false
+
+        func run() async throws {
+            let requests = try sources.map { source in
+                let url = try SourceURL(parsing: source)
+                var request = SubmitMigrationRequest()
+                request.sourceURL = "\(url.kind.rawValue):\(url.path)"
+                (request.vmName, request.host, request.pool) = (vm, host, pool)
+                options.apply(to: &request)
+                return request
+            }
+            let view = OutputStyle(json: json).view()
+            let migrations = try await fleet.connect { client in
+                guard detach else { return try await follow(requests, client, view) }
+                var submitted: [Migration] = []
+                for request in requests { submitted.append(try await client.submitMigration(request)) }
+                return submitted
+            }
+            if detach {
+                for migration in migrations { Console.line(json ? try migration.jsonString() : migration.id) }
+                return
+            }
+            view.finish(migrations)
+            let exit = Exit(migrations)
+            if exit != .done { throw ExitCode(exit.rawValue) }
+        }
+    }
+
+    struct List: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(abstract: "Lists migrations, newest first.")
+
+        @OptionGroup var fleet: FleetOptions
+        @Option(help: "How many.") var limit: UInt32 = 100
+        @Flag(help: "Print JSON.") var json = false
+
+        func run() async throws {
+            let response = try await fleet.connect { try await $0.listMigrations(.with { $0.limit = limit }) }
+            if json { return Console.line(try response.jsonString()) }
+            let rows = response.migrations.map {
+                [
+                    $0.id, $0.title, $0.request.host, "\($0.state)",
+                    $0.stages.last.map { "\($0.name) \($0.state)" } ?? "-", "\(age($0.updatedAt.moment)) ago",
+                ]
+            }
+            for line in table(["migration", "VM", "host", "state", "stage", "changed"], rows) { Console.line(line) }
+        }
+    }
+
+    struct Show: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(abstract: "Shows one migration.")
+
+        @OptionGroup var fleet: FleetOptions
+        @Argument(help: "The migration's id.") var id: String
+        @Flag(help: "Print JSON.") var json = false
+
+        func run() async throws {
+            let migration = try await fleet.connect { try await $0.getMigration(.with { $0.id = id }) }
+            Console.line(json ? try migration.jsonString() : Summary([migration]).text)
+        }
+    }
+
+    struct Watch: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(abstract: "Shows a migration until it is done.")
+
+        @OptionGroup var fleet: FleetOptions
+        @Argument(help: "The migration's id.") var id: String
+        @Flag(help: "Print JSON.") var json = false
+
+        func run() async throws {
+            let view = OutputStyle(json: json).view()
+            let migration = try await fleet.connect { client in
+                let present = try await client.getMigration(.with { $0.id = id })
+                return try await watch(present, client, view)
+            }
+            view.finish([migration])
+            let exit = Exit([migration])
+            if exit != .done { throw ExitCode(exit.rawValue) }
+        }
+    }
+
+    struct Cancel: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Stops a migration. What it made so far is cleaned up.")
+
+        @OptionGroup var fleet: FleetOptions
+        @Argument(help: "The migration's id.") var id: String
+
+        func run() async throws {
+            let migration = try await fleet.connect { try await $0.cancelMigration(.with { $0.id = id }) }
+            Console.line("\(migration.title): \(migration.state)")
+        }
+    }
+
+    struct Retry: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(abstract: "Has a failed migration done again.")
+
+        @OptionGroup var fleet: FleetOptions
+        @Argument(help: "The migration's id.") var id: String
+
+        func run() async throws {
+            let migration = try await fleet.connect { try await $0.retryMigration(.with { $0.id = id }) }
+            Console.line("\(migration.title): \(migration.state)")
+        }
+    }
+}

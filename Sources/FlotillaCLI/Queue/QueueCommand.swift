@@ -1,0 +1,73 @@
+import ArgumentParser
+import FlotillaProtocol
+import GRPCCore
+import HostKit
+import MigrationModel
+import SwiftProtobuf
+
+struct QueueCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "queue", abstract: "The fleet's queues and dead letters.",
+        subcommands: [Status.self, Dead.self, Replay.self])
+
+    struct Status: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(abstract: "Lists the queues and what waits in them.")
+
+        @OptionGroup var fleet: FleetOptions
+        @Flag(help: "Print JSON.") var json = false
+
+        func run() async throws {
+            let response = try await fleet.connect { try await $0.listQueues(.init()) }
+            if json { return Console.line(try response.jsonString()) }
+            let rows = response.queues.map { [$0.name, "\($0.messages)", "\($0.consumers)"] }
+            for line in table(["queue", "waiting", "consumers"], rows) { Console.line(line) }
+        }
+    }
+
+    struct Dead: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Lists messages that nobody could take, with the reason. They stay.")
+
+        @OptionGroup var fleet: FleetOptions
+        @Option(help: "How many, oldest first.") var limit: UInt32 = 100
+        @Flag(help: "Print JSON.") var json = false
+
+        func run() async throws {
+            let response = try await fleet.connect { try await $0.listDeadLetters(.with { $0.limit = limit }) }
+            if json { return Console.line(try response.jsonString()) }
+            if response.letters.isEmpty { return Console.line("no dead letters") }
+            let rows = response.letters.map {
+                [
+                    $0.messageID.isEmpty ? "-" : $0.messageID, $0.queue,
+                    $0.rejectedBy.isEmpty ? "-" : "\($0.rejectedBy), \(age($0.rejectedAt.moment)) ago", $0.reason,
+                ]
+            }
+            for line in table(["message", "queue", "rejected by", "reason"], rows) { Console.line(line) }
+        }
+    }
+
+    struct Replay: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Has the tasks of dead letters done again and removes the letters.",
+            discussion: """
+                Nothing old is sent again: a task that still waits for the lost message gets a new attempt, with a new \
+                signature. A letter whose task has moved on is just removed.
+                """)
+
+        @OptionGroup var fleet: FleetOptions
+        @Argument(help: ArgumentHelp("Message ids, as queue dead shows them.", valueName: "message")) var ids: [String] = []
+        @Flag(help: "All dead letters.") var all = false
+
+        func validate() throws {
+            if ids.isEmpty != all { throw ValidationError("Name messages, or --all") }
+        }
+
+        func run() async throws {
+            let response = try await fleet.connect {
+                try await $0.replayDeadLetters(.with { $0.messageIds = ids })
+            }
+            for task in response.taskIds { Console.line("sent again: \(task)") }
+            Console.line("\(response.removed) letters removed without effect")
+        }
+    }
+}
