@@ -1,4 +1,3 @@
-import Glibc
 import HostKit
 import MigrationModel
 
@@ -99,26 +98,13 @@ package struct AMQPConfiguration: Sendable, Equatable {
         }
     }
 
-    /// The content of a file that holds one secret. Throws `failedPrecondition` when others may read it.
-    static func secret(_ path: String) throws -> String {
-        try requirePrivate(path)
-        let bytes = try Files.read(path, limit: 4096)
+    /// The first line of a password file. Throws when others may read it, or it holds none.
+    static func password(_ path: String) throws -> String {
+        let bytes = try Files.readSecret(path)
         guard let line = bytes.split(separator: UInt8(ascii: "\n"), maxSplits: 1).first, !line.contains(0) else {
             throw MigrationError(.failedPrecondition, "\(path) holds no password in its first line")
         }
         return String(decoding: line, as: UTF8.self)
-    }
-
-    static func requirePrivate(_ path: String) throws {
-        let status = try File(path, O_RDONLY).status()
-        guard status.st_mode & S_IFMT == S_IFREG else {
-            throw MigrationError(.failedPrecondition, "\(path) is not a regular file")
-        }
-        guard status.st_mode & 0o077 == 0 else {
-            throw MigrationError(
-                .failedPrecondition, "\(path) holds a secret that others than its owner may read",
-                hint: "chmod 600 \(path)")
-        }
     }
 }
 

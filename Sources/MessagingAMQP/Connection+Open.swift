@@ -46,7 +46,7 @@ extension Connection {
                 .failedPrecondition, "\(tls.authorities) can't be read as PEM certificates of authorities")
         }
         if let certificate = tls.certificate, let key = tls.key {
-            try AMQPConfiguration.requirePrivate(key)
+            _ = try Files.readSecret(key)
             guard amqp_ssl_socket_set_key(socket, certificate, key) == AMQP_STATUS_OK.rawValue else {
                 throw MigrationError(
                     .failedPrecondition, "\(certificate) and \(key) are not a PEM certificate and its key")
@@ -71,7 +71,7 @@ extension Connection {
         case .plain(let user, let file):
             return flotilla_amqp_login_plain(
                 handle, configuration.virtualHost, largestFrame, heartbeat, &about, user,
-                try AMQPConfiguration.secret(file))
+                try AMQPConfiguration.password(file))
         }
     }
 

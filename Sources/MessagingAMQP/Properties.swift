@@ -4,8 +4,9 @@ import MigrationModel
 
 /// The properties of a message as it came, with what belongs to the bus alone taken out of its headers.
 struct Properties {
-    /// Names a publish to its publisher when the broker returns the message. Taken out again on delivery.
-    static let publishTag = "flotilla-publish-tag"
+    /// Names a publish to its publisher when the broker returns the message. Taken out again on delivery; no signature
+    /// covers headers in `x-`.
+    static let publishTag = "x-publish-tag"
     /// How often a quorum queue has delivered the message before.
     static let deliveryCount = "x-delivery-count"
 
