@@ -50,6 +50,7 @@ let package = Package(
         system("CDeflate", "libdeflate", apt: "libdeflate-dev"),
         system("CLibvirt", "libvirt", apt: "libvirt-dev"),
         .systemLibrary(name: "CLinux"),
+        system("CRabbitMQ", "librabbitmq", apt: "librabbitmq-dev"),
         system("CZstd", "libzstd", apt: "libzstd-dev"),
         system("COpenSSL", "libcrypto", apt: "libssl-dev"),
         system("CXML", "libxml-2.0", apt: "libxml2-dev"),
@@ -58,6 +59,7 @@ let package = Package(
         module("FlotillaProtocol", ["MigrationModel", protobuf, grpc, grpcProtobuf]),
         module("HostKit", ["MigrationModel", "CLinux", "COpenSSL"]),
         module("Messaging", ["MigrationModel", "FlotillaProtocol", "HostKit", grpc, grpcProtobuf, protobuf, logging]),
+        module("MessagingAMQP", ["MigrationModel", "HostKit", "Messaging", "CRabbitMQ"]),
 
         module("DiskImage", ["MigrationModel", "HostKit", "CDeflate", "CLinux", "CZstd"]),
         module("Export", ["MigrationModel", "FlotillaProtocol", "HostKit", "CXML", protobuf]),
@@ -95,6 +97,7 @@ let package = Package(
         tests("MigrationModelTests", ["MigrationModel"]),
         tests(
             "MessagingTests", ["Messaging", "MigrationModel", "FlotillaProtocol", "TestKit", grpc, protobuf, logging]),
+        tests("MessagingAMQPTests", ["MessagingAMQP", "Messaging", "HostKit", "MigrationModel", "TestKit"]),
         tests("DiskImageTests", ["DiskImage", "HostKit", "MigrationModel", "TestKit"]),
         tests("ConvertTests", ["Convert", "DiskImage", "HostKit", "MigrationModel", "TestKit"]),
         tests("ExportTests", ["Export", "FlotillaProtocol", "HostKit", "MigrationModel", "TestKit", protobuf]),

@@ -1,3 +1,4 @@
+import HostKit
 import MigrationModel
 import Synchronization
 
@@ -54,7 +55,9 @@ package final class InProcessBus: MessageBus {
                 "message \(message.type) for \(message.correlationID) has \(message.body.count) bytes, "
                     + "\(Message.maximumBody) are allowed")
         }
-        let routed = state.withLock { state in
+        var message = message
+        message.sentAt = .now.wholeSeconds
+        let routed = state.withLock { [message] state in
             let queues = Self.route(message, &state)
             for queue in queues { dispatch(queue, &state) }
             return queues
@@ -79,8 +82,30 @@ package final class InProcessBus: MessageBus {
         return Subscription(deliveries: stream) { [self] in cancel(consumer: id, of: queue) }
     }
 
-    /// Messages waiting in a queue, not counting unsettled ones.
-    package func depth(of queue: String) -> Int { state.withLock { $0.queues[queue]?.ready.count ?? 0 } }
+    package var status: BusStatus {
+        state.withLock { state in
+            BusStatus(
+                consumers: state.queues.values.flatMap { queue in
+                    queue.consumers.map { _ in .init(queue: queue.settings.name, isActive: true) }
+                })
+        }
+    }
+
+    package func depth(of queue: String) async throws -> QueueDepth {
+        let found = try look(at: queue)
+        return QueueDepth(ready: found.ready.count, consumers: found.consumers.count)
+    }
+
+    package func peek(_ queue: String, limit: Int) async throws -> [Message] {
+        try look(at: queue).ready.prefix(limit).map(\.message)
+    }
+
+    private func look(at queue: String) throws -> QueueState {
+        guard let found = state.withLock({ $0.queues[queue] }) else {
+            throw MigrationError(.notFound, "queue \(queue) does not exist")
+        }
+        return found
+    }
 
     private func cancel(consumer id: Int, of queue: String) {
         state.withLock { state in
@@ -156,19 +181,22 @@ package final class InProcessBus: MessageBus {
             switch settlement {
             case .ack: break
             case .requeue where limit.map { stored.deliveries > $0 } ?? false:
-                touched += deadLetter(stored, from: name, reason: "delivered \(stored.deliveries) times", &state)
+                touched += deadLetter(stored, from: name, Message.Death.deliveryLimit, &state)
             case .requeue: state.queues[name]?.ready.insert(stored, at: 0)
-            case .reject(let reason): touched += deadLetter(stored, from: name, reason: reason, &state)
+            case .reject: touched += deadLetter(stored, from: name, Message.Death.rejected, &state)
             }
             for queue in touched { dispatch(queue, &state) }
         }
     }
 
-    private func deadLetter(_ stored: Stored, from queue: String, reason: String, _ state: inout State) -> [String] {
+    private func deadLetter(_ stored: Stored, from queue: String, _ reason: String, _ state: inout State) -> [String] {
         guard let exchange = state.queues[queue]?.settings.deadLetterExchange else { return [] }
         var message = stored.message
-        message.headers["flotilla-death-reason"] = .string(reason)
-        message.headers["flotilla-death-queue"] = .string(queue)
+        if message.headers[Message.Death.reason] == nil {
+            message.headers[Message.Death.reason] = .string(reason)
+            message.headers[Message.Death.queue] = .string(queue)
+            message.headers[Message.Death.exchange] = .string(message.exchange)
+        }
         message.exchange = exchange
         return Array(Self.route(message, &state))
     }

@@ -1,3 +1,5 @@
+package import MigrationModel
+
 /// A message as AMQP 0-9-1 knows it, with the properties this project uses. `protocol/amqp.md` says what goes where.
 package struct Message: Sendable, Equatable {
     package var exchange: String
@@ -10,6 +12,8 @@ package struct Message: Sendable, Equatable {
     package var messageID = ""
     /// Property `user-id`, verified by the broker.
     package var userID = ""
+    /// Property `timestamp`, in whole seconds: set by the bus that takes the message.
+    package var sentAt: Moment?
     package var headers: [String: HeaderValue] = [:]
     package var body: [UInt8]
 
@@ -19,8 +23,20 @@ package struct Message: Sendable, Equatable {
         self.body = body
     }
 
-    /// Larger bodies are refused by publishers and dead-lettered by consumers.
+    /// Larger bodies are refused by publishers. A larger one that got to a queue some other way is never delivered:
+    /// the bus rejects it.
     package static let maximumBody = 1 << 20
+
+    /// Headers that a broker adds to a dead letter: the queue it was in, the exchange it was sent to, and why it died
+    /// the first time, `Death.rejected` or `Death.deliveryLimit`. Exchange and queue of later deaths are not kept.
+    package enum Death {
+        package static let queue = "x-first-death-queue"
+        package static let exchange = "x-first-death-exchange"
+        package static let reason = "x-first-death-reason"
+
+        package static let rejected = "rejected"
+        package static let deliveryLimit = "delivery_limit"
+    }
 }
 
 package enum HeaderValue: Sendable, Equatable {
@@ -37,7 +53,7 @@ package enum Settlement: Sendable, Equatable {
     case ack
     /// Back to the queue, for this consumer or another.
     case requeue
-    /// To the dead-letter exchange, with a reason for people.
+    /// To the dead-letter exchange. The message can't carry the reason: it is for the bus's log alone.
     case reject(reason: String)
 }
 
@@ -78,13 +94,31 @@ package protocol MessageBus: Sendable {
     /// sends it again.
     var isDurable: Bool { get }
 
-    /// Makes exchanges, queues and bindings; those that exist stay.
+    /// How it fares now. A snapshot; asking costs next to nothing.
+    var status: BusStatus { get }
+
+    /// Makes exchanges, queues and bindings; those that exist stay. Throws `failedPrecondition` when one exists with
+    /// other settings. Needs a broker user who may configure: a worker never calls it.
     func declare(_ topology: Topology) async throws
 
     /// Returns once the bus has taken responsibility for the message (persistent, mandatory, confirmed).
-    /// Throws `notFound` when no queue takes it, `resourceExhausted` when it is too large or refused.
+    ///
+    /// Throws `notFound` when no queue takes it, `resourceExhausted` when it is too large or the queue is full,
+    /// `permissionDenied` or `failedPrecondition` when the broker refuses it, `unavailable` when the broker could not
+    /// be reached or did not answer in time. After `unavailable` or a cancellation the message may have arrived all
+    /// the same: who sends it again must expect two.
     func publish(_ message: Message) async throws
 
     /// Consumes with at most `prefetch` unsettled deliveries. Throws `notFound` for an unknown queue.
+    ///
+    /// Lives until it is cancelled: when the connection or the queue goes away, it comes back with them, and what was
+    /// not settled by then is delivered again.
     func subscribe(_ queue: String, prefetch: Int) async throws -> Subscription
+
+    /// Throws `notFound` for an unknown queue.
+    func depth(of queue: String) async throws -> QueueDepth
+
+    /// The first messages of a queue, which stay there; those counted as unsettled with a consumer are not seen. For
+    /// people who look at dead letters: it counts as a delivery, so not for queues with a delivery limit.
+    func peek(_ queue: String, limit: Int) async throws -> [Message]
 }

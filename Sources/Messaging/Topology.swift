@@ -12,15 +12,27 @@ package struct Topology: Sendable, Equatable {
         }
     }
 
+    /// Durable in any case.
+    package enum QueueKind: Sendable, Equatable {
+        /// Replicated, with a delivery limit and safe dead-lettering.
+        case quorum
+        /// On one node, for what is worth little after a while: deleted when nobody has used it for `expires`.
+        case classic(expires: Duration)
+    }
+
     package struct Queue: Sendable, Equatable {
         package var name: String
+        package var kind: QueueKind
         /// Where rejected and over-delivered messages go.
         package var deadLetterExchange: String?
         /// Deliveries after which a message is dead-lettered; a backstop behind the store's own count.
         package var deliveryLimit: Int?
 
-        package init(name: String, deadLetterExchange: String? = nil, deliveryLimit: Int? = nil) {
+        package init(
+            name: String, kind: QueueKind = .quorum, deadLetterExchange: String? = nil, deliveryLimit: Int? = nil
+        ) {
             self.name = name
+            self.kind = kind
             self.deadLetterExchange = deadLetterExchange
             self.deliveryLimit = deliveryLimit
         }
@@ -66,6 +78,9 @@ package struct Names: Sendable, Equatable {
     /// Events carry the host in their key, so that a broker can hold each worker to its own.
     package func eventKey(host: String, kind: String) -> String { "evt.\(host).\(kind)" }
 
+    /// Longer than a host is away for repair; the coordinator declares the queue again when the host is back.
+    private static let controlExpiry: Duration = .seconds(7 * 24 * 3600)
+
     package func topology(hosts: [String]) -> Topology {
         var topology = Topology(
             exchanges: [
@@ -74,7 +89,7 @@ package struct Names: Sendable, Equatable {
             ],
             queues: [
                 .init(name: coordinatorEvents, deadLetterExchange: dead, deliveryLimit: 10),
-                .init(name: dead, deadLetterExchange: nil, deliveryLimit: nil),
+                .init(name: dead),
             ],
             bindings: [
                 .init(queue: coordinatorEvents, exchange: events, routingKey: "evt.#"),
@@ -82,7 +97,7 @@ package struct Names: Sendable, Equatable {
             ])
         for host in hosts {
             topology.queues.append(.init(name: tasks(of: host), deadLetterExchange: dead, deliveryLimit: 10))
-            topology.queues.append(.init(name: control(of: host), deadLetterExchange: nil, deliveryLimit: nil))
+            topology.queues.append(.init(name: control(of: host), kind: .classic(expires: Self.controlExpiry)))
             topology.bindings.append(.init(queue: tasks(of: host), exchange: tasks, routingKey: host))
             topology.bindings.append(.init(queue: control(of: host), exchange: control, routingKey: host))
         }

@@ -6,6 +6,8 @@ package struct Moment: Hashable, Comparable, Sendable, Codable {
 
     package static func < (left: Moment, right: Moment) -> Bool { left.milliseconds < right.milliseconds }
 
+    package var wholeSeconds: Moment { Moment(milliseconds: milliseconds / 1000 * 1000) }
+
     package static func + (moment: Moment, duration: Duration) -> Moment {
         Moment(milliseconds: moment.milliseconds + duration.milliseconds)
     }

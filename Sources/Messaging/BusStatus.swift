@@ -1,0 +1,81 @@
+package import MigrationModel
+
+/// How a bus fares right now: enough to tell a consumer that is dead from one that has nothing to do.
+package struct BusStatus: Sendable, Equatable {
+    package enum State: Sendable, Equatable {
+        case connected(since: Moment)
+        /// The broker takes no messages for now (out of memory or disk), for the reason it gave.
+        case blocked(since: Moment, reason: String)
+        /// Not connected; `attempt` counts from 1 since the connection was lost.
+        case connecting(attempt: Int, lastError: String?)
+        case closed
+    }
+
+    package struct Connection: Sendable, Equatable {
+        /// What it is for: "publish" or "consume".
+        package var name: String
+        package var state: State
+        /// "host:port" of the broker it has, or had last.
+        package var broker: String?
+        /// When the broker was last heard of, heartbeats included.
+        package var lastInbound: Moment?
+
+        package init(name: String, state: State, broker: String? = nil, lastInbound: Moment? = nil) {
+            self.name = name
+            self.state = state
+            self.broker = broker
+            self.lastInbound = lastInbound
+        }
+    }
+
+    package struct Consumer: Sendable, Equatable {
+        package var queue: String
+        /// Whether the broker has it registered.
+        package var isActive: Bool
+        /// Why it is not.
+        package var problem: String?
+
+        package init(queue: String, isActive: Bool, problem: String? = nil) {
+            self.queue = queue
+            self.isActive = isActive
+            self.problem = problem
+        }
+    }
+
+    package var connections: [Connection]
+    package var consumers: [Consumer]
+
+    package init(connections: [Connection] = [], consumers: [Consumer] = []) {
+        self.connections = connections
+        self.consumers = consumers
+    }
+
+    /// Everything is connected, nothing blocked, every consumer registered.
+    package var isHealthy: Bool { problems.isEmpty }
+
+    /// What keeps it from being healthy, a sentence each.
+    package var problems: [String] {
+        connections.compactMap { connection in
+            switch connection.state {
+            case .connected: nil
+            case .blocked(_, let reason): "the broker takes no messages: \(reason)"
+            case .connecting(let attempt, let error):
+                "\(connection.name) connection: attempt \(attempt)" + (error.map { ", \($0)" } ?? "")
+            case .closed: "\(connection.name) connection: closed"
+            }
+        }
+            + consumers.filter { !$0.isActive }.map { "consumer of \($0.queue): \($0.problem ?? "starting")" }
+    }
+}
+
+/// What a queue holds.
+package struct QueueDepth: Sendable, Equatable {
+    /// Messages that wait, not counting unsettled ones.
+    package var ready: Int
+    package var consumers: Int
+
+    package init(ready: Int, consumers: Int) {
+        self.ready = ready
+        self.consumers = consumers
+    }
+}

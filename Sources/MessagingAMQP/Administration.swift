@@ -1,0 +1,122 @@
+import CRabbitMQ
+import HostKit
+import Messaging
+import MigrationModel
+
+/// Rare requests that wait for their answer, each round on a connection of its own: what they can do to a channel
+/// (a queue that does not exist closes it) touches nothing else. Blocks its thread.
+struct Administration {
+    private static let channel: UInt16 = 1
+    private let connection: Connection
+
+    static func run<Value: Sendable>(
+        _ configuration: AMQPConfiguration, _ body: @escaping @Sendable (Administration) throws -> Value
+    ) async throws -> Value {
+        try await blocking("amqp admin") {
+            var failure: (any Error)?
+            for broker in configuration.brokers.shuffled() {
+                let administration: Administration
+                do { administration = try Administration(broker, configuration) } catch {
+                    failure = error
+                    continue
+                }
+                defer { administration.connection.close() }
+                return try body(administration)
+            }
+            throw failure ?? MigrationError(.internal, "no broker is configured")
+        }
+    }
+
+    private init(_ broker: AMQPConfiguration.Broker, _ configuration: AMQPConfiguration) throws {
+        connection = try Connection(to: broker, configuration, name: "admin")
+        _ = try connection.request { handle, _ in amqp_channel_open(handle, Self.channel) }
+        try connection.acceptFrames(of: 4 << 20)
+    }
+
+    func declare(_ topology: Topology) throws {
+        for exchange in topology.exchanges {
+            _ = try connection.request { handle, encoder in
+                amqp_exchange_declare(
+                    handle, Self.channel, encoder.bytes(exchange.name), encoder.bytes(exchange.kind.rawValue), 0, 1, 0,
+                    0, amqp_empty_table)
+            }
+        }
+        for queue in topology.queues {
+            _ = try connection.request { handle, encoder in
+                amqp_queue_declare(
+                    handle, Self.channel, encoder.bytes(queue.name), 0, 1, 0, 0, encoder.table(queue.arguments))
+            }
+        }
+        for binding in topology.bindings {
+            _ = try connection.request { handle, encoder in
+                amqp_queue_bind(
+                    handle, Self.channel, encoder.bytes(binding.queue), encoder.bytes(binding.exchange),
+                    encoder.bytes(binding.routingKey), amqp_empty_table)
+            }
+        }
+    }
+
+    func depth(of queue: String) throws -> QueueDepth {
+        let found = try connection.request { handle, encoder in
+            amqp_queue_declare(handle, Self.channel, encoder.bytes(queue), 1, 0, 0, 0, amqp_empty_table)
+        }
+        return QueueDepth(ready: Int(found.message_count), consumers: Int(found.consumer_count))
+    }
+
+    /// Gets them without an ack: the end of the connection puts them back where they were.
+    func peek(_ queue: String, limit: Int, within timeout: Duration) throws -> [Message] {
+        _ = try depth(of: queue)
+        var messages: [Message] = []
+        while messages.count < limit {
+            try connection.get(queue, channel: Self.channel)
+            var assembly = ContentAssembly()
+            let end = ContinuousClock.now + timeout
+            receiving: while true {
+                guard let frame = try connection.receive(within: max(end - .now, .zero)) else {
+                    throw MigrationError(.unavailable, "broker \(connection.broker) does not answer")
+                }
+                switch frame {
+                case .method(_, let method):
+                    switch method {
+                    case .got: assembly = ContentAssembly(method)
+                    case .gotNothing: return messages
+                    case .channelClose(let code, let text), .connectionClose(let code, let text):
+                        throw Connection.refusal(code: code, text: text)
+                    default: break
+                    }
+                case .header, .body:
+                    guard let content = assembly.add(frame) else { continue }
+                    if case .got(_, _, let exchange, let key) = content.method {
+                        messages.append(Message(content, exchange: exchange, routingKey: key))
+                    }
+                    break receiving
+                }
+            }
+        }
+        return messages
+    }
+}
+
+extension Topology.Queue {
+    /// Of `queue.declare`: https://www.rabbitmq.com/docs/queues#optional-arguments
+    fileprivate var arguments: [(String, HeaderValue)] {
+        var arguments: [(String, HeaderValue)] = []
+        switch kind {
+        case .quorum: arguments.append(("x-queue-type", .string("quorum")))
+        case .classic(let expires):
+            arguments += [("x-queue-type", .string("classic")), ("x-expires", .integer(expires.milliseconds))]
+        }
+        if let deliveryLimit { arguments.append(("x-delivery-limit", .integer(Int64(deliveryLimit)))) }
+        if let deadLetterExchange {
+            arguments.append(("x-dead-letter-exchange", .string(deadLetterExchange)))
+            if kind == .quorum {
+                // A dead letter leaves the queue when the dead-letter queue has confirmed it, not before; RabbitMQ
+                // does so only for queues that refuse what they have no room for.
+                arguments += [
+                    ("x-dead-letter-strategy", .string("at-least-once")), ("x-overflow", .string("reject-publish")),
+                ]
+            }
+        }
+        return arguments
+    }
+}

@@ -1,0 +1,241 @@
+import CRabbitMQ
+import HostKit
+import Messaging
+import MigrationModel
+
+/// Consumes, each subscription on a channel of its own, so that what ends one (its queue deleted, the broker's consumer
+/// timeout) leaves the others alone. A channel that ends is opened again after a while, for ever until the subscription
+/// is cancelled.
+final class ConsumeRole: LinkRole {
+    /// RabbitMQ's frames are far smaller, except for the headers of dead letters.
+    private static let largestFrame = 4 << 20
+
+    private let inbox: Inbox<ConsumeRequest>
+    private let configuration: AMQPConfiguration
+    private var channels: [UInt16: ConsumerChannel] = [:]
+    /// Channels that are being closed; their numbers are not free yet.
+    private var closing: Set<UInt16> = []
+    private var generation: UInt64 = 0
+
+    init(_ inbox: Inbox<ConsumeRequest>, _ configuration: AMQPConfiguration) {
+        self.inbox = inbox
+        self.configuration = configuration
+    }
+
+    /// Nothing is ever waited for: settlements have no answer.
+    var isIdle: Bool { true }
+
+    func connected(_ connection: Connection) throws {
+        try connection.acceptFrames(of: Self.largestFrame)
+        for channel in channels.values { try open(channel, connection) }
+    }
+
+    func work(_ connection: Connection?) throws -> ContinuousClock.Instant? {
+        for request in inbox.takeAll() { try handle(request, connection) }
+        let now = ContinuousClock.now
+        var due: [ContinuousClock.Instant] = []
+        for channel in channels.values {
+            if !channel.hasStarted {
+                if channel.consumer.started.isAnswered || channel.consumer.deadline <= now {
+                    let reason = connection == nil ? "no broker in reach" : "the broker does not answer"
+                    let error = MigrationError(
+                        .unavailable, "queue \(channel.consumer.queue) not subscribed in time: \(reason)")
+                    try remove(channel, error, connection)
+                    continue
+                }
+                due.append(channel.consumer.deadline)
+            }
+            guard let connection else { continue }
+            switch channel.state {
+            case .closed(let retryAt) where retryAt <= now: try open(channel, connection)
+            case .closed(let retryAt): due.append(retryAt)
+            case .opening(let deadline) where deadline <= now:
+                throw MigrationError(
+                    .unavailable, "broker \(connection.broker) does not consume from \(channel.consumer.queue)")
+            case .opening(let deadline): due.append(deadline)
+            case .active: break
+            }
+        }
+        return due.min()
+    }
+
+    private func handle(_ request: ConsumeRequest, _ connection: Connection?) throws {
+        switch request {
+        case .subscribe(let consumer):
+            guard let number = (1...UInt16(2047)).first(where: { channels[$0] == nil && !closing.contains($0) }) else {
+                let error = MigrationError(.resourceExhausted, "a connection has room for 2047 consumers")
+                return consumer.started.answer(.failure(error))
+            }
+            let channel = ConsumerChannel(consumer, number: number)
+            channels[number] = channel
+            if let connection { try open(channel, connection) }
+        case .cancel(let consumer):
+            if let channel = channels.values.first(where: { $0.consumer === consumer }) {
+                try remove(channel, MigrationError(.cancelled, "cancelled"), connection)
+            }
+        case .settle(let consumer, let tag, let settlement):
+            guard let connection,
+                let channel = channels.values.first(where: { $0.consumer === consumer && $0.generation == tag.channel })
+            else { return }
+            guard case .active = channel.state, channel.unsettled.remove(tag.tag) != nil else { return }
+            try connection.settle(settlement, tag: tag.tag, channel: channel.number)
+        }
+    }
+
+    private func open(_ channel: ConsumerChannel, _ connection: Connection) throws {
+        generation += 1
+        channel.restart(generation, openBy: .now + configuration.requestTimeout)
+        try connection.openChannel(channel.number)
+    }
+
+    /// Ends the subscription. Closing its channel gives back what is unsettled.
+    private func remove(_ channel: ConsumerChannel, _ error: MigrationError, _ connection: Connection?) throws {
+        channels[channel.number] = nil
+        channel.end(error)
+        guard let connection else { return }
+        if case .closed = channel.state { return }
+        closing.insert(channel.number)
+        try connection.closeChannel(channel.number)
+    }
+
+    // MARK: - What the broker says
+
+    func handle(_ frame: Frame, _ connection: Connection) throws {
+        switch frame {
+        case .method(let number, .channelClosed):
+            closing.remove(number)
+            // Closed by us to start it again.
+            if let channel = channels[number] { retry(channel) }
+        case .method(let number, .channelClose(let code, let text)):
+            try connection.confirmChannelClose(number)
+            guard let channel = channels[number] else { break }
+            let error = Connection.refusal(code: code, text: text)
+            channel.consumer.set(isActive: false, problem: error.description)
+            if channel.hasStarted { retry(channel) } else { channels[number] = nil; channel.end(error) }
+        case .method(let number, let method):
+            guard let channel = channels[number], !closing.contains(number) else { break }
+            try handle(method, channel, connection)
+        case .header(let number, _, _), .body(let number, _):
+            guard let channel = channels[number], let content = channel.assembly.add(frame) else { break }
+            try deliver(content, channel, connection)
+        }
+    }
+
+    private func handle(_ method: Frame.Method, _ channel: ConsumerChannel, _ connection: Connection) throws {
+        switch method {
+        case .channelOpened: try connection.setPrefetch(channel.consumer.prefetch, channel: channel.number)
+        case .prefetchSet: try connection.consume(channel.consumer.queue, channel: channel.number)
+        case .consuming: channel.activate()
+        case .deliver: channel.assembly = ContentAssembly(method)
+        case .consumerCancelled:
+            channel.consumer.set(isActive: false, problem: "the broker ended it: queue deleted, or its node lost")
+            channel.lose()
+            closing.insert(channel.number)
+            try connection.closeChannel(channel.number)
+        default: break
+        }
+    }
+
+    private func deliver(_ content: ContentAssembly.Content, _ channel: ConsumerChannel, _ connection: Connection)
+        throws
+    {
+        guard case .deliver(let tag, let isRedelivered, let exchange, let key) = content.method else { return }
+        guard content.size <= UInt64(Message.maximumBody) else {
+            return try connection.settle(.reject(reason: "too large"), tag: tag, channel: channel.number)
+        }
+        channel.unsettled.insert(tag)
+        let message = Message(content, exchange: exchange, routingKey: key)
+        let name = DeliveryTag(channel: channel.generation, tag: tag)
+        let redeliveries = content.properties.deliveryCount ?? (isRedelivered ? 1 : 0)
+        channel.consumer.mailbox.put(
+            Delivery(message: message, redeliveries: redeliveries) { [inbox, consumer = channel.consumer] settlement in
+                inbox.add(.settle(consumer, name, settlement))
+            })
+    }
+
+    private func retry(_ channel: ConsumerChannel) {
+        channel.failures += 1
+        channel.lose()
+        channel.state = .closed(retryAt: .now + configuration.backoff.delay(after: channel.failures))
+    }
+
+    func disconnected(_ error: MigrationError) {
+        closing = []
+        for channel in channels.values {
+            channel.lose()
+            channel.state = .closed(retryAt: .now)
+            channel.consumer.set(isActive: false, problem: error.description)
+        }
+    }
+
+    func ended(_ error: MigrationError) {
+        for case .subscribe(let consumer) in inbox.takeAll() { consumer.started.answer(.failure(error)) }
+        for channel in channels.values { channel.end(error) }
+        channels = [:]
+    }
+}
+
+/// A subscription's place on the connection.
+final class ConsumerChannel {
+    enum State {
+        case closed(retryAt: ContinuousClock.Instant)
+        /// Until the broker has answered open, prefetch and consume, one after the other.
+        case opening(deadline: ContinuousClock.Instant)
+        case active(since: ContinuousClock.Instant)
+    }
+
+    let consumer: Consumer
+    let number: UInt16
+    var state = State.closed(retryAt: .now)
+    var generation: UInt64 = 0
+    var unsettled: Set<UInt64> = []
+    var assembly = ContentAssembly()
+    /// Whether it has ever been active: from then on, whatever happens, it is tried again.
+    var hasStarted = false
+    /// In a row, for the backoff.
+    var failures = 0
+
+    init(_ consumer: Consumer, number: UInt16) {
+        self.consumer = consumer
+        self.number = number
+    }
+
+    func restart(_ generation: UInt64, openBy: ContinuousClock.Instant) {
+        self.generation = generation
+        state = .opening(deadline: openBy)
+    }
+
+    func activate() {
+        state = .active(since: .now)
+        hasStarted = true
+        consumer.set(isActive: true)
+        consumer.started.answer(.success(()))
+    }
+
+    /// What was delivered on the channel comes again on another.
+    func lose() {
+        if case .active(let since) = state, ContinuousClock.now - since > .seconds(60) { failures = 0 }
+        unsettled = []
+        assembly = ContentAssembly()
+        consumer.mailbox.removeAll()
+    }
+
+    func end(_ error: MigrationError) {
+        lose()
+        consumer.set(isActive: false, problem: error.description)
+        consumer.started.answer(.failure(error))
+        consumer.mailbox.finish()
+    }
+}
+
+extension Message {
+    init(_ content: ContentAssembly.Content, exchange: String, routingKey: String) {
+        self.init(exchange: exchange, routingKey: routingKey, body: content.body)
+        type = content.properties.type
+        correlationID = content.properties.correlationID
+        messageID = content.properties.messageID
+        userID = content.properties.userID
+        sentAt = content.properties.sentAt
+        headers = content.properties.headers
+    }
+}
