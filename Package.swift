@@ -84,8 +84,8 @@ let package = Package(
         module(
             "FlotillaCLI",
             [
-                "MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", "Export", "DiskImage", "Convert",
-                "Passthrough", "Deploy", "Worker", "Coordinator",
+                "MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", "MessagingAMQP", "Export", "DiskImage",
+                "Convert", "Passthrough", "Deploy", "Worker", "Coordinator",
                 grpc, grpcHTTP2, grpcInProcess, grpcProtobuf, protobuf, logging, yaml, arguments,
             ]),
         .executableTarget(name: "flotilla", dependencies: ["FlotillaCLI"], swiftSettings: settings),

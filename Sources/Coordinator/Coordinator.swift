@@ -44,7 +44,7 @@ package final class Coordinator: Sendable {
     let watchers = Watchers()
     let settings: Settings
     private let submitted = Mutex<Set<String>>([])
-    private let bus: any MessageBus
+    let bus: any MessageBus
     private let member: FleetMember
     private let logger: Logger
     private let outboxSignal: AsyncStream<Void>
@@ -152,13 +152,28 @@ package final class Coordinator: Sendable {
 
     private func watchTime() async throws {
         while !Task.isCancelled {
+            let hears = hasHeard(for: settings.policy.leaseDuration)
             try await decide { transitions in
                 for task in try transitions.store.dueTasks(now: transitions.now) {
+                    // While nobody can be heard, silence is no sign of death.
+                    if case .running = task.machine.state, !hears { continue }
                     let task = try transitions.apply(.tick, to: task)
                     _ = try transitions.apply(.dispatch, to: task)
                 }
             }
             try await Task.sleep(for: settings.tick)
+        }
+    }
+
+    /// Whether events have been coming in all through the last `duration`.
+    private func hasHeard(for duration: Duration) -> Bool {
+        let status = bus.status
+        guard status.consumers.contains(where: { $0.queue == settings.names.coordinatorEvents && $0.isActive }) else {
+            return false
+        }
+        return status.connections.allSatisfy { connection in
+            guard case .connected(let since) = connection.state else { return false }
+            return since <= .now - duration
         }
     }
 
@@ -186,8 +201,9 @@ package final class Coordinator: Sendable {
 
     /// Returns the reason for which it could not be sent.
     private func send(_ row: OutboxRecord) async -> MigrationError? {
-        let call = TaskCall(
+        var call = TaskCall(
             identity: row.identity, method: row.method, audience: row.host, deadline: row.deadline, body: row.body)
+        call.traceparent = traceparent(row.identity)
         do {
             guard row.body.count <= Message.maximumBody else {
                 throw MigrationError(
@@ -201,6 +217,14 @@ package final class Coordinator: Sendable {
             logger.error("task not sent", metadata: ["task": "\(row.identity)", "error": "\(error)"])
             return error as? MigrationError ?? MigrationError(.unavailable, "\(error)")
         }
+    }
+
+    /// W3C Trace Context: all of a migration's tasks are one trace, each attempt a span.
+    private func traceparent(_ call: CallIdentity) -> String? {
+        let trace = call.task.filter { $0 != "-" }.prefix(32)
+        guard trace.count == 32, trace.allSatisfy(\.isHexDigit) else { return nil }
+        let span = hex(Digest.hash(.sha256, Array("\(call)".utf8)).prefix(8))
+        return "00-\(trace)-\(span)-01"
     }
 
     /// Where no repetition helps (too large, or nobody's), the task fails with the reason instead of blocking the rest.
@@ -235,7 +259,7 @@ package final class Coordinator: Sendable {
     }
 
     /// What a worker says under its own name. Throws the reason for which it can't be believed.
-    private func verified(_ message: Messaging.Message) throws -> WorkerEvents {
+    func verified(_ message: Messaging.Message) throws -> WorkerEvents {
         let issuer = try member.verify(message)
         let events: WorkerEvents
         do { events = try WorkerEvents(serializedBytes: message.body) } catch {

@@ -97,16 +97,22 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
     }
 
     package func listQueues(request: ListQueuesRequest, context: ServerContext) async throws -> ListQueuesResponse {
-        throw unimplemented("ListQueues")
+        let queues = try await coordinator.queues()
+        return .with { $0.queues = queues }
     }
 
     package func listDeadLetters(
         request: ListDeadLettersRequest, context: ServerContext
-    ) async throws -> ListDeadLettersResponse { throw unimplemented("ListDeadLetters") }
+    ) async throws -> ListDeadLettersResponse {
+        let letters = try await coordinator.deadLetters(limit: request.limit == 0 ? 100 : Int(request.limit))
+        return .with { $0.letters = letters }
+    }
 
     package func replayDeadLetters(
         request: ReplayDeadLettersRequest, context: ServerContext
-    ) async throws -> ReplayDeadLettersResponse { throw unimplemented("ReplayDeadLetters") }
+    ) async throws -> ReplayDeadLettersResponse {
+        try await coordinator.replayDeadLetters(request.messageIds.isEmpty ? nil : Set(request.messageIds))
+    }
 
     package func applyPlan(request: ApplyPlanRequest, context: ServerContext) async throws -> ApplyPlanResponse {
         throw unimplemented("ApplyPlan")

@@ -15,7 +15,10 @@ package struct Flotilla: AsyncParsableCommand {
             Shell completions: flotilla --generate-completion-script bash|zsh|fish
             """,
         version: "flotilla \(version)",
-        subcommands: [MigrateCommand.self, DiskCommand.self])
+        subcommands: [
+            MigrateCommand.self, DiskCommand.self, CoordinatorCommand.self, WorkerCommand.self, MigrationCommand.self,
+            HostCommand.self, QueueCommand.self,
+        ])
 
     package init() {}
 

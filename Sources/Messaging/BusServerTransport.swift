@@ -219,6 +219,13 @@ package final class BusServerTransport: ServerTransport {
         }
         let admission = try await ledger.admit(call)
         if admission == .stale { return await settleCopy(delivery, of: call) }
+        logger.info(
+            "task taken on",
+            metadata: [
+                "task": "\(call.identity.task)", "attempt": "\(call.identity.attempt)",
+                "fence": "\(call.identity.fence)", "method": "\(call.method)",
+                "traceparent": "\(call.traceparent ?? "-")",
+            ])
         Failpoint.workerAccepted.hit()
         let accepted = running.nextSequence(asksForLease: true)
         try await events.publish(
@@ -269,6 +276,12 @@ package final class BusServerTransport: ServerTransport {
     /// Journals and publishes the end. A publish that fails is made up for by the heartbeat.
     private func end(_ call: RunningCall, _ ended: TaskEnded) async {
         let event = TaskEvent(call.identity, sequence: call.nextSequence(), .ended(ended.thatFits))
+        logger.info(
+            "task ended",
+            metadata: [
+                "task": "\(call.identity.task)", "attempt": "\(call.identity.attempt)",
+                "fence": "\(call.identity.fence)", "code": "\(ended.code)", "message": "\(ended.message)",
+            ])
         do {
             try await ledger.recordEnd(of: call.identity, event)
         } catch {

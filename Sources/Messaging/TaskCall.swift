@@ -19,6 +19,8 @@ package struct TaskCall: Sendable, Equatable {
     package var audience: String
     /// When the answer stops being of use. Absolute: a relative timeout goes stale in a queue.
     package var deadline: Moment?
+    /// W3C Trace Context.
+    package var traceparent: String?
     /// The request message, serialized.
     package var body: [UInt8]
 
@@ -39,6 +41,7 @@ package struct TaskCall: Sendable, Equatable {
         static let attempt = "flotilla-attempt"
         static let fence = "flotilla-fence"
         static let deadline = "deadline-unix-ms"
+        static let traceparent = "traceparent"
     }
 
     /// The task as its host believes it.
@@ -56,6 +59,7 @@ package struct TaskCall: Sendable, Equatable {
             Header.fence: .integer(Int64(clamping: identity.fence)),
         ]
         if let deadline { message.headers[Header.deadline] = .integer(deadline.milliseconds) }
+        if let traceparent { message.headers[Header.traceparent] = .string(traceparent) }
         sender.sign(&message, for: audience, validity: validity)
         return message
     }
@@ -79,6 +83,7 @@ package struct TaskCall: Sendable, Equatable {
             identity: CallIdentity(task: message.correlationID, attempt: attempt, fence: fence),
             method: String(message.type.dropFirst()), audience: audience,
             deadline: message.headers[Header.deadline]?.integer.map(Moment.init(milliseconds:)), body: message.body)
+        traceparent = message.headers[Header.traceparent]?.string
     }
 
     /// Task ids become file names on the worker: letters, digits and inner `-` and `_` only, at most 128.

@@ -42,7 +42,9 @@ struct CoordinatorCommand: AsyncParsableCommand {
         logger.info("coordinator starts", metadata: ["api": "\(socket.path)", "version": "\(version)"])
         let signals = Signals(SIGTERM, SIGINT)
         try await withThrowingTaskGroup(of: Void.self) { group in
-            group.addTask { try await coordinator.run { try member.believed().filter { $0 != FleetMember.coordinator } } }
+            group.addTask {
+                try await coordinator.run { try member.believed().filter { $0 != FleetMember.coordinator } }
+            }
             group.addTask { try await server.serve() }
             group.addTask { try await watchLiveness(of: bus, logger) }
             group.addTask { await signals.first() }

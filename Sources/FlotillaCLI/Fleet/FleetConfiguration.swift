@@ -62,7 +62,8 @@ struct WorkerFile {
         guard !pools.isEmpty else { throw file.problem("pools", "has to name at least one folder for disks") }
         worker = WorkerConfiguration(
             host: host, libvirtURI: try file.text("libvirt", default: "qemu:///system"), pools: pools,
-            sourceFolders: try file.texts("sources"), stateDirectory: try file.text("state", default: "/var/lib/flotilla"),
+            sourceFolders: try file.texts("sources"),
+            stateDirectory: try file.text("state", default: "/var/lib/flotilla"),
             names: Names(namespace: try file.text("namespace", default: "flotilla")))
         worker.transport.slots = try file.number("tasks", default: 2, in: 1...256)
         worker.transport.heartbeat = try file.duration("heartbeat", default: worker.transport.heartbeat)

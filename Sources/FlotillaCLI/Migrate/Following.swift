@@ -1,7 +1,9 @@
+import Coordinator
 import FlotillaProtocol
 import GRPCCore
 import MigrationModel
 import Messaging
+import SwiftProtobuf
 
 /// Submits migrations and shows them until all have ended. Returns them as they ended, in the order of the requests.
 func follow(

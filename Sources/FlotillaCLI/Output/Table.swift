@@ -1,3 +1,4 @@
+import HostKit
 import MigrationModel
 
 /// Rows under a head, columns as wide as their widest cell, two spaces apart.

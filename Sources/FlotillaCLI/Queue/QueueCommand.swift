@@ -55,7 +55,8 @@ struct QueueCommand: AsyncParsableCommand {
                 """)
 
         @OptionGroup var fleet: FleetOptions
-        @Argument(help: ArgumentHelp("Message ids, as queue dead shows them.", valueName: "message")) var ids: [String] = []
+        @Argument(help: ArgumentHelp("Message ids, as queue dead shows them.", valueName: "message")) var ids:
+            [String] = []
         @Flag(help: "All dead letters.") var all = false
 
         func validate() throws {

@@ -1,0 +1,112 @@
+import FlotillaProtocol
+import HostKit
+import Messaging
+import MigrationModel
+import SwiftProtobuf
+
+/// The queues as people see them, and what becomes of messages that nobody could take.
+extension Coordinator {
+    func queues() async throws -> [Queue] {
+        let hosts = try await store.write { try $0.hosts() }.map(\.profile.name)
+        var queues: [Queue] = []
+        for queue in settings.names.topology(hosts: hosts).queues {
+            do {
+                let depth = try await bus.depth(of: queue.name)
+                queues.append(
+                    .with {
+                        $0.name = queue.name
+                        $0.messages = UInt64(depth.ready)
+                        $0.consumers = UInt32(depth.consumers)
+                    })
+            } catch let error as MigrationError where error.code == .notFound {
+                // A control queue that expired with its host.
+                continue
+            }
+        }
+        return queues
+    }
+
+    /// Oldest first. They stay where they are.
+    func deadLetters(limit: Int) async throws -> [DeadLetter] {
+        let letters = try await bus.peek(settings.names.dead, limit: limit)
+        let rejections = try await store.write { try $0.rejections(limit: 10_000) }
+        let byMessage = Dictionary(
+            rejections.map { (Key($0.rejected.queue, $0.rejected.messageID, $0.rejected.type), $0) },
+            uniquingKeysWith: { newest, _ in newest })
+        return letters.map { letter in
+            let queue = letter.headers[Message.Death.queue]?.string ?? ""
+            let rejection = byMessage[Key(queue, letter.messageID, letter.type)]
+            return .with {
+                $0.messageID = letter.messageID
+                $0.queue = queue
+                $0.type = letter.type
+                $0.taskID = letter.correlationID
+                $0.bytes = UInt64(letter.body.count)
+                if let rejection {
+                    $0.reason = rejection.rejected.reason
+                    $0.rejectedBy = rejection.member
+                    $0.rejectedAt = rejection.at.timestamp
+                } else if letter.body.count > Message.maximumBody {
+                    $0.reason = "its body has \(letter.body.count) bytes, \(Message.maximumBody) are allowed"
+                } else {
+                    $0.reason = letter.headers[Message.Death.reason]?.string ?? "unknown"
+                }
+            }
+        }
+    }
+
+    private struct Key: Hashable {
+        let queue, messageID, type: String
+
+        init(_ queue: String, _ messageID: String, _ type: String) {
+            (self.queue, self.messageID, self.type) = (queue, messageID, type)
+        }
+    }
+
+    /// Takes the letters with these message ids, nil: all that are there now, out of the queue and makes up for them.
+    func replayDeadLetters(_ ids: Set<String>?) async throws -> ReplayDeadLettersResponse {
+        let count = try await bus.depth(of: settings.names.dead).ready
+        let letters = try await bus.subscribe(settings.names.dead, prefetch: max(count, 1))
+        // Somebody else may empty the queue meanwhile: what was not taken goes back.
+        let patience = Task {
+            try await Task.sleep(for: .seconds(10))
+            letters.cancel()
+        }
+        defer {
+            patience.cancel()
+            letters.cancel()
+        }
+        var response = ReplayDeadLettersResponse()
+        guard count > 0 else { return response }
+        var seen = 0
+        for await letter in letters.deliveries {
+            seen += 1
+            if ids?.contains(letter.message.messageID) ?? true {
+                if let task = try await makeUp(for: letter.message) {
+                    response.taskIds.append(task)
+                } else {
+                    response.removed += 1
+                }
+                await letter.settle(.ack)
+            }
+            if seen == count { break }
+        }
+        return response
+    }
+
+    /// Sends the task again that still waits for this message, or hears an event that is believed by now. Returns the
+    /// task; nil when the letter is of no consequence any more.
+    private func makeUp(for letter: Messaging.Message) async throws -> String? {
+        if let events = try? verified(letter) {
+            try await handle(events)
+            return nil
+        }
+        let id = letter.correlationID
+        return try await decide { transitions in
+            guard let task = try transitions.store.task(id: id), task.machine.state == .sent else { return nil }
+            let back = try transitions.apply(.orphaned, to: task)
+            _ = try transitions.apply(.dispatch, to: back)
+            return task.id
+        }
+    }
+}
