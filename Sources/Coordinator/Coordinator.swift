@@ -22,6 +22,9 @@ package final class Coordinator: Sendable {
         package var startsOnlySubmitted: Bool
         /// How long a task may wait in its host's queue before it needs another signature, i.e. another attempt.
         package var taskValidity = Duration.seconds(24 * 3600)
+        /// Broker users who may ask for migrations on the requests' queue. With none the queue isn't served, and nobody
+        /// is notified of anything.
+        package var requesters: Set<String> = []
         /// How often hosts that joined are looked for.
         package var hostInterval = Duration.seconds(5)
         /// How long a task may go without being taken on by a host whose worker is alive.
@@ -46,7 +49,9 @@ package final class Coordinator: Sendable {
     private let submitted = Mutex<Set<String>>([])
     let bus: any MessageBus
     private let member: FleetMember
-    private let logger: Logger
+    let logger: Logger
+    let notificationSignal: AsyncStream<Void>
+    let notificationContinuation: AsyncStream<Void>.Continuation
     private let outboxSignal: AsyncStream<Void>
     private let outboxContinuation: AsyncStream<Void>.Continuation
 
@@ -59,6 +64,7 @@ package final class Coordinator: Sendable {
         self.member = member
         self.settings = settings
         self.logger = logger
+        (notificationSignal, notificationContinuation) = AsyncStream.makeStream(bufferingPolicy: .bufferingNewest(1))
         (outboxSignal, outboxContinuation) = AsyncStream.makeStream(bufferingPolicy: .bufferingNewest(1))
     }
 
@@ -70,11 +76,18 @@ package final class Coordinator: Sendable {
         if !bus.isDurable { try await takeBackOrphans() }
         let events = try await bus.subscribe(settings.names.coordinatorEvents, prefetch: 256)
         defer { events.cancel() }
+        let requests =
+            settings.requesters.isEmpty ? nil : try await bus.subscribe(settings.names.requests, prefetch: 16)
+        defer { requests?.cancel() }
         try await withThrowingTaskGroup(of: Void.self) { group in
             group.addTask { try await self.consume(events) }
             group.addTask { try await self.publishOutbox() }
             group.addTask { try await self.watchTime() }
             group.addTask { try await self.welcome(hosts) }
+            if let requests {
+                group.addTask { try await self.serve(requests) }
+                group.addTask { try await self.publishNotifications() }
+            }
             try await group.next()
             group.cancelAll()
         }
@@ -100,9 +113,11 @@ package final class Coordinator: Sendable {
         _ body: @escaping @Sendable (inout Transitions) throws -> Value
     ) async throws -> Value {
         let policy = settings.policy
+        let notifies = !settings.requesters.isEmpty
         let active = settings.startsOnlySubmitted ? submitted.withLock { $0 } : nil
         let (value, effects) = try await store.write { transaction in
-            var transitions = Transitions(store: transaction, now: .now, policy: policy, active: active)
+            var transitions = Transitions(
+                store: transaction, now: .now, policy: policy, active: active, notifies: notifies)
             let value = try body(&transitions)
             return (value, transitions.effects)
         }
@@ -112,6 +127,7 @@ package final class Coordinator: Sendable {
     }
 
     private func carryOut(_ effects: Transitions.Effects) async {
+        if effects.notifies { notificationContinuation.yield() }
         if effects.sendsTasks {
             Failpoint.coordinatorTaskStored.hit()
             outboxContinuation.yield()
@@ -243,7 +259,7 @@ package final class Coordinator: Sendable {
         for await delivery in deliveries.deliveries {
             let events: WorkerEvents
             do { events = try verified(delivery.message) } catch {
-                try await reject(delivery, "\(error)")
+                try await reject(delivery, from: settings.names.coordinatorEvents, "\(error)")
                 continue
             }
             do {
@@ -273,11 +289,12 @@ package final class Coordinator: Sendable {
         return events
     }
 
-    private func reject(_ delivery: Delivery, _ reason: String) async throws {
+    func reject(_ delivery: Delivery, from queue: String, _ reason: String) async throws {
         let message = delivery.message
-        logger.warning("event rejected", metadata: ["user": "\(message.userID)", "reason": "\(reason)"])
+        logger.warning(
+            "message rejected", metadata: ["queue": "\(queue)", "user": "\(message.userID)", "reason": "\(reason)"])
         let rejected = MessageRejected.with {
-            $0.queue = settings.names.coordinatorEvents
+            $0.queue = queue
             $0.messageID = message.messageID
             $0.type = message.type
             $0.taskID = message.correlationID

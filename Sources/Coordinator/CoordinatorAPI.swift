@@ -13,16 +13,26 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
     package func submitMigration(
         request: SubmitMigrationRequest, context: ServerContext
     ) async throws -> Migration {
-        guard !request.sourceURL.isEmpty, !request.host.isEmpty, !request.pool.isEmpty,
-            ["qcow2", "raw"].contains(request.format)
-        else {
-            throw MigrationError(.invalidArgument, "a migration needs source_url, host, pool, and format qcow2 or raw")
-        }
+        try request.validate()
         await coordinator.watchers.waitForHost(request.host)
         try Task.checkCancellation()
         let migration = try await coordinator.decide { try $0.submit(request) }
         Failpoint.coordinatorMigrationStored.hit()
         return migration
+    }
+
+    package func submitMigrations(
+        request: SubmitMigrationsRequest, context: ServerContext
+    ) async throws -> SubmitMigrationsResponse {
+        for migration in request.migrations {
+            try migration.validate()
+            await coordinator.watchers.waitForHost(migration.host)
+        }
+        try Task.checkCancellation()
+        let ids = try await coordinator.decide { transitions in
+            try request.migrations.map { try transitions.submit($0).id }
+        }
+        return .with { $0.migrationIds = ids }
     }
 
     package func getMigration(request: GetMigrationRequest, context: ServerContext) async throws -> Migration {

@@ -34,6 +34,12 @@ package protocol JobTransaction {
     /// Drops messages of fences older than the task's present one.
     func discardUnsent(task: String) throws
 
+    /// Queues what other programs are to be told.
+    func enqueue(_ notification: NotificationRecord) throws
+    /// In the order they were queued.
+    func notifications(limit: Int) throws -> [NotificationRecord]
+    func removeNotification(_ id: String) throws
+
     /// Notes an event for the record. False when it was noted before.
     func note(_ event: TaskEvent, kind: String, at: Moment) throws -> Bool
 

@@ -66,3 +66,13 @@ package struct HostRecord: Sendable {
     /// Tasks it has, sent or running.
     package var tasks: Int
 }
+
+/// What other programs are told; written in the transaction that decided it.
+package struct NotificationRecord: Sendable {
+    /// Unique; the CloudEvent's id.
+    package var id: String
+    /// "migration.done".
+    package var routingKey: String
+    /// A CloudEvent in its JSON format.
+    package var body: [UInt8]
+}

@@ -83,6 +83,10 @@ package final class SQLiteStore: JobStore {
                     CREATE TABLE rejection (
                         number INTEGER PRIMARY KEY, member TEXT NOT NULL, rejected BLOB NOT NULL, at INTEGER NOT NULL
                     ) STRICT;
+                    CREATE TABLE notification (
+                        number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, routing_key TEXT NOT NULL,
+                        body BLOB NOT NULL
+                    ) STRICT;
                     ALTER TABLE host ADD COLUMN seen_at INTEGER NOT NULL DEFAULT 0;
                     ALTER TABLE host ADD COLUMN drained INTEGER NOT NULL DEFAULT 0;
                     ALTER TABLE task ADD COLUMN sent_at INTEGER;
@@ -245,6 +249,22 @@ private struct Transaction: JobTransaction {
 
     func discardUnsent(task: String) throws {
         try database.execute(sql: "DELETE FROM outbox WHERE task_id = ?", arguments: [task])
+    }
+
+    func enqueue(_ notification: NotificationRecord) throws {
+        try database.execute(
+            sql: "INSERT INTO notification (id, routing_key, body) VALUES (?, ?, ?)",
+            arguments: [notification.id, notification.routingKey, Data(notification.body)])
+    }
+
+    func notifications(limit: Int) throws -> [NotificationRecord] {
+        try Row.fetchAll(database, sql: "SELECT * FROM notification ORDER BY number LIMIT ?", arguments: [limit]).map {
+            NotificationRecord(id: $0["id"], routingKey: $0["routing_key"], body: [UInt8]($0["body"] as Data))
+        }
+    }
+
+    func removeNotification(_ id: String) throws {
+        try database.execute(sql: "DELETE FROM notification WHERE id = ?", arguments: [id])
     }
 
     // MARK: Events and hosts

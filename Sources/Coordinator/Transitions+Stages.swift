@@ -143,7 +143,9 @@ extension Transitions {
     mutating func save(_ record: MigrationRecord) throws {
         var record = record
         record.updatedAt = now
+        let isNews = try store.migration(id: record.id)?.state != record.state
         try store.save(record)
+        if isNews { try notify(.of(record, at: now)) }
         try announce(record.id)
     }
 

@@ -8,6 +8,7 @@ import SwiftProtobuf
 struct Transitions {
     struct Effects: Sendable {
         var sendsTasks = false
+        var notifies = false
         /// By host, in order.
         var control: [String: [ControlMessage]] = [:]
         var changed: [Migration] = []
@@ -20,13 +21,18 @@ struct Transitions {
     let policy: TaskMachine.Policy
     /// Migrations whose tasks may be sent; nil: all.
     let active: Set<String>?
+    /// Whether other programs are told of changes.
+    let notifies: Bool
     var effects = Effects()
 
-    init(store: any JobTransaction, now: Moment, policy: TaskMachine.Policy, active: Set<String>? = nil) {
+    init(
+        store: any JobTransaction, now: Moment, policy: TaskMachine.Policy, active: Set<String>? = nil, notifies: Bool
+    ) {
         self.store = store
         self.now = now
         self.policy = policy
         self.active = active
+        self.notifies = notifies
     }
 
     mutating func activate(_ migration: String) { effects.submitted.insert(migration) }

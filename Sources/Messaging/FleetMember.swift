@@ -114,8 +114,8 @@ package struct FleetMember: Sendable {
 extension Message {
     package static let signatureHeader = "flotilla-signature-bin"
 
-    /// The bytes a signature is made over: the text `flotilla-signature-v1`, then type, correlation-id and message-id,
-    /// then every header but the signature itself and those a broker adds (`x-…`), sorted by name, as the name, one
+    /// The bytes a signature is made over: the text `flotilla-signature-v1`, then type, content-type, correlation-id and
+    /// message-id, then every header but the signature itself and those a broker adds (`x-…`), sorted by name, as the name, one
     /// letter for its kind (`s`, `i`, `b`) with its value (text, decimal digits, bytes), and at last the body; each
     /// preceded by its length in four bytes, big-endian.
     package var signedBytes: [UInt8] {
@@ -125,7 +125,7 @@ extension Message {
             withUnsafeBytes(of: UInt32(field.count).bigEndian) { bytes.append(contentsOf: $0) }
             bytes.append(contentsOf: field)
         }
-        for text in ["flotilla-signature-v1", type, correlationID, messageID] { add(text.utf8) }
+        for text in ["flotilla-signature-v1", type, contentType, correlationID, messageID] { add(text.utf8) }
         let covered = headers.filter { $0.key != Self.signatureHeader && !$0.key.hasPrefix("x-") }
         for (name, value) in covered.sorted(by: { Array($0.key.utf8).lexicographicallyPrecedes($1.key.utf8) }) {
             add(name.utf8)

@@ -6,6 +6,8 @@ package struct Message: Sendable, Equatable {
     package var routingKey: String
     /// Property `type`: the gRPC method, or the kind of event.
     package var type = ""
+    /// Property `content-type`.
+    package var contentType = ""
     /// Property `correlation-id`: the task.
     package var correlationID = ""
     /// Property `message-id`: the idempotency key.

@@ -34,7 +34,6 @@ package struct TaskCall: Sendable, Equatable {
         self.body = body
     }
 
-    package static let contentTypeHeader = "content-type"
     package static let contentType = "application/grpc+proto"
 
     private enum Header {
@@ -51,10 +50,10 @@ package struct TaskCall: Sendable, Equatable {
     package func message(_ names: Names, messageID: String, from sender: FleetMember, validity: Duration) -> Message {
         var message = Message(exchange: names.tasks, routingKey: audience, body: body)
         message.type = "/\(method)"
+        message.contentType = Self.contentType
         message.correlationID = identity.task
         message.messageID = messageID
         message.headers = [
-            Self.contentTypeHeader: .string(Self.contentType),
             Header.attempt: .integer(Int64(identity.attempt)),
             Header.fence: .integer(Int64(clamping: identity.fence)),
         ]

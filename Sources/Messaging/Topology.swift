@@ -70,6 +70,10 @@ package struct Names: Sendable, Equatable {
     package var tasks: String { "\(namespace).tasks" }
     package var control: String { "\(namespace).control" }
     package var events: String { "\(namespace).events" }
+    /// Exchange and queue of what other programs ask of the coordinator.
+    package var requests: String { "\(namespace).requests" }
+    /// Exchange of what other programs are told; they bind queues of their own.
+    package var notifications: String { "\(namespace).notifications" }
     package var dead: String { "\(namespace).dead" }
     package var coordinatorEvents: String { "\(namespace).events.coordinator" }
 
@@ -85,14 +89,17 @@ package struct Names: Sendable, Equatable {
         var topology = Topology(
             exchanges: [
                 .init(name: tasks, kind: .direct), .init(name: control, kind: .direct),
-                .init(name: events, kind: .topic), .init(name: dead, kind: .fanout),
+                .init(name: events, kind: .topic), .init(name: requests, kind: .direct),
+                .init(name: notifications, kind: .topic), .init(name: dead, kind: .fanout),
             ],
             queues: [
                 .init(name: coordinatorEvents, deadLetterExchange: dead, deliveryLimit: 10),
+                .init(name: requests, deadLetterExchange: dead, deliveryLimit: 10),
                 .init(name: dead),
             ],
             bindings: [
                 .init(queue: coordinatorEvents, exchange: events, routingKey: "evt.#"),
+                .init(queue: requests, exchange: requests, routingKey: requests),
                 .init(queue: dead, exchange: dead, routingKey: ""),
             ])
         for host in hosts {

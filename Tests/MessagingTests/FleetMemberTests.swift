@@ -90,6 +90,7 @@ import Testing
     @Test func signedBytesAreStable() throws {
         var message = Message(exchange: "flotilla.tasks", routingKey: "kvm1", body: [0xca, 0xfe])
         message.type = "/flotilla.v1.ConvertService/Convert"
+        message.contentType = "application/grpc+proto"
         message.correlationID = "m1-convert"
         message.messageID = "1"
         message.headers = [
@@ -97,7 +98,11 @@ import Testing
         ]
         let field = { (bytes: [UInt8]) in [0, 0, 0, UInt8(bytes.count)] + bytes }
         let expected =
-            ["flotilla-signature-v1", "/flotilla.v1.ConvertService/Convert", "m1-convert", "1", "a", "sé", "b-bin"]
+            [
+                "flotilla-signature-v1", "/flotilla.v1.ConvertService/Convert", "application/grpc+proto", "m1-convert",
+                "1",
+                "a", "sé", "b-bin",
+            ]
             .flatMap { field(Array($0.utf8)) } + field([UInt8(ascii: "b"), 0])
             + ["flotilla-fence", "i-7"].flatMap { field(Array($0.utf8)) } + field([0xca, 0xfe])
         #expect(message.signedBytes == expected)

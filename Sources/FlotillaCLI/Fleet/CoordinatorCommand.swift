@@ -32,9 +32,11 @@ struct CoordinatorCommand: AsyncParsableCommand {
         let lock = try lockFolder(configuration.stateDirectory, for: "coordinator")
         defer { withExtendedLifetime(lock) {} }
         let bus = try AMQPBus(configuration.broker)
+        var settings = Coordinator.Settings(names: configuration.names, policy: configuration.policy)
+        settings.requesters = Set(configuration.requesters)
         let coordinator = Coordinator(
             store: try SQLiteStore(path: "\(configuration.stateDirectory)/coordinator.sqlite"), bus: bus,
-            member: member, settings: .init(names: configuration.names, policy: configuration.policy), logger: logger)
+            member: member, settings: settings, logger: logger)
         let socket = try FleetSocket(path: configuration.socket)
         let server = GRPCServer(
             transport: .http2NIOPosix(address: .unixDomainSocket(path: socket.path), transportSecurity: .plaintext),

@@ -14,6 +14,8 @@ struct CoordinatorConfiguration {
     /// Unix socket of the API.
     var socket: String
     var policy: TaskMachine.Policy
+    /// Broker users who may ask for migrations.
+    var requesters: [String]
 
     init(path: String) throws {
         var file = try ConfigurationSection(path: path)
@@ -26,6 +28,7 @@ struct CoordinatorConfiguration {
         policy = TaskMachine.Policy()
         policy.leaseDuration = try file.duration("lease", default: policy.leaseDuration)
         policy.maximumFailures = try file.number("attempts", default: policy.maximumFailures, in: 1...100)
+        requesters = try file.texts("requesters")
         try file.end()
     }
 

@@ -35,6 +35,19 @@ package enum CoordinatorService: Sendable {
                 type: .unary
             )
         }
+        /// Namespace for "SubmitMigrations" metadata.
+        package enum SubmitMigrations: Sendable {
+            /// Request type for "SubmitMigrations".
+            package typealias Input = SubmitMigrationsRequest
+            /// Response type for "SubmitMigrations".
+            package typealias Output = SubmitMigrationsResponse
+            /// Descriptor for "SubmitMigrations".
+            package static let descriptor = GRPCCore.MethodDescriptor(
+                service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "flotilla.v1.CoordinatorService"),
+                method: "SubmitMigrations",
+                type: .unary
+            )
+        }
         /// Namespace for "GetMigration" metadata.
         package enum GetMigration: Sendable {
             /// Request type for "GetMigration".
@@ -220,6 +233,7 @@ package enum CoordinatorService: Sendable {
         /// Descriptors for all methods in the "flotilla.v1.CoordinatorService" service.
         package static let descriptors: [GRPCCore.MethodDescriptor] = [
             SubmitMigration.descriptor,
+            SubmitMigrations.descriptor,
             GetMigration.descriptor,
             ListMigrations.descriptor,
             WatchMigration.descriptor,
@@ -277,6 +291,24 @@ extension CoordinatorService {
             request: GRPCCore.StreamingServerRequest<SubmitMigrationRequest>,
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.StreamingServerResponse<Migration>
+
+        /// Handle the "SubmitMigrations" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > The same for several at once; all or none.
+        ///
+        /// - Parameters:
+        ///   - request: A streaming request of `SubmitMigrationsRequest` messages.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A streaming response of `SubmitMigrationsResponse` messages.
+        func submitMigrations(
+            request: GRPCCore.StreamingServerRequest<SubmitMigrationsRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.StreamingServerResponse<SubmitMigrationsResponse>
 
         /// Handle the "GetMigration" method.
         ///
@@ -517,6 +549,24 @@ extension CoordinatorService {
             context: GRPCCore.ServerContext
         ) async throws -> GRPCCore.ServerResponse<Migration>
 
+        /// Handle the "SubmitMigrations" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > The same for several at once; all or none.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `SubmitMigrationsRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A response containing a single `SubmitMigrationsResponse` message.
+        func submitMigrations(
+            request: GRPCCore.ServerRequest<SubmitMigrationsRequest>,
+            context: GRPCCore.ServerContext
+        ) async throws -> GRPCCore.ServerResponse<SubmitMigrationsResponse>
+
         /// Handle the "GetMigration" method.
         ///
         /// - Parameters:
@@ -754,6 +804,24 @@ extension CoordinatorService {
             context: GRPCCore.ServerContext
         ) async throws -> Migration
 
+        /// Handle the "SubmitMigrations" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > The same for several at once; all or none.
+        ///
+        /// - Parameters:
+        ///   - request: A `SubmitMigrationsRequest` message.
+        ///   - context: Context providing information about the RPC.
+        /// - Throws: Any error which occurred during the processing of the request. Thrown errors
+        ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
+        ///     to an internal error.
+        /// - Returns: A `SubmitMigrationsResponse` to respond with.
+        func submitMigrations(
+            request: SubmitMigrationsRequest,
+            context: GRPCCore.ServerContext
+        ) async throws -> SubmitMigrationsResponse
+
         /// Handle the "GetMigration" method.
         ///
         /// - Parameters:
@@ -985,6 +1053,17 @@ extension CoordinatorService.StreamingServiceProtocol {
             }
         )
         router.registerHandler(
+            forMethod: CoordinatorService.Method.SubmitMigrations.descriptor,
+            deserializer: GRPCProtobuf.ProtobufDeserializer<SubmitMigrationsRequest>(),
+            serializer: GRPCProtobuf.ProtobufSerializer<SubmitMigrationsResponse>(),
+            handler: { request, context in
+                try await self.submitMigrations(
+                    request: request,
+                    context: context
+                )
+            }
+        )
+        router.registerHandler(
             forMethod: CoordinatorService.Method.GetMigration.descriptor,
             deserializer: GRPCProtobuf.ProtobufDeserializer<GetMigrationRequest>(),
             serializer: GRPCProtobuf.ProtobufSerializer<Migration>(),
@@ -1155,6 +1234,17 @@ extension CoordinatorService.ServiceProtocol {
         return GRPCCore.StreamingServerResponse(single: response)
     }
 
+    package func submitMigrations(
+        request: GRPCCore.StreamingServerRequest<SubmitMigrationsRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.StreamingServerResponse<SubmitMigrationsResponse> {
+        let response = try await self.submitMigrations(
+            request: GRPCCore.ServerRequest(stream: request),
+            context: context
+        )
+        return GRPCCore.StreamingServerResponse(single: response)
+    }
+
     package func getMigration(
         request: GRPCCore.StreamingServerRequest<GetMigrationRequest>,
         context: GRPCCore.ServerContext
@@ -1319,6 +1409,19 @@ extension CoordinatorService.SimpleServiceProtocol {
     ) async throws -> GRPCCore.ServerResponse<Migration> {
         return GRPCCore.ServerResponse<Migration>(
             message: try await self.submitMigration(
+                request: request.message,
+                context: context
+            ),
+            metadata: [:]
+        )
+    }
+
+    package func submitMigrations(
+        request: GRPCCore.ServerRequest<SubmitMigrationsRequest>,
+        context: GRPCCore.ServerContext
+    ) async throws -> GRPCCore.ServerResponse<SubmitMigrationsResponse> {
+        return GRPCCore.ServerResponse<SubmitMigrationsResponse>(
+            message: try await self.submitMigrations(
                 request: request.message,
                 context: context
             ),
@@ -1543,6 +1646,29 @@ extension CoordinatorService {
             deserializer: some GRPCCore.MessageDeserializer<Migration>,
             options: GRPCCore.CallOptions,
             onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<Migration>) async throws -> Result
+        ) async throws -> Result where Result: Sendable
+
+        /// Call the "SubmitMigrations" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > The same for several at once; all or none.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `SubmitMigrationsRequest` message.
+        ///   - serializer: A serializer for `SubmitMigrationsRequest` messages.
+        ///   - deserializer: A deserializer for `SubmitMigrationsResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        func submitMigrations<Result>(
+            request: GRPCCore.ClientRequest<SubmitMigrationsRequest>,
+            serializer: some GRPCCore.MessageSerializer<SubmitMigrationsRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<SubmitMigrationsResponse>,
+            options: GRPCCore.CallOptions,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<SubmitMigrationsResponse>) async throws -> Result
         ) async throws -> Result where Result: Sendable
 
         /// Call the "GetMigration" method.
@@ -1871,6 +1997,40 @@ extension CoordinatorService {
             try await self.client.unary(
                 request: request,
                 descriptor: CoordinatorService.Method.SubmitMigration.descriptor,
+                serializer: serializer,
+                deserializer: deserializer,
+                options: options,
+                onResponse: handleResponse
+            )
+        }
+
+        /// Call the "SubmitMigrations" method.
+        ///
+        /// > Source IDL Documentation:
+        /// >
+        /// > The same for several at once; all or none.
+        ///
+        /// - Parameters:
+        ///   - request: A request containing a single `SubmitMigrationsRequest` message.
+        ///   - serializer: A serializer for `SubmitMigrationsRequest` messages.
+        ///   - deserializer: A deserializer for `SubmitMigrationsResponse` messages.
+        ///   - options: Options to apply to this RPC.
+        ///   - handleResponse: A closure which handles the response and returns its result to
+        ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+        ///       already finished.
+        /// - Returns: The result of `handleResponse`.
+        package func submitMigrations<Result>(
+            request: GRPCCore.ClientRequest<SubmitMigrationsRequest>,
+            serializer: some GRPCCore.MessageSerializer<SubmitMigrationsRequest>,
+            deserializer: some GRPCCore.MessageDeserializer<SubmitMigrationsResponse>,
+            options: GRPCCore.CallOptions = .defaults,
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<SubmitMigrationsResponse>) async throws -> Result = { response in
+                try response.message
+            }
+        ) async throws -> Result where Result: Sendable {
+            try await self.client.unary(
+                request: request,
+                descriptor: CoordinatorService.Method.SubmitMigrations.descriptor,
                 serializer: serializer,
                 deserializer: deserializer,
                 options: options,
@@ -2346,6 +2506,35 @@ extension CoordinatorService.ClientProtocol {
         )
     }
 
+    /// Call the "SubmitMigrations" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > The same for several at once; all or none.
+    ///
+    /// - Parameters:
+    ///   - request: A request containing a single `SubmitMigrationsRequest` message.
+    ///   - options: Options to apply to this RPC.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func submitMigrations<Result>(
+        request: GRPCCore.ClientRequest<SubmitMigrationsRequest>,
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<SubmitMigrationsResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        try await self.submitMigrations(
+            request: request,
+            serializer: GRPCProtobuf.ProtobufSerializer<SubmitMigrationsRequest>(),
+            deserializer: GRPCProtobuf.ProtobufDeserializer<SubmitMigrationsResponse>(),
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
     /// Call the "GetMigration" method.
     ///
     /// - Parameters:
@@ -2741,6 +2930,39 @@ extension CoordinatorService.ClientProtocol {
             metadata: metadata
         )
         return try await self.submitMigration(
+            request: request,
+            options: options,
+            onResponse: handleResponse
+        )
+    }
+
+    /// Call the "SubmitMigrations" method.
+    ///
+    /// > Source IDL Documentation:
+    /// >
+    /// > The same for several at once; all or none.
+    ///
+    /// - Parameters:
+    ///   - message: request message to send.
+    ///   - metadata: Additional metadata to send, defaults to empty.
+    ///   - options: Options to apply to this RPC, defaults to `.defaults`.
+    ///   - handleResponse: A closure which handles the response and returns its result to
+    ///       the caller. Returning from the closure will cancel the RPC if it hasn't
+    ///       already finished.
+    /// - Returns: The result of `handleResponse`.
+    package func submitMigrations<Result>(
+        _ message: SubmitMigrationsRequest,
+        metadata: GRPCCore.Metadata = [:],
+        options: GRPCCore.CallOptions = .defaults,
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<SubmitMigrationsResponse>) async throws -> Result = { response in
+            try response.message
+        }
+    ) async throws -> Result where Result: Sendable {
+        let request = GRPCCore.ClientRequest<SubmitMigrationsRequest>(
+            message: message,
+            metadata: metadata
+        )
+        return try await self.submitMigrations(
             request: request,
             options: options,
             onResponse: handleResponse

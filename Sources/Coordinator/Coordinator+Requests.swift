@@ -1,0 +1,124 @@
+import FlotillaProtocol
+import HostKit
+import Logging
+import Messaging
+import MigrationModel
+import SwiftProtobuf
+
+/// Other programs on the bus: what they ask for, and what they are told.
+extension Coordinator {
+    /// Migrations somebody asks for on the requests' queue, as `SubmitMigration` or `SubmitMigrations`, in protobuf or
+    /// JSON. The answer is a notification whose subject is the request's message-id.
+    func serve(_ requests: Subscription) async throws {
+        for await delivery in requests.deliveries {
+            let message = delivery.message
+            do {
+                let wanted = try await accept(message)
+                try await decide { transitions in
+                    let ids = try wanted.map { try transitions.submit($0).id }
+                    try transitions.notify(.answer(to: message.messageID, .success(ids), at: transitions.now))
+                }
+                await delivery.settle(.ack)
+            } catch let error as MigrationError
+                where [.internal, .dataLoss, .resourceExhausted, .unavailable].contains(error.code)
+            {
+                // The store's trouble, not the request's.
+                logger.error("request not handled", metadata: ["error": "\(error)"])
+                await delivery.settle(.requeue)
+                throw error
+            } catch {
+                let error = error as? MigrationError ?? MigrationError(.invalidArgument, "\(error)")
+                try await decide {
+                    try $0.notify(.answer(to: message.messageID, .failure(error), at: $0.now))
+                }
+                try await reject(delivery, from: settings.names.requests, "\(error)")
+            }
+        }
+    }
+
+    /// Throws what is wrong with a request.
+    private func accept(_ message: Messaging.Message) async throws -> [SubmitMigrationRequest] {
+        // The broker has verified the user; whoever may write to the exchange besides is not heard.
+        guard settings.requesters.contains(message.userID) else {
+            throw MigrationError(
+                .permissionDenied,
+                message.userID.isEmpty
+                    ? "the request names no user: set the property user-id"
+                    : "\(message.userID) may not ask for migrations",
+                hint: "the coordinator's configuration lists in 'requesters' who may")
+        }
+        guard !message.messageID.isEmpty, message.messageID.utf8.count <= 128 else {
+            throw MigrationError(.invalidArgument, "a request needs a message-id of at most 128 bytes to be answered")
+        }
+        let requests: [SubmitMigrationRequest]
+        do {
+            switch message.type {
+            case "/flotilla.v1.CoordinatorService/SubmitMigration": requests = [try decode(message)]
+            case "/flotilla.v1.CoordinatorService/SubmitMigrations":
+                requests = (try decode(message) as SubmitMigrationsRequest).migrations
+            default:
+                throw MigrationError(.unimplemented, "'\(message.type)' can't be asked for on this queue")
+            }
+        } catch let error as MigrationError {
+            throw error
+        } catch {
+            throw MigrationError(
+                .invalidArgument, "the request's body can't be read as \(message.contentType): \(error)")
+        }
+        for request in requests {
+            try request.validate()
+            guard try await store.write({ try $0.host(request.host) }) != nil else {
+                throw MigrationError(
+                    .notFound, "no worker of a host \(request.host) has been heard of",
+                    hint: "flotilla host list shows those that have")
+            }
+        }
+        return requests
+    }
+
+    private func decode<Request: SwiftProtobuf.Message>(_ message: Messaging.Message) throws -> Request {
+        switch message.contentType {
+        case "application/json": try Request(jsonUTF8Bytes: message.body)
+        case TaskCall.contentType, "application/protobuf": try Request(serializedBytes: message.body)
+        default:
+            throw MigrationError(
+                .invalidArgument, "content-type '\(message.contentType)' is neither application/json nor protobuf")
+        }
+    }
+
+    /// Tells other programs what they are to know, each thing at least once.
+    func publishNotifications() async throws {
+        notificationContinuation.yield()
+        for await _ in notificationSignal {
+            while true {
+                let rows = try await store.write { try $0.notifications(limit: 256) }
+                if rows.isEmpty { break }
+                for row in rows {
+                    var message = Message(
+                        exchange: settings.names.notifications, routingKey: row.routingKey, body: row.body)
+                    message.type = "flotilla.\(row.routingKey)"
+                    message.messageID = row.id
+                    message.contentType = "application/cloudevents+json; charset=utf-8"
+                    do { try await bus.publish(message) } catch let error as MigrationError
+                        where error.code == .unavailable
+                    {
+                        logger.warning("notification not sent yet", metadata: ["error": "\(error)"])
+                        try await Task.sleep(for: settings.tick)
+                        break
+                    } catch let error as MigrationError where error.code == .notFound {
+                        // Nobody listens.
+                    }
+                    try await store.write { try $0.removeNotification(row.id) }
+                }
+            }
+        }
+    }
+}
+
+extension SubmitMigrationRequest {
+    func validate() throws {
+        guard !sourceURL.isEmpty, !host.isEmpty, !pool.isEmpty, ["qcow2", "raw"].contains(format) else {
+            throw MigrationError(.invalidArgument, "a migration needs source_url, host, pool, and format qcow2 or raw")
+        }
+    }
+}
