@@ -97,7 +97,8 @@ let package = Package(
         tests("MigrationModelTests", ["MigrationModel"]),
         tests(
             "MessagingTests", ["Messaging", "MigrationModel", "FlotillaProtocol", "TestKit", grpc, protobuf, logging]),
-        tests("MessagingAMQPTests", ["MessagingAMQP", "Messaging", "HostKit", "MigrationModel", "TestKit"]),
+        tests(
+            "MessagingAMQPTests", ["MessagingAMQP", "CRabbitMQ", "Messaging", "HostKit", "MigrationModel", "TestKit"]),
         tests("DiskImageTests", ["DiskImage", "HostKit", "MigrationModel", "TestKit"]),
         tests("ConvertTests", ["Convert", "DiskImage", "HostKit", "MigrationModel", "TestKit"]),
         tests("ExportTests", ["Export", "FlotillaProtocol", "HostKit", "MigrationModel", "TestKit", protobuf]),

@@ -15,10 +15,12 @@ static inline amqp_rpc_reply_t flotilla_amqp_login_plain(
     return amqp_login_with_properties(
         state, vhost, 0, frame_max, heartbeat, properties, AMQP_SASL_METHOD_PLAIN, user, password);
 }
+// RabbitMQ takes the identity from the certificate and ignores the one that is sent, which librabbitmq 0.11 wants not
+// to be empty.
 static inline amqp_rpc_reply_t flotilla_amqp_login_external(
     amqp_connection_state_t state, const char *vhost, int frame_max, int heartbeat, const amqp_table_t *properties) {
     return amqp_login_with_properties(
-        state, vhost, 0, frame_max, heartbeat, properties, AMQP_SASL_METHOD_EXTERNAL, "");
+        state, vhost, 0, frame_max, heartbeat, properties, AMQP_SASL_METHOD_EXTERNAL, "certificate");
 }
 
 // eventfd(2) that neither blocks nor survives an exec.

@@ -1,7 +1,6 @@
 import CRabbitMQ
 import Glibc
 import HostKit
-import Messaging
 import MigrationModel
 
 extension Connection {
@@ -59,10 +58,7 @@ extension Connection {
         throws -> amqp_rpc_reply_t
     {
         let encoder = PropertyEncoder()
-        // What the broker shows people. Capabilities (connection.blocked, consumer_cancel_notify…) are the library's.
-        var about = encoder.table([
-            ("product", .string("Flotilla")), ("connection_name", .string("\(configuration.connectionName) \(name)")),
-        ])
+        var about = encoder.clientProperties(name: "\(configuration.connectionName) \(name)")
         let heartbeat = Int32(clamping: configuration.heartbeat.components.seconds)
         switch configuration.authentication {
         case .external:

@@ -50,8 +50,8 @@ final class ConsumeRole: LinkRole {
             case .closed(let retryAt) where retryAt <= now: try open(channel, connection)
             case .closed(let retryAt): due.append(retryAt)
             case .opening(let deadline) where deadline <= now:
-                throw MigrationError(
-                    .unavailable, "broker \(connection.broker) does not consume from \(channel.consumer.queue)")
+                // A queue without a leader, for one: no reason to disturb the other subscriptions.
+                try abandon(channel, "broker \(connection.broker) does not answer", connection)
             case .opening(let deadline): due.append(deadline)
             case .active: break
             }
@@ -62,7 +62,7 @@ final class ConsumeRole: LinkRole {
     private func handle(_ request: ConsumeRequest, _ connection: Connection?) throws {
         switch request {
         case .subscribe(let consumer):
-            guard let number = (1...UInt16(2047)).first(where: { channels[$0] == nil && !closing.contains($0) }) else {
+            guard let number = freeNumber else {
                 let error = MigrationError(.resourceExhausted, "a connection has room for 2047 consumers")
                 return consumer.started.answer(.failure(error))
             }
@@ -82,6 +82,8 @@ final class ConsumeRole: LinkRole {
         }
     }
 
+    private var freeNumber: UInt16? { (1...2047).first { channels[$0] == nil && !closing.contains($0) } }
+
     private func open(_ channel: ConsumerChannel, _ connection: Connection) throws {
         generation += 1
         channel.restart(generation, openBy: .now + configuration.requestTimeout)
@@ -98,22 +100,32 @@ final class ConsumeRole: LinkRole {
         try connection.closeChannel(channel.number)
     }
 
+    /// Closes a channel that is of no use any more and goes on, after a while, with another.
+    private func abandon(_ channel: ConsumerChannel, _ problem: String, _ connection: Connection) throws {
+        guard let number = freeNumber else { throw MigrationError(.resourceExhausted, "no channel is free") }
+        channels[channel.number] = nil
+        closing.insert(channel.number)
+        try connection.closeChannel(channel.number)
+        channel.number = number
+        channels[number] = channel
+        channel.consumer.set(isActive: false, problem: problem)
+        retry(channel)
+    }
+
     // MARK: - What the broker says
 
     func handle(_ frame: Frame, _ connection: Connection) throws {
         switch frame {
-        case .method(let number, .channelClosed):
-            closing.remove(number)
-            // Closed by us to start it again.
-            if let channel = channels[number] { retry(channel) }
+        case .method(let number, .channelClosed): closing.remove(number)
         case .method(let number, .channelClose(let code, let text)):
             try connection.confirmChannelClose(number)
+            closing.remove(number)
             guard let channel = channels[number] else { break }
             let error = Connection.refusal(code: code, text: text)
             channel.consumer.set(isActive: false, problem: error.description)
             if channel.hasStarted { retry(channel) } else { channels[number] = nil; channel.end(error) }
         case .method(let number, let method):
-            guard let channel = channels[number], !closing.contains(number) else { break }
+            guard let channel = channels[number] else { break }
             try handle(method, channel, connection)
         case .header(let number, _, _), .body(let number, _):
             guard let channel = channels[number], let content = channel.assembly.add(frame) else { break }
@@ -128,10 +140,7 @@ final class ConsumeRole: LinkRole {
         case .consuming: channel.activate()
         case .deliver: channel.assembly = ContentAssembly(method)
         case .consumerCancelled:
-            channel.consumer.set(isActive: false, problem: "the broker ended it: queue deleted, or its node lost")
-            channel.lose()
-            closing.insert(channel.number)
-            try connection.closeChannel(channel.number)
+            try abandon(channel, "the broker ended it: queue deleted, or its node lost", connection)
         default: break
         }
     }
@@ -185,7 +194,7 @@ final class ConsumerChannel {
     }
 
     let consumer: Consumer
-    let number: UInt16
+    var number: UInt16
     var state = State.closed(retryAt: .now)
     var generation: UInt64 = 0
     var unsettled: Set<UInt64> = []

@@ -51,7 +51,7 @@ final class Link: Sendable {
 
     var status: BusStatus.Connection { state.withLock { $0.status } }
 
-    /// Ends when the role has nothing left to do, or after `grace`. Returns when the thread is done.
+    /// Ends when the role has nothing left to do, or after `grace`. Returns when the thread is done, or about to be.
     func close(grace: Duration) async {
         state.withLock { if $0.endBy == nil { $0.endBy = .now + grace } }
         wakeup.signal()
@@ -69,8 +69,18 @@ final class Link: Sendable {
         rescue.cancel()
     }
 
-    /// Wakes a thread that is stuck in sending.
-    private func cut() { state.withLock { if let socket = $0.socket { shutdown(socket, Int32(SHUT_RDWR)) } } }
+    /// Wakes a thread that is stuck in sending. One that is connecting can't be woken; it is not waited for.
+    private func cut() {
+        let waiters = state.withLock { state in
+            if let socket = state.socket {
+                shutdown(socket, Int32(SHUT_RDWR))
+                return [CheckedContinuation<Void, Never>]()
+            }
+            defer { state.waiters = [] }
+            return state.waiters
+        }
+        for waiter in waiters { waiter.resume() }
+    }
 
     private var isEnding: Bool { state.withLock { $0.endBy != nil } }
 

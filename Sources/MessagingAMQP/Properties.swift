@@ -100,26 +100,48 @@ final class PropertyEncoder {
         return amqp_bytes_t(len: source.count, bytes: memory)
     }
 
-    func table(_ entries: [(String, HeaderValue)]) -> amqp_table_t {
+    func table(_ entries: [(String, HeaderValue)]) -> amqp_table_t { table(entries.map { ($0.0, field($0.1)) }) }
+
+    private func field(_ value: HeaderValue) -> amqp_field_value_t {
+        var field = amqp_field_value_t()
+        switch value {
+        case .string(let text):
+            field.kind = UInt8(AMQP_FIELD_KIND_UTF8.rawValue)
+            field.value.bytes = bytes(text)
+        case .integer(let number):
+            field.kind = UInt8(AMQP_FIELD_KIND_I64.rawValue)
+            field.value.i64 = number
+        case .bytes(let array):
+            field.kind = UInt8(AMQP_FIELD_KIND_BYTES.rawValue)
+            field.value.bytes = array.withUnsafeBytes(copy)
+        }
+        return field
+    }
+
+    private func table(_ entries: [(String, amqp_field_value_t)]) -> amqp_table_t {
         let size = MemoryLayout<amqp_table_entry_t>.stride * entries.count
         guard size > 0, let memory = amqp_pool_alloc(pool, size) else { return amqp_empty_table }
         let fields = memory.bindMemory(to: amqp_table_entry_t.self, capacity: entries.count)
         for (index, (key, value)) in entries.enumerated() {
-            var field = amqp_field_value_t()
-            switch value {
-            case .string(let text):
-                field.kind = UInt8(AMQP_FIELD_KIND_UTF8.rawValue)
-                field.value.bytes = bytes(text)
-            case .integer(let number):
-                field.kind = UInt8(AMQP_FIELD_KIND_I64.rawValue)
-                field.value.i64 = number
-            case .bytes(let array):
-                field.kind = UInt8(AMQP_FIELD_KIND_BYTES.rawValue)
-                field.value.bytes = array.withUnsafeBytes(copy)
-            }
-            (fields + index).initialize(to: amqp_table_entry_t(key: bytes(key), value: field))
+            (fields + index).initialize(to: amqp_table_entry_t(key: bytes(key), value: value))
         }
         return amqp_table_t(num_entries: Int32(entries.count), entries: fields)
+    }
+
+    /// What a client tells the broker of itself: its name, and which of the broker's extensions it understands
+    /// (https://www.rabbitmq.com/docs/connections#capabilities). The library adds what it does itself.
+    func clientProperties(name: String) -> amqp_table_t {
+        var yes = amqp_field_value_t()
+        yes.kind = UInt8(AMQP_FIELD_KIND_BOOLEAN.rawValue)
+        yes.value.boolean = 1
+        let understood = ["basic.nack", "connection.blocked", "consumer_cancel_notify", "publisher_confirms"]
+        var capabilities = amqp_field_value_t()
+        capabilities.kind = UInt8(AMQP_FIELD_KIND_TABLE.rawValue)
+        capabilities.value.table = table(understood.map { ($0, yes) })
+        return table([
+            ("product", field(.string("Flotilla"))), ("connection_name", field(.string(name))),
+            ("capabilities", capabilities),
+        ])
     }
 
     /// Persistent, with a timestamp of now.

@@ -115,8 +115,16 @@ final class Broker: Sendable {
             let command = ["sh", "-c", "exec \"$@\" </dev/null >'\(outputs.path)/out' 2>&1", "sh", script] + arguments
             var argv = command.map { strdup($0) } + [nil]
             defer { for text in argv { free(text) } }
+            // Threads of a Swift process may block signals, and a node that inherits that can't be asked to end.
+            var attributes = posix_spawnattr_t()
+            var none = sigset_t()
+            sigemptyset(&none)
+            posix_spawnattr_init(&attributes)
+            defer { posix_spawnattr_destroy(&attributes) }
+            posix_spawnattr_setsigmask(&attributes, &none)
+            posix_spawnattr_setflags(&attributes, Int16(POSIX_SPAWN_SETSIGMASK))
             var pid: pid_t = 0
-            let spawned = posix_spawn(&pid, "/bin/sh", nil, nil, &argv, environ)
+            let spawned = posix_spawn(&pid, "/bin/sh", nil, &attributes, &argv, environ)
             guard spawned == 0 else { throw systemError("start", script, errno: spawned) }
             var status: Int32 = 0
             while waitpid(pid, &status, 0) < 0, errno == EINTR {}

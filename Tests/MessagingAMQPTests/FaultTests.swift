@@ -1,0 +1,269 @@
+import HostKit
+import Messaging
+import MessagingAMQP
+import MigrationModel
+import Synchronization
+import TestKit
+import Testing
+
+extension RabbitMQ {
+    /// Brokers that restart, networks that fail, queues that vanish.
+    @Suite struct Faults {}
+}
+
+/// Publishes numbered messages without pause, again until they are confirmed, and keeps those that were.
+private func publishSteadily(_ bus: AMQPBus, _ names: Names, until stop: StopFlag) async -> Set<String> {
+    var confirmed: Set<String> = []
+    var number = 0
+    while !stop.isSet {
+        var message = Message(exchange: names.tasks, routingKey: "kvm1", body: [])
+        message.messageID = "\(number)"
+        if (try? await bus.publish(message)) != nil {
+            confirmed.insert(message.messageID)
+            number += 1
+        }
+    }
+    return confirmed
+}
+
+private final class Seen: Sendable {
+    private let state = Mutex<Set<String>>([])
+    var ids: Set<String> { state.withLock { $0 } }
+    var count: Int { state.withLock { $0.count } }
+
+    /// Acks what comes and keeps it, until the subscription ends.
+    func consume(_ subscription: Subscription) async {
+        for await delivery in subscription.deliveries {
+            state.withLock { _ = $0.insert(delivery.message.messageID) }
+            await delivery.settle(.ack)
+        }
+    }
+}
+
+extension RabbitMQ.Faults {
+    private func message(_ names: Names, _ id: String = "") -> Message {
+        var message = Message(exchange: names.tasks, routingKey: "kvm1", body: [])
+        message.messageID = id
+        return message
+    }
+
+    /// Publishing and consuming go on across `disturb`; nothing that was confirmed is lost.
+    private func expectNoLoss(
+        _ configuration: AMQPConfiguration, _ disturb: @Sendable (AMQPBus) async throws -> Void
+    ) async throws {
+        let names = Broker.names()
+        try await withBus(configuration) { bus in
+            try await bus.declare(names.topology(hosts: ["kvm1"]))
+            let subscription = try await bus.subscribe(names.tasks(of: "kvm1"), prefetch: 20)
+            let seen = Seen()
+            let consuming = Task { await seen.consume(subscription) }
+            let stop = StopFlag()
+            async let publishing = publishSteadily(bus, names, until: stop)
+            let before = try await eventually { seen.count > 100 ? seen.count : nil }
+            #expect(before != nil)
+            try await disturb(bus)
+            let reached = seen.count
+            let after = try await eventually(within: .seconds(30)) { seen.count > reached + 100 ? true : nil }
+            #expect(after == true, "\(bus.status.problems)")
+            stop.set()
+            let confirmed = await publishing
+            let all = try await eventually { seen.ids.isSuperset(of: confirmed) ? true : nil }
+            #expect(all == true, "lost: \(confirmed.subtracting(seen.ids))")
+            #expect(bus.status.isHealthy, "\(bus.status.problems)")
+            subscription.cancel()
+            await consuming.value
+        }
+    }
+
+    @Test func brokerRestartsLoseNothingConfirmed() async throws {
+        let broker = try Broker.current
+        try await expectNoLoss(broker.configuration()) { bus in
+            // In this order: RabbitMQ 3.10 forgets a quorum queue whose node is killed seconds after its declaration.
+            for how in ["stop", "kill"] {
+                try await broker.control(how)
+                let noticed = try await eventually { bus.status.isHealthy ? nil : bus.status }
+                #expect(noticed?.consumers.first?.isActive == false)
+                try await broker.control("start")
+                let back = try await eventually(within: .seconds(20)) { bus.status.isHealthy ? true : nil }
+                #expect(back == true, "\(bus.status.problems)")
+            }
+        }
+    }
+
+    @Test func resetConnectionsLoseNothingConfirmed() async throws {
+        let broker = try Broker.current
+        let proxy = try ChaosProxy(to: broker.nodes[0].port)
+        defer { proxy.stop() }
+        try await expectNoLoss(broker.configuration(ports: [proxy.port])) { bus in
+            for _ in 0..<5 {
+                let before = bus.status.connections
+                proxy.reset()
+                let again = try await eventually {
+                    zip(bus.status.connections, before).allSatisfy { $0.state != $1.state && $0.isConnected }
+                        ? true : nil
+                }
+                #expect(again == true)
+            }
+        }
+    }
+
+    /// Neither side closes, no packet comes: only heartbeats tell.
+    @Test func silentNetworkIsNoticedWithinTwoHeartbeats() async throws {
+        let broker = try Broker.current
+        let proxy = try ChaosProxy(to: broker.nodes[0].port)
+        defer { proxy.stop() }
+        var configuration = broker.configuration(ports: [proxy.port])
+        configuration.heartbeat = .seconds(1)
+        try await expectNoLoss(configuration) { bus in
+            proxy.set(.stall)
+            let started = ContinuousClock.now
+            let noticed = try await eventually {
+                bus.status.connections.allSatisfy { !$0.isConnected } ? true : nil
+            }
+            #expect(noticed == true)
+            #expect(ContinuousClock.now - started < .milliseconds(2600))
+            // Those that were stalled stay so for ever.
+            proxy.reset()
+            proxy.set(.forward)
+        }
+    }
+
+    /// A peer that does not read stops the thread in its send; publishing must fail in time and closing must end all
+    /// the same.
+    @Test func brokerThatDoesNotReadHoldsNobodyUp() async throws {
+        let broker = try Broker.current
+        let names = Broker.names()
+        let proxy = try ChaosProxy(to: broker.nodes[0].port)
+        defer { proxy.stop() }
+        var configuration = broker.configuration(ports: [proxy.port])
+        // Longer than all else here: nothing but TCP's own timeout, or closing, ends the send.
+        configuration.heartbeat = .seconds(60)
+        configuration.publishTimeout = .seconds(2)
+        let direct = try AMQPBus(broker.configuration())
+        try await direct.declare(names.topology(hosts: ["kvm1"]))
+        await direct.close()
+        let bus = try AMQPBus(configuration)
+        try await bus.publish(message(names))
+        for isClosing in [false, true] {
+            let connected = try await eventually { bus.status.connections[0].isConnected ? true : nil }
+            #expect(connected == true)
+            proxy.set(.stall)
+            var large = message(names)
+            large.body = [UInt8](repeating: 0, count: Message.maximumBody)
+            let started = ContinuousClock.now
+            async let codes = withTaskGroup(of: MigrationError.Code?.self) { [large] group in
+                for _ in 0..<16 { group.addTask { try? await code { try await bus.publish(large) } } }
+                return await group.reduce(into: Set()) { $0.insert($1) }
+            }
+            if isClosing { await bus.close(grace: .milliseconds(100)) }
+            #expect(await codes == [.unavailable])
+            #expect(ContinuousClock.now - started < .seconds(isClosing ? 4 : 10))
+            proxy.reset()
+            proxy.set(.forward)
+        }
+    }
+
+    @Test func alarmHoldsPublishersBackAndShows() async throws {
+        let broker = try Broker.current
+        let names = Broker.names()
+        var configuration = broker.configuration()
+        configuration.publishTimeout = .seconds(60)
+        try await withBus(configuration) { bus in
+            try await bus.declare(names.topology(hosts: ["kvm1"]))
+            try await broker.ctl("set_vm_memory_high_watermark", "absolute", "1MB")
+            async let publishing: Void = bus.publish(message(names))
+            let reason = try await eventually(within: .seconds(20)) {
+                if case .blocked(_, let reason) = bus.status.connections[0].state { reason } else { nil }
+            }
+            #expect(reason?.contains("memory") == true)
+            #expect(!bus.status.isHealthy)
+            // Consuming goes on meanwhile.
+            let events = try await bus.subscribe(names.coordinatorEvents, prefetch: 1)
+            events.cancel()
+            try await broker.ctl("set_vm_memory_high_watermark", "0.4")
+            try await publishing
+            #expect(bus.status.isHealthy)
+        }
+    }
+
+    @Test func fullQueueRefuses() async throws {
+        let broker = try Broker.current
+        let names = Broker.names()
+        try await withBus(broker.configuration()) { bus in
+            try await bus.declare(names.topology(hosts: ["kvm1"]))
+            try await broker.ctl(
+                "set_policy", "full", "^\(names.tasks(of: "kvm1"))$", #"{"max-length":2}"#, "--apply-to", "queues")
+            let refused = try await eventually { () -> MigrationError.Code? in
+                try await code { try await bus.publish(message(names)) }
+            }
+            #expect(refused == .resourceExhausted)
+            let subscription = try await bus.subscribe(names.tasks(of: "kvm1"), prefetch: 10)
+            let seen = Seen()
+            let consuming = Task { await seen.consume(subscription) }
+            let accepted = try await eventually {
+                try await code { try await bus.publish(message(names)) } == nil ? true : nil
+            }
+            #expect(accepted == true)
+            subscription.cancel()
+            await consuming.value
+            try await broker.ctl("clear_policy", "full")
+        }
+    }
+
+    @Test func consumerOfADeletedQueueComesBackWithIt() async throws {
+        let broker = try Broker.current
+        let names = Broker.names()
+        try await withBus(broker.configuration()) { bus in
+            try await bus.declare(names.topology(hosts: ["kvm1"]))
+            let subscription = try await bus.subscribe(names.tasks(of: "kvm1"), prefetch: 1)
+            let other = try await bus.subscribe(names.coordinatorEvents, prefetch: 1)
+            try await broker.ctl("delete_queue", names.tasks(of: "kvm1"))
+            let problem = try await eventually { bus.status.consumers.first { !$0.isActive }?.problem }
+            #expect(problem != nil)
+            #expect(bus.status.consumers.filter(\.isActive).map(\.queue) == [names.coordinatorEvents])
+            try await bus.declare(names.topology(hosts: ["kvm1"]))
+            let back = try await eventually { bus.status.isHealthy ? true : nil }
+            #expect(back == true)
+            try await bus.publish(message(names, "after"))
+            var iterator = subscription.deliveries.makeAsyncIterator()
+            #expect(try await iterator.delivery().message.messageID == "after")
+            other.cancel()
+        }
+    }
+
+    /// RabbitMQ ends the channel of a consumer that settles nothing for too long (30 minutes by default).
+    @Test func consumerTimeoutRedelivers() async throws {
+        let broker = try Broker.current
+        let names = Broker.names()
+        func set(timeout: Int, tick: Int) async throws {
+            try await broker.ctl(
+                "eval",
+                "application:set_env(rabbit, consumer_timeout, \(timeout)), "
+                    + "application:set_env(rabbit, channel_tick_interval, \(tick)).")
+        }
+        try await set(timeout: 300, tick: 100)
+        try await withBus(broker.configuration()) { bus in
+            try await bus.declare(names.topology(hosts: ["kvm1"]))
+            try await bus.publish(message(names, "slow"))
+            let subscription = try await bus.subscribe(names.tasks(of: "kvm1"), prefetch: 1)
+            var iterator = subscription.deliveries.makeAsyncIterator()
+            let late = try await iterator.delivery()
+            #expect(late.redeliveries == 0)
+            let again = try await iterator.delivery()
+            #expect(again.redeliveries == 1)
+            // Of the channel that is gone: must not settle, nor end, anything on the new one.
+            await late.settle(.ack)
+            await again.settle(.ack)
+            let empty = try await eventually {
+                let depth = try await bus.depth(of: names.tasks(of: "kvm1"))
+                return depth == QueueDepth(ready: 0, consumers: 1) ? true : nil
+            }
+            #expect(empty == true)
+        }
+        try await set(timeout: 1_800_000, tick: 60_000)
+    }
+}
+
+extension BusStatus.Connection {
+    fileprivate var isConnected: Bool { if case .connected = state { true } else { false } }
+}
