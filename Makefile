@@ -6,7 +6,7 @@ SHELL := bash
 GUEST := $(CURDIR)/.demo/guest
 SWIFT_SOURCES = $(shell find Sources Tests -name '*.swift' -not -path 'Sources/FlotillaProtocol/Generated/*') Package.swift
 
-.PHONY: help setup build demo test bench-disk format lint protos protos-check clean
+.PHONY: help setup build demo demo-fleet test bench-disk format lint protos protos-check clean
 
 help: ## list these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
@@ -20,6 +20,9 @@ build: ## build the flotilla binary (release)
 
 demo: ## migrate two virtual machines into a private libvirt and boot them
 	Tests/testbeds/demo/run
+
+demo-fleet: ## migrate three virtual machines through RabbitMQ and the workers of three hosts
+	Tests/testbeds/demo-fleet/run
 
 test: ## build everything with warnings as errors and run all tests
 	deploy/setup --test

@@ -241,6 +241,7 @@ extension Message {
     init(_ content: ContentAssembly.Content, exchange: String, routingKey: String) {
         self.init(exchange: exchange, routingKey: routingKey, body: content.body)
         type = content.properties.type
+        contentType = content.properties.contentType
         correlationID = content.properties.correlationID
         messageID = content.properties.messageID
         userID = content.properties.userID

@@ -11,6 +11,7 @@ struct Properties {
     static let deliveryCount = "x-delivery-count"
 
     var type = ""
+    var contentType = ""
     var correlationID = ""
     var messageID = ""
     var userID = ""
@@ -26,6 +27,7 @@ struct Properties {
             properties._flags & UInt32(bitPattern: flag) == 0 ? "" : bytes.text
         }
         type = text(AMQP_BASIC_TYPE_FLAG, properties.type)
+        contentType = text(AMQP_BASIC_CONTENT_TYPE_FLAG, properties.content_type)
         correlationID = text(AMQP_BASIC_CORRELATION_ID_FLAG, properties.correlation_id)
         messageID = text(AMQP_BASIC_MESSAGE_ID_FLAG, properties.message_id)
         userID = text(AMQP_BASIC_USER_ID_FLAG, properties.user_id)
@@ -158,6 +160,7 @@ final class PropertyEncoder {
             field = bytes(text)
         }
         set(&properties.type, message.type, AMQP_BASIC_TYPE_FLAG)
+        set(&properties.content_type, message.contentType, AMQP_BASIC_CONTENT_TYPE_FLAG)
         set(&properties.correlation_id, message.correlationID, AMQP_BASIC_CORRELATION_ID_FLAG)
         set(&properties.message_id, message.messageID, AMQP_BASIC_MESSAGE_ID_FLAG)
         set(&properties.user_id, message.userID, AMQP_BASIC_USER_ID_FLAG)
@@ -179,7 +182,8 @@ extension Message {
                 "message \(type) for \(correlationID) has \(body.count) bytes, \(Message.maximumBody) are allowed")
         }
         let names = [
-            ("exchange", exchange), ("routing key", routingKey), ("type", type), ("correlation-id", correlationID),
+            ("exchange", exchange), ("routing key", routingKey), ("type", type), ("content-type", contentType),
+            ("correlation-id", correlationID),
             ("message-id", messageID), ("user-id", userID),
         ]
         for (name, text) in names where text.utf8.count > 255 {

@@ -179,6 +179,7 @@ extension RabbitMQ.Conformance {
         try await with(kind) { bus, names in
             var message = task(names, "kvm1", "id-1")
             message.type = "/flotilla.v1.ConvertService/Convert"
+            message.contentType = "application/grpc+proto"
             message.correlationID = "task-ü"
             message.headers = [
                 "text": .string("naïve – ✓"), "empty": .string(""), "number": .integer(.min), "zero": .integer(0),

@@ -4,6 +4,7 @@ import FlotillaProtocol
 import GRPCCore
 import HostKit
 import MigrationModel
+import Passthrough
 import SwiftProtobuf
 
 struct MigrationCommand: AsyncParsableCommand {
@@ -23,10 +24,17 @@ struct MigrationCommand: AsyncParsableCommand {
         @OptionGroup var options: MigrationOptions
         @Argument(help: ArgumentHelp("What to migrate.", valueName: "source")) var sources: [String]
         @Option(name: .customLong("vm"), help: "Name of the VM within a source that holds several.") var vm = ""
+        @Option(help: "Name of the domain, when one VM is migrated (default: the VM's name).") var name: String?
         @Option(help: "Name of the host that does it and gets the VMs.") var host: String
         @Option(help: "Name of the host's pool for the disks.") var pool: String
         @Flag(help: "Return as soon as the coordinator has it.") var detach = false
         @Flag(help: "Print JSON.") var json = false
+
+        func validate() throws {
+            guard let name else { return }
+            guard isValidDomainName(name) else { throw ValidationError("'\(name)' can't be a domain's name") }
+            if sources.count > 1 { throw ValidationError("--name goes with one VM only") }
+        }
 
         func run() async throws {
             let requests = try sources.map { source in
@@ -34,6 +42,7 @@ struct MigrationCommand: AsyncParsableCommand {
                 var request = SubmitMigrationRequest()
                 request.sourceURL = "\(url.kind.rawValue):\(url.path)"
                 (request.vmName, request.host, request.pool) = (vm, host, pool)
+                request.options.domainName = name ?? ""
                 options.apply(to: &request)
                 return request
             }
