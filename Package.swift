@@ -30,6 +30,9 @@ let grpcHTTP2: Target.Dependency = .product(name: "GRPCNIOTransportHTTP2Posix", 
 let protobuf: Target.Dependency = .product(name: "SwiftProtobuf", package: "swift-protobuf")
 let grdb: Target.Dependency = .product(name: "GRDB", package: "GRDB.swift")
 let logging: Target.Dependency = .product(name: "Logging", package: "swift-log")
+let x509: Target.Dependency = .product(name: "X509", package: "swift-certificates")
+let crypto: Target.Dependency = .product(name: "Crypto", package: "swift-crypto")
+let asn1: Target.Dependency = .product(name: "SwiftASN1", package: "swift-asn1")
 let yaml: Target.Dependency = .product(name: "Yams", package: "Yams")
 let arguments: Target.Dependency = .product(name: "ArgumentParser", package: "swift-argument-parser")
 
@@ -43,6 +46,9 @@ let package = Package(
         .package(url: "https://github.com/apple/swift-protobuf", from: "1.39.0", traits: []),
         .package(url: "https://github.com/groue/GRDB.swift", from: "7.10.0"),
         .package(url: "https://github.com/apple/swift-log", from: "1.16.2"),
+        .package(url: "https://github.com/apple/swift-certificates", from: "1.21.1"),
+        .package(url: "https://github.com/apple/swift-crypto", from: "4.5.2"),
+        .package(url: "https://github.com/apple/swift-asn1", from: "1.7.4"),
         .package(url: "https://github.com/jpsim/Yams", from: "6.2.2"),
         .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
     ],
@@ -60,6 +66,8 @@ let package = Package(
         module("HostKit", ["MigrationModel", "CLinux", "COpenSSL"]),
         module("Messaging", ["MigrationModel", "FlotillaProtocol", "HostKit", grpc, grpcProtobuf, protobuf, logging]),
         module("MessagingAMQP", ["MigrationModel", "HostKit", "Messaging", "CRabbitMQ"]),
+        module(
+            "Enrollment", ["MigrationModel", "HostKit", "Messaging", "MessagingAMQP", x509, crypto, asn1]),
 
         module("DiskImage", ["MigrationModel", "HostKit", "CDeflate", "CLinux", "CZstd"]),
         module("Export", ["MigrationModel", "FlotillaProtocol", "HostKit", "CXML", protobuf]),
@@ -84,8 +92,8 @@ let package = Package(
         module(
             "FlotillaCLI",
             [
-                "MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", "MessagingAMQP", "Export", "DiskImage",
-                "Convert", "Passthrough", "Deploy", "Worker", "Coordinator",
+                "MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", "MessagingAMQP", "Enrollment", "Export",
+                "DiskImage", "Convert", "Passthrough", "Deploy", "Worker", "Coordinator",
                 grpc, grpcHTTP2, grpcInProcess, grpcProtobuf, protobuf, logging, yaml, arguments,
             ]),
         .executableTarget(name: "flotilla", dependencies: ["FlotillaCLI"], swiftSettings: settings),
@@ -99,6 +107,7 @@ let package = Package(
             "MessagingTests", ["Messaging", "MigrationModel", "FlotillaProtocol", "TestKit", grpc, protobuf, logging]),
         tests(
             "MessagingAMQPTests", ["MessagingAMQP", "CRabbitMQ", "Messaging", "HostKit", "MigrationModel", "TestKit"]),
+        tests("EnrollmentTests", ["Enrollment", "Messaging", "HostKit", "MigrationModel", "TestKit"]),
         tests("DiskImageTests", ["DiskImage", "HostKit", "MigrationModel", "TestKit"]),
         tests("ConvertTests", ["Convert", "DiskImage", "HostKit", "MigrationModel", "TestKit"]),
         tests("ExportTests", ["Export", "FlotillaProtocol", "HostKit", "MigrationModel", "TestKit", protobuf]),

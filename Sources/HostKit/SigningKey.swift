@@ -16,12 +16,14 @@ package struct PublicKey: Sendable, Hashable {
         bytes = handle.publicBytes
     }
 
-    /// Reads a PEM "PUBLIC KEY", as `openssl pkey -pubout` writes it.
-    package init(path: String) throws {
-        let bytes = try Files.read(path, limit: 64 << 10)
-        guard let key = readPEM(bytes, PEM_read_bio_PUBKEY), EVP_PKEY_get_id(key) == EVP_PKEY_ED25519 else {
+    /// Reads a file that holds a PEM "PUBLIC KEY", as `openssl pkey -pubout` writes it.
+    package init(path: String) throws { try self.init(pem: try Files.read(path, limit: 64 << 10), name: path) }
+
+    /// - Parameter name: for messages.
+    package init(pem: [UInt8], name: String) throws {
+        guard let key = readPEM(pem, PEM_read_bio_PUBKEY), EVP_PKEY_get_id(key) == EVP_PKEY_ED25519 else {
             throw MigrationError(
-                .invalidArgument, "\(path) holds no Ed25519 public key in PEM",
+                .invalidArgument, "\(name) holds no Ed25519 public key in PEM",
                 hint: "make one with: openssl pkey -in KEY -pubout")
         }
         self.init(KeyHandle(owning: key))

@@ -1,6 +1,6 @@
 import CRabbitMQ
 import HostKit
-import Messaging
+package import Messaging
 import MigrationModel
 
 /// Rare requests that wait for their answer, each round on a connection of its own: what they can do to a channel
@@ -99,7 +99,7 @@ struct Administration {
 
 extension Topology.Queue {
     /// Of `queue.declare`: https://www.rabbitmq.com/docs/queues#optional-arguments
-    fileprivate var arguments: [(String, HeaderValue)] {
+    package var arguments: [(String, HeaderValue)] {
         var arguments: [(String, HeaderValue)] = []
         switch kind {
         case .quorum: arguments.append(("x-queue-type", .string("quorum")))

@@ -9,7 +9,13 @@ import Worker
 
 struct WorkerCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "worker",
+        commandName: "worker", abstract: "One KVM host's part of the fleet.",
+        subcommands: [WorkerRunCommand.self, WorkerEnrollCommand.self], defaultSubcommand: WorkerRunCommand.self)
+}
+
+struct WorkerRunCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "run",
         abstract: "Serves the tasks of one KVM host from the fleet's message broker.",
         discussion: """
             SIGTERM drains: no task is taken any more, and the process ends when those it has are done, or after the \

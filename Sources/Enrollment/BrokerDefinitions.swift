@@ -1,0 +1,138 @@
+import Foundation
+package import Messaging
+import MessagingAMQP
+import MigrationModel
+
+/// What an operator imports into RabbitMQ (`rabbitmqctl import_definitions`): the virtual host, a user for each member
+/// of the fleet, what each may do, and the exchanges and queues. Users have no password: they log in by certificate.
+package struct BrokerDefinitions: Encodable {
+    private struct VirtualHost: Encodable { let name: String }
+
+    private struct User: Encodable {
+        let name: String
+        let password_hash = ""
+        let hashing_algorithm = "rabbit_password_hashing_sha256"
+        let tags = ""
+        let limits: [String: Int] = [:]
+    }
+
+    private struct Permission: Encodable {
+        let user: String
+        let vhost: String
+        let configure: String
+        let write: String
+        let read: String
+    }
+
+    private struct TopicPermission: Encodable {
+        let user: String
+        let vhost: String
+        let exchange: String
+        let write: String
+        let read: String
+    }
+
+    private struct Exchange: Encodable {
+        let name: String
+        let vhost: String
+        let type: String
+        let durable = true
+        let auto_delete = false
+        let `internal` = false
+        let arguments: [String: Int] = [:]
+    }
+
+    private struct Queue: Encodable {
+        let name: String
+        let vhost: String
+        let durable = true
+        let auto_delete = false
+        let arguments: [String: Argument]
+    }
+
+    private enum Argument: Encodable {
+        case text(String)
+        case number(Int64)
+
+        func encode(to encoder: any Encoder) throws {
+            var container = encoder.singleValueContainer()
+            switch self {
+            case .text(let text): try container.encode(text)
+            case .number(let number): try container.encode(number)
+            }
+        }
+    }
+
+    private struct Binding: Encodable {
+        let source: String
+        let vhost: String
+        let destination: String
+        let destination_type = "queue"
+        let routing_key: String
+        let arguments: [String: Int] = [:]
+    }
+
+    private let vhosts: [VirtualHost]
+    private let users: [User]
+    private let permissions: [Permission]
+    private let topic_permissions: [TopicPermission]
+    private let exchanges: [Exchange]
+    private let queues: [Queue]
+    private let bindings: [Binding]
+
+    /// - Parameter requesters: users of other programs that may ask for migrations and hear of them.
+    package init(_ names: Names, hosts: [String], requesters: [String] = [], virtualHost: String) {
+        let topology = names.topology(hosts: hosts)
+        func literally(_ text: String) -> String { NSRegularExpression.escapedPattern(for: text) }
+        let nothing = "^$"
+        vhosts = [VirtualHost(name: virtualHost)]
+        users = ([FleetMember.coordinator] + hosts + requesters).map { User(name: $0) }
+        let own = "^\(literally(names.namespace))\\..*"
+        permissions =
+            [
+                Permission(
+                    user: FleetMember.coordinator, vhost: virtualHost, configure: own, write: own, read: own)
+            ]
+            + hosts.map { host in
+                let queues = [names.tasks(of: host), names.control(of: host)].map(literally).joined(separator: "|")
+                return Permission(
+                    user: host, vhost: virtualHost, configure: nothing, write: "^\(literally(names.events))$",
+                    read: "^(\(queues))$")
+            }
+            + requesters.map { user in
+                // Its own queues, to bind to the notifications.
+                let own = "\(literally(user))\\..*"
+                return Permission(
+                    user: user, vhost: virtualHost, configure: "^\(own)$",
+                    write: "^(\(literally(names.requests))|\(own))$",
+                    read: "^(\(literally(names.notifications))|\(own))$")
+            }
+        topic_permissions = hosts.map { host in
+            TopicPermission(
+                user: host, vhost: virtualHost, exchange: names.events, write: "^evt\\.\(literally(host))\\.[^.]+$",
+                read: nothing)
+        }
+        exchanges = topology.exchanges.map { Exchange(name: $0.name, vhost: virtualHost, type: $0.kind.rawValue) }
+        queues = topology.queues.map { queue in
+            let arguments = queue.arguments.compactMap { name, value -> (String, Argument)? in
+                switch value {
+                case .string(let text): (name, .text(text))
+                case .integer(let number): (name, .number(number))
+                case .bytes: nil
+                }
+            }
+            return Queue(
+                name: queue.name, vhost: virtualHost,
+                arguments: Dictionary(arguments, uniquingKeysWith: { first, _ in first }))
+        }
+        bindings = topology.bindings.map {
+            Binding(source: $0.exchange, vhost: virtualHost, destination: $0.queue, routing_key: $0.routingKey)
+        }
+    }
+
+    package func json() throws -> String {
+        let encoder = JSONEncoder()
+        encoder.outputFormatting = [.sortedKeys, .prettyPrinted, .withoutEscapingSlashes]
+        return String(decoding: try encoder.encode(self), as: UTF8.self)
+    }
+}

@@ -1,0 +1,157 @@
+import Crypto
+import Foundation
+import HostKit
+import Messaging
+import MigrationModel
+import SwiftASN1
+import X509
+
+/// How a host joins a fleet, without a network of trust of its own: a request goes from the host to the coordinator, an
+/// answer back, both as files in whatever way the operator trusts. Private keys never leave the machine they were made
+/// on.
+package enum Enrollment {
+    /// What a host asks with. Proves that it has both private keys.
+    package struct Request: Codable, Sendable {
+        package var host: String
+        /// PEM of the host's Ed25519 public key.
+        var signingKey: String
+        /// PKCS #10 in PEM for the host's TLS key.
+        var certificateRequest: String
+        /// Signature with the signing key over host and certificate request.
+        var proof: Data
+
+        fileprivate static func proven(_ host: String, _ certificateRequest: String) -> [UInt8] {
+            Array("flotilla-enrollment-v1\n\(host)\n\(certificateRequest)".utf8)
+        }
+    }
+
+    /// What the coordinator answers.
+    package struct Answer: Codable, Sendable {
+        package var host: String
+        var certificate: String
+        var authority: String
+        /// PEM of the coordinator's Ed25519 public keys.
+        var coordinatorKeys: [String]
+    }
+
+    /// Makes the coordinator's keys and the fleet's certificate authority; what is there stays.
+    package static func makeFleet(in folder: FleetFolder) throws {
+        try folder.prepare()
+        let authority = try Authority.make(in: folder)
+        let key = try folder.ownKey()
+        try folder.trust(key.publicKey, of: FleetMember.coordinator)
+        guard !Files.exists(folder.certificate) else { return }
+        let tls = P256.Signing.PrivateKey()
+        try Files.writeAtomically(Array(tls.pemRepresentation.utf8) + [10], to: folder.tlsKey, mode: 0o600)
+        try Files.writeAtomically(
+            authority.issue(FleetMember.coordinator, .client, for: .init(tls.publicKey)), to: folder.certificate,
+            mode: 0o644)
+    }
+
+    /// A certificate and key for a broker node of this DNS name, in PEM.
+    package static func brokerCertificate(
+        _ name: String, in folder: FleetFolder
+    ) throws -> (certificate: [UInt8], key: [UInt8]) {
+        let tls = P256.Signing.PrivateKey()
+        let certificate = try Authority(folder).issue(name, .server, for: .init(tls.publicKey))
+        return (certificate, Array(tls.pemRepresentation.utf8) + [10])
+    }
+
+    /// On the host: makes its keys if it has none, and the request. Returns the request as JSON and the id of its
+    /// signing key, by which people on both ends can tell that it is the same.
+    package static func ask(host: String, in folder: FleetFolder) throws -> (json: [UInt8], keyID: String) {
+        guard FleetMember.isHostName(host) else {
+            throw MigrationError(
+                .invalidArgument, "'\(host)' can't name a host", hint: FleetMember.hostNameRule)
+        }
+        try folder.prepare()
+        let key = try folder.ownKey()
+        if !Files.exists(folder.tlsKey) {
+            try Files.writeAtomically(
+                Array(P256.Signing.PrivateKey().pemRepresentation.utf8) + [10], to: folder.tlsKey, mode: 0o600)
+        }
+        let tls = try Certificate.PrivateKey(
+            pemEncoded: String(decoding: try Files.readSecret(folder.tlsKey), as: UTF8.self))
+        let wanted = try CertificateSigningRequest(
+            version: .v1, subject: DistinguishedName { CommonName(host) }, privateKey: tls,
+            attributes: CertificateSigningRequest.Attributes(), signatureAlgorithm: .ecdsaWithSHA256
+        ).serializeAsPEM().pemString
+        let request = Request(
+            host: host, signingKey: String(decoding: key.publicKey.pem, as: UTF8.self), certificateRequest: wanted,
+            proof: Data(key.sign(Request.proven(host, wanted))))
+        return (try json(request), key.publicKey.id)
+    }
+
+    /// On the coordinator's machine: checks a request, believes the host's key from now on, and makes the answer.
+    ///
+    /// - Parameter replaces: takes the host's earlier keys away; without it they stay valid beside the new one.
+    package static func grant(
+        _ request: [UInt8], in folder: FleetFolder, replaces: Bool
+    ) throws -> (json: [UInt8], host: String, keyID: String) {
+        let wanted: Request
+        let key: PublicKey
+        let csr: CertificateSigningRequest
+        do {
+            wanted = try JSONDecoder().decode(Request.self, from: Data(request))
+            key = try PublicKey(pem: Array(wanted.signingKey.utf8), name: "the request's signing key")
+            csr = try CertificateSigningRequest(pemEncoded: wanted.certificateRequest)
+        } catch {
+            throw MigrationError(.invalidArgument, "the file holds no enrollment request", cause: error)
+        }
+        guard FleetMember.isHostName(wanted.host) else {
+            throw MigrationError(
+                .invalidArgument, "'\(wanted.host)' can't name a host", hint: FleetMember.hostNameRule)
+        }
+        guard key.verifies(Array(wanted.proof), of: Request.proven(wanted.host, wanted.certificateRequest)),
+            csr.publicKey.isValidSignature(csr.signature, for: csr)
+        else {
+            throw MigrationError(
+                .unauthenticated, "whoever made the request of \(wanted.host) does not have its keys",
+                hint: "make it again on the host with: flotilla worker enroll")
+        }
+        let certificate = try Authority(folder).issue(wanted.host, .client, for: csr.publicKey)
+        try folder.trust(key, of: wanted.host)
+        if replaces { _ = try folder.distrust(wanted.host, except: key.id) }
+        let keys = "\(folder.trusted)/\(FleetMember.coordinator)"
+        let answer = Answer(
+            host: wanted.host, certificate: String(decoding: certificate, as: UTF8.self),
+            authority: String(decoding: try Files.read(folder.authority), as: UTF8.self),
+            coordinatorKeys: try Files.list(keys).map {
+                String(decoding: try Files.read("\(keys)/\($0)"), as: UTF8.self)
+            })
+        return (try json(answer), wanted.host, key.id)
+    }
+
+    /// On the host: takes the coordinator's answer.
+    package static func accept(_ answer: [UInt8], in folder: FleetFolder) throws -> Answer {
+        let granted: Answer
+        let certificate: Certificate
+        let keys: [PublicKey]
+        do {
+            granted = try JSONDecoder().decode(Answer.self, from: Data(answer))
+            certificate = try Certificate(pemEncoded: granted.certificate)
+            keys = try granted.coordinatorKeys.map {
+                try PublicKey(pem: Array($0.utf8), name: "the coordinator's key")
+            }
+        } catch {
+            throw MigrationError(.invalidArgument, "the file holds no answer to an enrollment request", cause: error)
+        }
+        let tls = try Certificate.PrivateKey(
+            pemEncoded: String(decoding: try Files.readSecret(folder.tlsKey), as: UTF8.self))
+        guard certificate.publicKey == tls.publicKey else {
+            throw MigrationError(
+                .failedPrecondition, "the answer is for other keys than those in \(folder.path)",
+                hint: "make a new request with: flotilla worker enroll")
+        }
+        for key in keys { try folder.trust(key, of: FleetMember.coordinator) }
+        try Files.writeAtomically(Array(granted.authority.utf8), to: folder.authority, mode: 0o644)
+        try Files.writeAtomically(Array(granted.certificate.utf8), to: folder.certificate, mode: 0o644)
+        return granted
+    }
+
+    private static func json(_ value: some Encodable) throws -> [UInt8] {
+        let encoder = JSONEncoder()
+        encoder.outputFormatting = [.sortedKeys, .prettyPrinted, .withoutEscapingSlashes]
+        return Array(try encoder.encode(value)) + [10]
+    }
+}

@@ -1,0 +1,157 @@
+import ArgumentParser
+import Enrollment
+import HostKit
+import Messaging
+import MigrationModel
+
+struct FleetCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "fleet", abstract: "Sets a fleet up: keys, certificates, the broker's users and queues.",
+        discussion: """
+            1. on the coordinator's machine   flotilla fleet init
+            2. on each host                   flotilla worker enroll --host kvm1 > kvm1.request
+            3. on the coordinator's machine   flotilla host enroll kvm1.request > kvm1.answer
+            4. on the host                    flotilla worker enroll --answer kvm1.answer
+            5. for the broker                 flotilla fleet broker-certificate rabbit1.example.org
+                                              flotilla fleet definitions > fleet.json
+                                              rabbitmqctl import_definitions fleet.json
+            """,
+        subcommands: [Initialize.self, BrokerCertificate.self, Definitions.self])
+
+    struct Folder: ParsableArguments {
+        @Option(
+            name: .customLong("dir"), help: ArgumentHelp("Folder of keys and certificates.", valueName: "dir"),
+            completion: .directory)
+        var path = "/etc/flotilla"
+
+        var folder: FleetFolder { get throws { FleetFolder(try absolute(path)) } }
+    }
+
+    struct Initialize: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            commandName: "init",
+            abstract: "Makes the coordinator's keys and the fleet's certificate authority; what is there stays.")
+
+        @OptionGroup var place: Folder
+
+        func run() async throws {
+            let folder = try place.folder
+            try Enrollment.makeFleet(in: folder)
+            let key = try SigningKey(path: folder.signingKey).publicKey.id
+            Console.line("\(folder.path): coordinator's key \(key), certificate authority in ca.pem")
+        }
+    }
+
+    struct BrokerCertificate: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Makes a certificate and key for a broker node, NAME.pem and NAME.key in the present folder.")
+
+        @OptionGroup var place: Folder
+        @Argument(help: "The node's DNS name, as coordinator and workers call it.") var name: String
+
+        func run() async throws {
+            let target = try absolute(name)
+            for path in ["\(target).pem", "\(target).key"] where Files.exists(path) {
+                throw MigrationError(.alreadyExists, "\(path) exists", hint: "move it away first")
+            }
+            let (certificate, key) = try Enrollment.brokerCertificate(name, in: try place.folder)
+            try Files.writeAtomically(key, to: "\(target).key", mode: 0o600)
+            try Files.writeAtomically(certificate, to: "\(target).pem", mode: 0o644)
+            Console.line("\(target).pem and \(target).key: give the key to the broker's user alone")
+        }
+    }
+
+    struct Definitions: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Prints what the broker imports: users, permissions, exchanges and queues.",
+            discussion: "Import it again after hosts have joined; what is there stays as it is.")
+
+        @OptionGroup var place: Folder
+        @Option(help: "The broker's virtual host.") var virtualHost = "/"
+        @Option(help: "What the names of exchanges and queues begin with.") var namespace = "flotilla"
+        @Option(
+            name: .customLong("requester"),
+            help: "Broker user of another program that may ask for migrations. Repeatable.")
+        var requesters: [String] = []
+        @Option(name: .customLong("host"), help: "A host besides those enrolled. Repeatable.") var others: [String] = []
+
+        func run() async throws {
+            let hosts = Set(try place.folder.hosts() + others).sorted()
+            for host in hosts where !FleetMember.isHostName(host) {
+                throw ValidationError("'\(host)' can't name a host: \(FleetMember.hostNameRule)")
+            }
+            let definitions = BrokerDefinitions(
+                Names(namespace: namespace), hosts: hosts, requesters: requesters, virtualHost: virtualHost)
+            Console.line(try definitions.json())
+        }
+    }
+}
+
+struct WorkerEnrollCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "enroll",
+        abstract: "Makes this host's keys and a request to join, or takes the coordinator's answer.",
+        discussion: """
+            Private keys stay on this machine. Run it again to renew the certificate. To change the keys, move \
+            signing.key and tls.key away first; the coordinator believes both until the old one is forgotten.
+            """)
+
+    @OptionGroup var place: FleetCommand.Folder
+    @Option(help: ArgumentHelp("This host's name in the fleet; prints the request.", valueName: "name"))
+    var host: String?
+    @Option(help: ArgumentHelp("The coordinator's answer.", valueName: "file"), completion: .file())
+    var answer: String?
+
+    func validate() throws {
+        if (host == nil) == (answer == nil) { throw ValidationError("Give either --host or --answer") }
+    }
+
+    func run() async throws {
+        let folder = try place.folder
+        if let host {
+            let (json, key) = try Enrollment.ask(host: host, in: folder)
+            Console.out(String(decoding: json, as: UTF8.self))
+            Console.complain("request of \(host), key \(key): give it to flotilla host enroll on the coordinator")
+        } else if let answer {
+            let granted = try Enrollment.accept(try Files.read(answer, limit: 1 << 20), in: folder)
+            Console.line("\(granted.host) is enrolled; \(folder.path) holds what its worker's configuration names")
+        }
+    }
+}
+
+struct HostEnrollCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "enroll", abstract: "Lets a host join: takes its request, prints the answer.",
+        discussion: """
+            Compare the key it shows with the one the host showed, in a way you trust. The coordinator hears the host \
+            from then on; the broker needs its user, see flotilla fleet definitions.
+            """)
+
+    @OptionGroup var place: FleetCommand.Folder
+    @Argument(help: ArgumentHelp("The host's request.", valueName: "file"), completion: .file())
+    var request: String
+    @Flag(help: "Believe the new key only, not those the host had before.") var replace = false
+
+    func run() async throws {
+        let (json, host, key) = try Enrollment.grant(
+            try Files.read(request, limit: 1 << 20), in: try place.folder, replaces: replace)
+        Console.out(String(decoding: json, as: UTF8.self))
+        Console.complain("\(host) joins with key \(key)")
+    }
+}
+
+struct HostForgetCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "forget", abstract: "Believes a host's keys no more, all of them or all but one.",
+        discussion: "Takes effect within a minute. Its broker user and queues stay: delete them with rabbitmqctl.")
+
+    @OptionGroup var place: FleetCommand.Folder
+    @Argument(help: "The host's name.") var name: String
+    @Option(help: "Id of the key to keep.") var keep: String?
+
+    func run() async throws {
+        let removed = try place.folder.distrust(name, except: keep)
+        Console.line(
+            removed.isEmpty ? "\(name) has no such keys" : "\(name): forgot \(removed.joined(separator: ", "))")
+    }
+}

@@ -1,0 +1,124 @@
+import Enrollment
+import Foundation
+import Glibc
+import HostKit
+import Messaging
+import MigrationModel
+import TestKit
+import Testing
+
+@Suite struct EnrollmentTests {
+    /// A coordinator's folder and a host's, as after `fleet init` and `worker enroll`.
+    private struct Rig {
+        let folder: TemporaryFolder
+        let coordinator: FleetFolder
+        let host: FleetFolder
+
+        init() throws {
+            folder = try TemporaryFolder()
+            coordinator = FleetFolder("\(folder.path)/coordinator")
+            host = FleetFolder("\(folder.path)/host")
+            try Enrollment.makeFleet(in: coordinator)
+        }
+
+        func openssl(_ arguments: String...) throws -> String {
+            let process = Process()
+            process.executableURL = URL(filePath: "/usr/bin/openssl")
+            process.arguments = arguments
+            let output = Pipe()
+            process.standardOutput = output
+            process.standardError = output
+            try process.run()
+            let text = try output.fileHandleForReading.readToEnd() ?? Data()
+            process.waitUntilExit()
+            return String(decoding: text, as: UTF8.self)
+        }
+    }
+
+    /// Both sides then believe each other's messages, and OpenSSL the certificates.
+    @Test func hostJoins() throws {
+        let rig = try Rig()
+        let request = try Enrollment.ask(host: "kvm1", in: rig.host)
+        let answer = try Enrollment.grant(request.json, in: rig.coordinator, replaces: false)
+        #expect(answer.host == "kvm1" && answer.keyID == request.keyID)
+        #expect(try Enrollment.accept(answer.json, in: rig.host).host == "kvm1")
+        #expect(try rig.coordinator.hosts() == ["kvm1"])
+
+        let coordinator = FleetMember(
+            name: FleetMember.coordinator, key: try SigningKey(path: rig.coordinator.signingKey),
+            believes: try KeyRing(folder: rig.coordinator.trusted))
+        let worker = FleetMember(
+            name: "kvm1", key: try SigningKey(path: rig.host.signingKey),
+            believes: try KeyRing(folder: rig.host.trusted))
+        for (sender, receiver) in [(coordinator, worker), (worker, coordinator)] {
+            var message = Message(exchange: "", routingKey: "", body: [1, 2])
+            sender.sign(&message, for: receiver.name, validity: .seconds(60))
+            #expect(try receiver.verify(message) == sender.name)
+        }
+        let verified = try rig.openssl(
+            "verify", "-purpose", "sslclient", "-CAfile", rig.host.authority, rig.host.certificate,
+            rig.coordinator.certificate)
+        #expect(verified == "\(rig.host.certificate): OK\n\(rig.coordinator.certificate): OK\n")
+        #expect(
+            try rig.openssl("x509", "-in", rig.host.certificate, "-noout", "-subject", "-nameopt", "multiline")
+                .contains("commonName                = kvm1"))
+        for secret in [rig.host.signingKey, rig.host.tlsKey, rig.coordinator.authorityKey] {
+            #expect(try Files.readSecret(secret).isEmpty == false)
+        }
+    }
+
+    @Test func brokersCertificateServes() throws {
+        let rig = try Rig()
+        let (certificate, key) = try Enrollment.brokerCertificate("rabbit1.example.org", in: rig.coordinator)
+        let path = "\(rig.folder.path)/server.pem"
+        try Files.writeAtomically(certificate, to: path)
+        #expect(String(decoding: key, as: UTF8.self).hasPrefix("-----BEGIN PRIVATE KEY-----"))
+        let verified = try rig.openssl(
+            "verify", "-purpose", "sslserver", "-verify_hostname", "rabbit1.example.org", "-CAfile",
+            rig.coordinator.authority, path)
+        #expect(verified == "\(path): OK\n")
+        #expect(
+            try rig.openssl("verify", "-purpose", "sslclient", "-CAfile", rig.coordinator.authority, path)
+                .contains("unsuitable"))
+    }
+
+    /// A request whose parts don't belong together is refused, and nobody is believed for it.
+    @Test(arguments: ["host", "signingKey", "certificateRequest", "proof", "all"])
+    func forgedRequests(_ part: String) throws {
+        let rig = try Rig()
+        let other = FleetFolder("\(rig.folder.path)/other")
+        let mine = try Enrollment.ask(host: "kvm1", in: rig.host).json
+        let theirs = try Enrollment.ask(host: "kvm2", in: other).json
+        var object = try #require(try JSONSerialization.jsonObject(with: Data(mine)) as? [String: String])
+        let foreign = try #require(try JSONSerialization.jsonObject(with: Data(theirs)) as? [String: String])
+        if part == "all" { object = [:] } else { object[part] = foreign[part] }
+        let forged = Array(try JSONSerialization.data(withJSONObject: object))
+        let error = failure { try Enrollment.grant(forged, in: rig.coordinator, replaces: false) }
+        #expect(error?.code == (part == "all" ? .invalidArgument : .unauthenticated))
+        #expect(try rig.coordinator.hosts().isEmpty)
+    }
+
+    @Test func keysChangeWithAnOverlap() throws {
+        let rig = try Rig()
+        let first = try Enrollment.ask(host: "kvm1", in: rig.host)
+        _ = try Enrollment.grant(first.json, in: rig.coordinator, replaces: false)
+        try Files.remove(rig.host.signingKey)
+        let second = try Enrollment.ask(host: "kvm1", in: rig.host)
+        #expect(first.keyID != second.keyID)
+        _ = try Enrollment.grant(second.json, in: rig.coordinator, replaces: false)
+        let ring = try KeyRing(folder: rig.coordinator.trusted)
+        #expect(try ring.key(first.keyID, of: "kvm1") != nil && ring.key(second.keyID, of: "kvm1") != nil)
+        #expect(try rig.coordinator.distrust("kvm1", except: second.keyID) == [first.keyID])
+        #expect(try KeyRing(folder: rig.coordinator.trusted).key(first.keyID, of: "kvm1") == nil)
+    }
+
+    @Test func answerForOtherKeysIsRefused() throws {
+        let rig = try Rig()
+        let request = try Enrollment.ask(host: "kvm1", in: rig.host)
+        let answer = try Enrollment.grant(request.json, in: rig.coordinator, replaces: false)
+        try Files.remove(rig.host.tlsKey)
+        _ = try Enrollment.ask(host: "kvm1", in: rig.host)
+        #expect(failure { try Enrollment.accept(answer.json, in: rig.host) }?.code == .failedPrecondition)
+        #expect(!Files.exists(rig.host.certificate))
+    }
+}
