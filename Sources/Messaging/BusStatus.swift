@@ -30,14 +30,16 @@ package struct BusStatus: Sendable, Equatable {
 
     package struct Consumer: Sendable, Equatable {
         package var queue: String
-        /// Whether the broker has it registered.
-        package var isActive: Bool
+        /// Since when the broker has had it registered without a break; nil while it has not.
+        package var activeSince: Moment?
         /// Why it is not.
         package var problem: String?
 
-        package init(queue: String, isActive: Bool, problem: String? = nil) {
+        package var isActive: Bool { activeSince != nil }
+
+        package init(queue: String, activeSince: Moment?, problem: String? = nil) {
             self.queue = queue
-            self.isActive = isActive
+            self.activeSince = activeSince
             self.problem = problem
         }
     }

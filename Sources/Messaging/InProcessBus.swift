@@ -15,6 +15,7 @@ package final class InProcessBus: MessageBus {
     private struct Consumer {
         let id: Int
         let prefetch: Int
+        let since: Moment
         let continuation: AsyncStream<Delivery>.Continuation
         var unsettled: [Int: Stored] = [:]
     }
@@ -74,7 +75,7 @@ package final class InProcessBus: MessageBus {
             guard state.queues[queue] != nil else { throw MigrationError(.notFound, "queue \(queue) does not exist") }
             state.nextID += 1
             state.queues[queue]?.consumers.append(
-                Consumer(id: state.nextID, prefetch: max(prefetch, 1), continuation: continuation))
+                Consumer(id: state.nextID, prefetch: max(prefetch, 1), since: .now, continuation: continuation))
             let id = state.nextID
             dispatch(queue, &state)
             return id
@@ -86,25 +87,26 @@ package final class InProcessBus: MessageBus {
         state.withLock { state in
             BusStatus(
                 consumers: state.queues.values.flatMap { queue in
-                    queue.consumers.map { _ in .init(queue: queue.settings.name, isActive: true) }
+                    queue.consumers.map { .init(queue: queue.settings.name, activeSince: $0.since) }
                 })
         }
     }
 
-    package func depth(of queue: String) async throws -> QueueDepth {
-        let found = try look(at: queue)
-        return QueueDepth(ready: found.ready.count, consumers: found.consumers.count)
+    package func depths(of queues: [String]) async throws -> [String: QueueDepth] {
+        state.withLock { state in
+            queues.reduce(into: [:]) { depths, name in
+                depths[name] = state.queues[name].map {
+                    QueueDepth(ready: $0.ready.count, consumers: $0.consumers.count)
+                }
+            }
+        }
     }
 
     package func peek(_ queue: String, limit: Int) async throws -> [Message] {
-        try look(at: queue).ready.prefix(limit).map(\.message)
-    }
-
-    private func look(at queue: String) throws -> QueueState {
         guard let found = state.withLock({ $0.queues[queue] }) else {
             throw MigrationError(.notFound, "queue \(queue) does not exist")
         }
-        return found
+        return found.ready.prefix(limit).map(\.message)
     }
 
     private func cancel(consumer id: Int, of queue: String) {

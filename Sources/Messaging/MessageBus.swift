@@ -29,6 +29,9 @@ package struct Message: Sendable, Equatable {
     /// the bus rejects it.
     package static let maximumBody = 1 << 20
 
+    /// Set by `peek` on a message whose body it leaves out: the size of the body.
+    package static let omittedBodySize = "x-omitted-body-size"
+
     /// Headers that a broker adds to a dead letter: the queue it was in, the exchange it was sent to, and why it died
     /// the first time, `Death.rejected` or `Death.deliveryLimit`. Exchange and queue of later deaths are not kept.
     package enum Death {
@@ -117,10 +120,22 @@ package protocol MessageBus: Sendable {
     /// not settled by then is delivered again.
     func subscribe(_ queue: String, prefetch: Int) async throws -> Subscription
 
-    /// Throws `notFound` for an unknown queue.
-    func depth(of queue: String) async throws -> QueueDepth
+    /// What these queues hold. One that does not exist is left out. Better asked for many at once: a broker is
+    /// connected to for each call.
+    func depths(of queues: [String]) async throws -> [String: QueueDepth]
 
     /// The first messages of a queue, which stay there; those counted as unsettled with a consumer are not seen. For
-    /// people who look at dead letters: it counts as a delivery, so not for queues with a delivery limit.
+    /// people who look at dead letters: it counts as a delivery, so not for queues with a delivery limit. Of a message
+    /// that is larger than `Message.maximumBody` the body is empty, and header `Message.omittedBodySize` tells its size.
     func peek(_ queue: String, limit: Int) async throws -> [Message]
+}
+
+extension MessageBus {
+    /// Throws `notFound` for an unknown queue.
+    package func depth(of queue: String) async throws -> QueueDepth {
+        guard let depth = try await depths(of: [queue])[queue] else {
+            throw MigrationError(.notFound, "queue \(queue) does not exist")
+        }
+        return depth
+    }
 }

@@ -24,15 +24,20 @@ package final class AMQPBus: MessageBus {
     private let state = Mutex(State())
 
     /// Returns at once; `status` tells how connecting goes. Throws for a configuration that can't work.
-    package init(_ configuration: AMQPConfiguration) throws {
+    ///
+    /// - Parameter onChange: is told whenever a connection is made, lost, blocked or closed; on the connection's own
+    ///   thread, which waits for it.
+    package init(
+        _ configuration: AMQPConfiguration, onChange: @escaping @Sendable (BusStatus.Connection) -> Void = { _ in }
+    ) throws {
         try configuration.validate()
         self.configuration = configuration
         let (publishWakeup, consumeWakeup) = (try Wakeup(), try Wakeup())
         let (publishes, consumes) = (Inbox<PendingPublish>(publishWakeup), Inbox<ConsumeRequest>(consumeWakeup))
         self.publishes = publishes
         self.consumes = consumes
-        publishing = Link("publish", configuration, publishWakeup) { PublishRole(publishes, configuration) }
-        consuming = Link("consume", configuration, consumeWakeup) { ConsumeRole(consumes, configuration) }
+        publishing = Link("publish", configuration, publishWakeup, onChange) { PublishRole(publishes, configuration) }
+        consuming = Link("consume", configuration, consumeWakeup, onChange) { ConsumeRole(consumes, configuration) }
     }
 
     package var status: BusStatus {
@@ -67,8 +72,8 @@ package final class AMQPBus: MessageBus {
         }
     }
 
-    package func depth(of queue: String) async throws -> QueueDepth {
-        try await administer { try $0.depth(of: queue) }
+    package func depths(of queues: [String]) async throws -> [String: QueueDepth] {
+        try await administer { try $0.depths(of: queues) }
     }
 
     package func peek(_ queue: String, limit: Int) async throws -> [Message] {

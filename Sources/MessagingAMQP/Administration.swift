@@ -56,16 +56,31 @@ struct Administration {
         }
     }
 
-    func depth(of queue: String) throws -> QueueDepth {
-        let found = try connection.request { handle, encoder in
-            amqp_queue_declare(handle, Self.channel, encoder.bytes(queue), 1, 0, 0, 0, amqp_empty_table)
+    func depths(of queues: [String]) throws -> [String: QueueDepth] {
+        var depths: [String: QueueDepth] = [:]
+        for queue in queues { depths[queue] = try depth(of: queue) }
+        return depths
+    }
+
+    /// Nil for a queue that does not exist: the broker closes the channel over it, and the next takes its number.
+    private func depth(of queue: String) throws -> QueueDepth? {
+        do {
+            let found = try connection.request { handle, encoder in
+                amqp_queue_declare(handle, Self.channel, encoder.bytes(queue), 1, 0, 0, 0, amqp_empty_table)
+            }
+            return QueueDepth(ready: Int(found.message_count), consumers: Int(found.consumer_count))
+        } catch let error as MigrationError where error.code == .notFound {
+            try connection.confirmChannelClose(Self.channel)
+            _ = try connection.request { handle, _ in amqp_channel_open(handle, Self.channel) }
+            return nil
         }
-        return QueueDepth(ready: Int(found.message_count), consumers: Int(found.consumer_count))
     }
 
     /// Gets them without an ack: the end of the connection puts them back where they were.
     func peek(_ queue: String, limit: Int, within timeout: Duration) throws -> [Message] {
-        _ = try depth(of: queue)
+        guard try depth(of: queue) != nil else {
+            throw MigrationError(.notFound, "queue \(queue) does not exist")
+        }
         var messages: [Message] = []
         while messages.count < limit {
             try connection.get(queue, channel: Self.channel)
@@ -87,7 +102,11 @@ struct Administration {
                 case .header, .body:
                     guard let content = assembly.add(frame) else { continue }
                     if case .got(_, _, let exchange, let key) = content.method {
-                        messages.append(Message(content, exchange: exchange, routingKey: key))
+                        var message = Message(content, exchange: exchange, routingKey: key)
+                        if content.size > UInt64(Message.maximumBody) {
+                            message.headers[Message.omittedBodySize] = .integer(Int64(clamping: content.size))
+                        }
+                        messages.append(message)
                     }
                     break receiving
                 }

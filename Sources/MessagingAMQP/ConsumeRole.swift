@@ -108,7 +108,7 @@ final class ConsumeRole: LinkRole {
         try connection.closeChannel(channel.number)
         channel.number = number
         channels[number] = channel
-        channel.consumer.set(isActive: false, problem: problem)
+        channel.consumer.set(problem)
         retry(channel)
     }
 
@@ -122,7 +122,7 @@ final class ConsumeRole: LinkRole {
             closing.remove(number)
             guard let channel = channels[number] else { break }
             let error = Connection.refusal(code: code, text: text)
-            channel.consumer.set(isActive: false, problem: error.description)
+            channel.consumer.set(error.description)
             if channel.hasStarted { retry(channel) } else { channels[number] = nil; channel.end(error) }
         case .method(let number, let method):
             guard let channel = channels[number] else { break }
@@ -173,7 +173,7 @@ final class ConsumeRole: LinkRole {
         for channel in channels.values {
             channel.lose()
             channel.state = .closed(retryAt: .now)
-            channel.consumer.set(isActive: false, problem: error.description)
+            channel.consumer.set(error.description)
         }
     }
 
@@ -217,7 +217,7 @@ final class ConsumerChannel {
     func activate() {
         state = .active(since: .now)
         hasStarted = true
-        consumer.set(isActive: true)
+        consumer.set(nil)
         consumer.started.answer(.success(()))
     }
 
@@ -231,7 +231,7 @@ final class ConsumerChannel {
 
     func end(_ error: MigrationError) {
         lose()
-        consumer.set(isActive: false, problem: error.description)
+        consumer.set(error.description)
         consumer.started.answer(.failure(error))
         consumer.mailbox.finish()
     }

@@ -1,3 +1,4 @@
+import HostKit
 import Messaging
 import MigrationModel
 import Synchronization
@@ -16,15 +17,15 @@ final class Consumer: Sendable {
         self.queue = queue
         self.prefetch = prefetch
         self.deadline = deadline
-        state = Mutex(.init(queue: queue, isActive: false))
+        state = Mutex(.init(queue: queue, activeSince: nil))
     }
 
     var status: BusStatus.Consumer { state.withLock { $0 } }
 
-    /// - Parameter problem: why it is not active.
-    func set(isActive: Bool, problem: String? = nil) {
+    /// - Parameter problem: why the broker does not have it registered; nil when it has.
+    func set(_ problem: String?) {
         state.withLock {
-            $0.isActive = isActive
+            $0.activeSince = problem == nil ? .now : nil
             $0.problem = problem
         }
     }

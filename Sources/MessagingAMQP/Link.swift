@@ -36,15 +36,17 @@ final class Link: Sendable {
 
     private let configuration: AMQPConfiguration
     private let wakeup: Wakeup
+    private let onChange: @Sendable (BusStatus.Connection) -> Void
     private let state: Mutex<State>
 
     /// - Parameter role: is made on the link's thread and stays there.
     init(
         _ name: String, _ configuration: AMQPConfiguration, _ wakeup: Wakeup,
-        role: @escaping @Sendable () -> any LinkRole
+        _ onChange: @escaping @Sendable (BusStatus.Connection) -> Void, role: @escaping @Sendable () -> any LinkRole
     ) {
         self.configuration = configuration
         self.wakeup = wakeup
+        self.onChange = onChange
         state = Mutex(State(status: .init(name: name, state: .connecting(attempt: 1, lastError: nil))))
         spawnThread("amqp \(name)") { [self] in run(role()) }
     }
@@ -84,6 +86,14 @@ final class Link: Sendable {
 
     private var isEnding: Bool { state.withLock { $0.endBy != nil } }
 
+    private func change(_ body: (inout State) -> Void) {
+        let status = state.withLock { state in
+            body(&state)
+            return state.status
+        }
+        onChange(status)
+    }
+
     // MARK: - The thread
 
     private func run(_ role: any LinkRole) {
@@ -102,14 +112,14 @@ final class Link: Sendable {
                 if ContinuousClock.now - started > configuration.backoff.limit { attempt = 0 }
                 attempt += 1
                 let error = error as? MigrationError ?? MigrationError(.internal, "\(error)")
-                state.withLock { $0.status.state = .connecting(attempt: attempt, lastError: error.description) }
+                change { $0.status.state = .connecting(attempt: attempt, lastError: error.description) }
                 role.disconnected(error)
                 rest(configuration.backoff.delay(after: attempt), role)
             }
         }
         role.ended(MigrationError(.unavailable, "the bus is closed"))
+        change { $0.status.state = .closed }
         let waiters = state.withLock { state in
-            state.status.state = .closed
             state.hasEnded = true
             defer { state.waiters = [] }
             return state.waiters
@@ -122,7 +132,7 @@ final class Link: Sendable {
         let name = status.name
         let connection = try Connection(to: broker, configuration, name: name)
         let socket = fcntl(connection.descriptor, F_DUPFD_CLOEXEC, 0)
-        state.withLock { state in
+        change { state in
             state.socket = socket >= 0 ? socket : nil
             state.status.broker = broker.description
             state.status.lastInbound = .now
@@ -176,10 +186,10 @@ final class Link: Sendable {
             throw Connection.refusal(code: code, text: text)
         case .connectionBlocked(let reason):
             connection.blocked = reason
-            state.withLock { $0.status.state = .blocked(since: .now, reason: reason) }
+            change { $0.status.state = .blocked(since: .now, reason: reason) }
         case .connectionUnblocked:
             connection.blocked = nil
-            state.withLock { $0.status.state = .connected(since: .now) }
+            change { $0.status.state = .connected(since: .now) }
         default: break
         }
         return true

@@ -11,7 +11,8 @@ import Testing
 struct PrivateRabbitMQ: SuiteTrait, TestScoping {
     @TaskLocal static var broker: Broker?
 
-    var nodes = 1
+    /// `FLOTILLA_TEST_BROKERS=3` runs everything on a cluster instead of a single node.
+    static let nodes = Int(ProcessInfo.processInfo.environment["FLOTILLA_TEST_BROKERS"] ?? "1") ?? 1
 
     /// Around the whole suite, not around each test.
     let isRecursive = false
@@ -19,7 +20,7 @@ struct PrivateRabbitMQ: SuiteTrait, TestScoping {
     func provideScope(
         for test: Test, testCase: Test.Case?, performing function: @concurrent @Sendable () async throws -> Void
     ) async throws {
-        let broker = try await Broker(nodes: nodes)
+        let broker = try await Broker(nodes: Self.nodes)
         let result: Result<Void, any Error>
         do {
             try await Self.$broker.withValue(broker) { try await function() }

@@ -90,6 +90,22 @@ extension RabbitMQ.Faults {
         }
     }
 
+    @Test(.enabled(if: PrivateRabbitMQ.nodes > 1, "needs a cluster: FLOTILLA_TEST_BROKERS=3"))
+    func lossOfAnyNodeLosesNothingConfirmed() async throws {
+        let broker = try Broker.current
+        try await expectNoLoss(broker.configuration()) { bus in
+            for node in 1...broker.nodes.count {
+                let sent = bus.status.connections.compactMap(\.lastInbound)
+                try await broker.control("kill", node: node)
+                let back = try await eventually(within: .seconds(20)) {
+                    bus.status.isHealthy && bus.status.connections.compactMap(\.lastInbound) != sent ? true : nil
+                }
+                #expect(back == true, "without node \(node): \(bus.status.problems)")
+                try await broker.control("start", node: node)
+            }
+        }
+    }
+
     @Test func resetConnectionsLoseNothingConfirmed() async throws {
         let broker = try Broker.current
         let proxy = try ChaosProxy(to: broker.nodes[0].port)
@@ -105,6 +121,33 @@ extension RabbitMQ.Faults {
                 #expect(again == true)
             }
         }
+    }
+
+    @Test func everyChangeOfAConnectionIsReported() async throws {
+        let broker = try Broker.current
+        let proxy = try ChaosProxy(to: broker.nodes[0].port)
+        defer { proxy.stop() }
+        let reports = Mutex<[String]>([])
+        let bus = try AMQPBus(broker.configuration(ports: [proxy.port])) { connection in
+            let state =
+                switch connection.state {
+                case .connected: "connected"
+                case .connecting: "lost"
+                case .blocked: "blocked"
+                case .closed: "closed"
+                }
+            if connection.name == "publish" { reports.withLock { $0.append(state) } }
+        }
+        let made = try await eventually { bus.status.isHealthy ? true : nil }
+        #expect(made == true)
+        proxy.reset()
+        let again = try await eventually { reports.withLock { $0.count } == 3 ? true : nil }
+        #expect(again == true)
+        await bus.close()
+        #expect(reports.withLock { $0 } == ["connected", "lost", "connected", "closed"])
+        #expect(
+            try await code { try await bus.publish(Message(exchange: "", routingKey: "", body: [])) } == .unavailable)
+        #expect(try await code { _ = try await bus.subscribe("q", prefetch: 1) } == .unavailable)
     }
 
     /// Neither side closes, no packet comes: only heartbeats tell.
@@ -238,8 +281,8 @@ extension RabbitMQ.Faults {
         func set(timeout: Int, tick: Int) async throws {
             try await broker.ctl(
                 "eval",
-                "application:set_env(rabbit, consumer_timeout, \(timeout)), "
-                    + "application:set_env(rabbit, channel_tick_interval, \(tick)).")
+                "[rpc:multicall(application, set_env, [rabbit, Key, Value]) || "
+                    + "{Key, Value} <- [{consumer_timeout, \(timeout)}, {channel_tick_interval, \(tick)}]].")
         }
         try await set(timeout: 300, tick: 100)
         try await withBus(broker.configuration()) { bus in

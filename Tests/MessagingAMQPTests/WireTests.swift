@@ -177,6 +177,7 @@ extension RabbitMQ.Foreign {
                 return letters.isEmpty ? nil : letters
             }
             #expect(letters?.count == 1 && letters?[0].body == [])
+            #expect(letters?[0].headers[Message.omittedBodySize] == .integer(5 << 20))
         }
     }
 
