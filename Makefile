@@ -6,7 +6,7 @@ SHELL := bash
 GUEST := $(CURDIR)/.demo/guest
 SWIFT_SOURCES = $(shell find Sources Tests -name '*.swift' -not -path 'Sources/FlotillaProtocol/Generated/*') Package.swift
 
-.PHONY: help setup build demo demo-fleet test bench-disk format lint protos protos-check clean
+.PHONY: help setup build demo demo-fleet test test-faults bench-disk format lint protos protos-check clean
 
 help: ## list these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
@@ -30,6 +30,9 @@ test: ## build everything with warnings as errors and run all tests
 	swift build --build-tests
 	FLOTILLA_TEST_GUEST=$(GUEST) FLOTILLA_TEST_BIN=$$(swift build --show-bin-path)/flotilla \
 		swift test --skip-build --no-parallel
+
+test-faults: ## break a fleet in every way we know and check what is left; FAULTS="case…" chooses
+	Tests/faults/run $(FAULTS)
 
 bench-disk: build ## compare disk conversion with qemu-img and a bare C loop (about 20 GB, half an hour)
 	Tests/benchmarks/disk/run

@@ -67,11 +67,7 @@ extension Coordinator {
         }
         for request in requests {
             try request.validate()
-            guard try await store.write({ try $0.host(request.host) }) != nil else {
-                throw MigrationError(
-                    .notFound, "no worker of a host \(request.host) has been heard of",
-                    hint: "flotilla host list shows those that have")
-            }
+            try await requireHost(request.host)
         }
         return requests
     }

@@ -93,6 +93,17 @@ package final class Coordinator: Sendable {
         }
     }
 
+    /// Throws `notFound` for a host of which nothing is known. In one process the worker tells of its host in a moment;
+    /// that is waited for, and what earlier processes were told doesn't count.
+    func requireHost(_ name: String) async throws {
+        if !bus.isDurable { return await watchers.waitForHost(name) }
+        guard try await store.write({ try $0.host(name) }) != nil else {
+            throw MigrationError(
+                .notFound, "no worker of a host \(name) has been heard of",
+                hint: "flotilla host list shows those that have")
+        }
+    }
+
     /// Gives hosts their queues that joined since the start.
     private func welcome(_ hosts: @Sendable () throws -> [String]) async throws {
         var known: Set<String> = []

@@ -14,7 +14,7 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
         request: SubmitMigrationRequest, context: ServerContext
     ) async throws -> Migration {
         try request.validate()
-        await coordinator.watchers.waitForHost(request.host)
+        try await coordinator.requireHost(request.host)
         try Task.checkCancellation()
         let migration = try await coordinator.decide { try $0.submit(request) }
         Failpoint.coordinatorMigrationStored.hit()
@@ -26,7 +26,7 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
     ) async throws -> SubmitMigrationsResponse {
         for migration in request.migrations {
             try migration.validate()
-            await coordinator.watchers.waitForHost(migration.host)
+            try await coordinator.requireHost(migration.host)
         }
         try Task.checkCancellation()
         let ids = try await coordinator.decide { transitions in

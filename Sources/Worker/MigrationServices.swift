@@ -162,14 +162,18 @@ struct ConvertHandler: ConvertService.ServiceProtocol {
 struct DeployHandler: DeployService.ServiceProtocol {
     let configuration: WorkerConfiguration
     let permit: @Sendable (String, CallIdentity) async throws -> Void
+    /// Tells the coordinator what the host is like now.
+    let announce: @Sendable () async -> Void
     /// Choosing devices and defining the domain that takes them is one step: two VMs never get the same GPU.
     private let placement = Slots(1)
 
     init(
-        configuration: WorkerConfiguration, permit: @escaping @Sendable (String, CallIdentity) async throws -> Void
+        configuration: WorkerConfiguration, permit: @escaping @Sendable (String, CallIdentity) async throws -> Void,
+        announce: @escaping @Sendable () async -> Void
     ) {
         self.configuration = configuration
         self.permit = permit
+        self.announce = announce
     }
 
     func deploy(
@@ -213,6 +217,8 @@ struct DeployHandler: DeployService.ServiceProtocol {
                 try await writer.write(.with { [result] in $0.result = result })
                 return [:]
             }
+            // The coordinator hears of the domain before it hears that the task is done.
+            await announce()
             try await writer.step(domain.name, "defined as \(result.domainUuid)")
             if options.start {
                 try await blocking("deploy") { try domain.start() }

@@ -11,6 +11,7 @@ package final class Worker: Sendable {
     private let configuration: WorkerConfiguration
     private let journal: Journal
     private let transport: BusServerTransport
+    private let logger: Logger
     private let server: GRPCServer<BusServerTransport>
 
     /// Opens the journal. Blocking.
@@ -20,6 +21,7 @@ package final class Worker: Sendable {
         _ configuration: WorkerConfiguration, bus: any MessageBus, member: FleetMember, logger: Logger
     ) throws {
         self.configuration = configuration
+        self.logger = logger
         let pools = configuration.pools
         let convert = ConvertService.Method.Convert.descriptor.fullyQualifiedMethod
         journal = try Journal(path: configuration.journalPath, answers: { $0 == convert }) { task in
@@ -35,27 +37,48 @@ package final class Worker: Sendable {
             services: [
                 ExportHandler(configuration: configuration),
                 ConvertHandler(configuration: configuration, permit: permit),
-                DeployHandler(configuration: configuration, permit: permit),
+                DeployHandler(configuration: configuration, permit: permit) {
+                    await Self.announceAgain(configuration, transport, logger)
+                },
             ],
             interceptors: [ErrorInterceptor()])
     }
 
-    /// Tells the coordinator what this host is, then serves until `drain` or `stopNow`.
-    /// Throws `unavailable` when libvirt can't be reached: a worker without it would only fail its tasks.
+    /// Tells the coordinator what this host is, again and again since it changes, and serves until `drain` or `stopNow`.
+    /// Throws `unavailable` when libvirt can't be reached at the start: a worker without it would only fail its tasks.
     @concurrent
     package func run() async throws {
-        try await announce()
+        try await Self.announce(configuration, transport)
         await transport.republish()
-        try await server.serve()
+        try await withThrowingTaskGroup(of: Void.self) { group in
+            group.addTask { try await self.server.serve() }
+            group.addTask {
+                while true {
+                    try await Task.sleep(for: self.configuration.inventoryInterval)
+                    await Self.announceAgain(self.configuration, self.transport, self.logger)
+                }
+            }
+            defer { group.cancelAll() }
+            try await group.next()
+        }
     }
 
-    private func announce() async throws {
-        let profile = try await blocking("inventory") { [configuration] in
+    private static func announce(_ configuration: WorkerConfiguration, _ transport: BusServerTransport) async throws {
+        let profile = try await blocking("inventory") {
             try hostProfile(
                 name: configuration.host, connection: LibvirtConnection(uri: configuration.libvirtURI),
                 pools: configuration.pools)
         }
         try await transport.publishInventory(profile)
+    }
+
+    /// What can't be told now is told the next time.
+    private static func announceAgain(
+        _ configuration: WorkerConfiguration, _ transport: BusServerTransport, _ logger: Logger
+    ) async {
+        do { try await announce(configuration, transport) } catch {
+            logger.warning("inventory not published", metadata: ["error": "\(error)"])
+        }
     }
 
     /// Returns once every result of these migrations is with the coordinator and cleaned up after, or when cancelled.

@@ -17,6 +17,8 @@ package struct WorkerConfiguration: Sendable {
     package var stateDirectory: String
     package var names: Names
     package var transport: BusServerTransport.Settings
+    /// How often the coordinator is told what the host is like.
+    package var inventoryInterval = Duration.seconds(60)
 
     package init(
         host: String, libvirtURI: String, pools: [PoolFolder], sourceFolders: [String], stateDirectory: String,

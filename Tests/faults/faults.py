@@ -1,0 +1,317 @@
+"""The ways to break a fleet. `Tests/faults/run --help` says what is checked after each."""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+from bus import Tap
+from fleet import HOSTS, LEASE, Fleet, Violation, wait
+from proxy import ChaosProxy
+
+WORKER_FAILPOINTS = [
+    "worker.accepted", "worker.accepted-published", "worker.result-journaled", "worker.result-published",
+    "export.manifest-written", "convert.image-created", "convert.chunk-written:3", "convert.checkpoint",
+    "convert.image-finished", "convert.disk-published", "deploy.permitted", "deploy.defined",
+]
+COORDINATOR_FAILPOINTS = [
+    "coordinator.migration-stored", "coordinator.task-stored", "coordinator.task-sent", "coordinator.result-stored",
+]
+
+
+def worker_failpoints(fleet, points=WORKER_FAILPOINTS):
+    """kill -9 of a worker at every failpoint"""
+    for point in points:
+        fleet.kill("kvm1")
+        fleet.begin("kvm1", point)
+        fleet.submit(["kvm1"])
+        wait(60, f"kvm1 to die at {point}", lambda: fleet.pid("kvm1") is None)
+        fleet.begin("kvm1")
+    fleet.wait_ended()
+
+
+def coordinator_failpoints(fleet, points=COORDINATOR_FAILPOINTS):
+    """kill -9 of the coordinator at every failpoint"""
+    for point in points:
+        fleet.kill("coordinator")
+        fleet.begin("coordinator", point)
+        fleet.number += 1
+        name = f"fault-{fleet.number}"
+        fleet.names.append((name, "kvm2"))
+        # Some die before they answer, some after.
+        wait(60, f"the coordinator to die at {point}",
+             lambda: fleet.pid("coordinator") is None or not fleet.ask(name, "kvm2") and fleet.pid("coordinator") is None)
+        fleet.begin("coordinator")
+        wait(60, f"the coordinator to take {name}", lambda: fleet.ask(name, "kvm2"))
+    fleet.wait_ended()
+
+
+def broker_killed(fleet):
+    """kill -9 of the broker while tasks run, and a restart"""
+    fleet.submit(HOSTS * 2)
+    wait(60, "a conversion", lambda: fleet.in_stage("convert"))
+    fleet.kill("broker")
+    fleet.begin("broker")
+    fleet.wait_ended()
+
+
+def broker_restarted(fleet):
+    """an orderly restart of the broker while tasks are being published"""
+    fleet.submit()
+    fleet.bed("stop", "broker")
+    fleet.begin("broker")
+    fleet.submit()
+    fleet.wait_ended()
+
+
+def paused_worker(fleet):
+    """SIGSTOP of a worker for longer than its lease, then SIGCONT"""
+    fleet.submit(["kvm1", "kvm1", "kvm2"])
+    wait(60, "a conversion", lambda: fleet.in_stage("convert"))
+    fleet.signal("kvm1", signal.SIGSTOP)
+    try:
+        # Its tasks are given out again as soon as their leases have run out.
+        wait(60, "another attempt", lambda: fleet.in_stage("convert", "sent") or fleet.in_stage("deploy", "sent"))
+    finally:
+        fleet.signal("kvm1", signal.SIGCONT)
+    fleet.wait_ended()
+
+
+def coordinator_away(fleet):
+    """the coordinator down for longer than the lease"""
+    fleet.submit()
+    wait(60, "a conversion", lambda: fleet.in_stage("convert"))
+    fleet.kill("coordinator")
+    time.sleep(LEASE * 2)  # the outage itself
+    fleet.begin("coordinator")
+    fleet.wait_ended()
+
+
+def all_killed(fleet):
+    """kill -9 of everything at once"""
+    fleet.submit()
+    wait(60, "a conversion", lambda: fleet.in_stage("convert"))
+    fleet.bed("kill", *HOSTS, "coordinator", "broker")
+    for name in ["broker", "coordinator", *HOSTS]:
+        fleet.begin(name)
+    fleet.wait_ended()
+
+
+def replayed(fleet):
+    """every task and event sent again, twice, in another order"""
+    with Tap(fleet) as tap:
+        fleet.submit()
+        fleet.wait_ended()
+        copies = tap.messages() * 2
+        random.Random(1).shuffle(copies)
+        tap.replay(copies)
+        tasks = sum(1 for message in copies if message.exchange.endswith(".tasks"))
+        letters = lambda: fleet.api("queue", "dead", "--limit", "1000").stdout.count("replay:")
+        wait(60, f"{tasks} replays among the dead letters", lambda: letters() >= tasks)
+        fleet.api("queue", "replay", "--all")
+    fleet.submit()
+    fleet.wait_ended()
+
+
+def bad_network(fleet, seconds=20):
+    """a worker behind a network that delays, resets, goes silent and half-closes"""
+    with ChaosProxy(fleet.port()) as proxy:
+        settings = fleet.dir / "kvm1.yaml"
+        text = settings.read_text()
+        fleet.kill("kvm1")
+        settings.write_text(text.replace(f"localhost:{fleet.port()}", f"localhost:{proxy.port}")
+                            .replace("broker:\n", "broker:\n  heartbeat: 2s\n"))
+        fleet.begin("kvm1")
+        try:
+            for mode in ("delay", "reset", "silence", "half-open", "reset"):
+                fleet.submit(["kvm1", "kvm2"])
+                proxy.behave(mode)
+                time.sleep(seconds / 5)  # how long the network is like this
+                proxy.behave("pass")
+            fleet.wait_ended()
+        finally:
+            fleet.kill("kvm1")
+            settings.write_text(text)
+            fleet.begin("kvm1")
+
+
+def full_disks(fleet):
+    """no space left for a worker's journal, then for the coordinator's store"""
+    for name in ("kvm1", "coordinator"):
+        state = fleet.dir / "state" / name
+        saved = state.with_name(f"{name}.saved")
+        fleet.kill(name)
+        state.rename(saved)
+        state.mkdir(mode=0o700)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m,mode=0700", "none", state], check=True)
+        try:
+            subprocess.run(["cp", "-a", f"{saved}/.", state], check=True)
+            fleet.begin(name)
+            fleet.submit(["kvm1", "kvm2"])
+            ballast = state / "ballast"
+            subprocess.run(["dd", "if=/dev/zero", f"of={ballast}", "bs=4k"], check=False, stderr=subprocess.DEVNULL)
+            complaint = lambda: "No space left" in (fleet.dir / f"log/{name}.log").read_text() or \
+                "can't grow" in (fleet.dir / f"log/{name}.log").read_text()
+            fleet.ask("fault-full", "kvm1")
+            wait(60, f"{name} to find its disk full", complaint)
+            ballast.unlink()
+            fleet.begin(name)  # if it ended for that
+            fleet.wait_api()
+            # "No space left" is an honest end of a migration; with space it goes on.
+            fleet.ask("fault-full", "kvm1")
+            fleet.names.append(("fault-full", "kvm1"))
+            fleet.wait_ended()
+            for each in fleet.migrations().values():
+                if each["state"] == "FAILED":
+                    fleet.api("migration", "retry", each["id"])
+            fleet.wait_ended()
+            fleet.judge()
+        finally:
+            fleet.kill(name)
+            subprocess.run(["cp", "-a", f"{state}/.", saved], check=True)
+            subprocess.run(["umount", "-l", state], check=True)
+            state.rmdir()
+            saved.rename(state)
+            fleet.begin(name)
+    fleet.submit()
+    fleet.wait_ended()
+
+
+def key_rotated(fleet):
+    """the coordinator's and a worker's signing keys changed with an overlap, while tasks run"""
+    fleet.submit()
+    for name, believers in (("coordinator", HOSTS), ("kvm1", ["coordinator"])):
+        new = fleet.dir / f"keys/{name}.new"
+        subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", new], check=True, stderr=subprocess.DEVNULL)
+        os.chmod(new, 0o600)
+        for believer in believers:
+            subprocess.run(["openssl", "pkey", "-in", new, "-pubout", "-out",
+                            fleet.dir / f"trusted/{believer}/{name}/2.pem"], check=True)
+        new.rename(fleet.dir / f"keys/{name}.key")
+        fleet.bed("stop", name)
+        fleet.begin(name)
+        for believer in believers:
+            (fleet.dir / f"trusted/{believer}/{name}/2.pem").replace(fleet.dir / f"trusted/{believer}/{name}/1.pem")
+        fleet.submit()
+    fleet.wait_ended()
+
+
+def certificate_rotated(fleet):
+    """a worker's broker certificate replaced, and its connections closed while tasks run"""
+    fleet.submit(["kvm1", "kvm2"])
+    tls = fleet.dir / "rabbitmq/tls"
+    run = lambda *words: subprocess.run(words, check=True, cwd=tls, stderr=subprocess.DEVNULL)
+    run("openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=kvm1",
+        "-keyout", "new.key", "-out", "new.csr")
+    (tls / "new.ext").write_text("extendedKeyUsage=clientAuth\nsubjectAltName=DNS:kvm1\n")
+    run("openssl", "x509", "-req", "-in", "new.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days",
+        "30", "-extfile", "new.ext", "-out", "new.pem")
+    os.chmod(tls / "new.key", 0o600)
+    (tls / "new.key").replace(tls / "kvm1.key")
+    (tls / "new.pem").replace(tls / "kvm1.pem")
+    fleet.rabbitmqctl("close_all_connections", "certificates change")
+    fleet.submit(["kvm1"])
+    fleet.wait_ended()
+
+
+def permission_revoked(fleet):
+    """a worker's broker permissions taken away while it works, and given back"""
+    listed = [line.split("\t") for line in fleet.rabbitmqctl("list_user_permissions", "kvm1", "--no-table-headers")
+              .splitlines()]
+    virtual_host, configure, write, read = listed[0]
+    fleet.submit(["kvm1", "kvm2"])
+    fleet.rabbitmqctl("clear_permissions", "-p", virtual_host, "kvm1")
+    time.sleep(LEASE)  # how long it may do nothing
+    fleet.rabbitmqctl("set_permissions", "-p", virtual_host, "kvm1", configure, write, read)
+    fleet.wait_ended()
+
+
+def drained(fleet):
+    """SIGTERM of a busy worker: it finishes or checkpoints, and the next process goes on"""
+    fleet.submit(["kvm1", "kvm1"])
+    wait(60, "a conversion", lambda: fleet.in_stage("convert"))
+    fleet.bed("stop", "kvm1")
+    fleet.begin("kvm1")
+    fleet.wait_ended()
+
+
+def random_schedule(fleet, seed, seconds):
+    """all of these in a random order, several at once"""
+    chance = random.Random(seed)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        fleet.submit([chance.choice(HOSTS) for _ in range(chance.randint(1, 3))])
+        for _ in range(chance.randint(1, 3)):
+            victim = chance.choice(["broker", "coordinator", *HOSTS])
+            kind = chance.choice(["kill", "kill", "stop", "pause"])
+            time.sleep(chance.uniform(0, 1.5))  # a random moment
+            if kind == "pause" and victim != "broker" and fleet.pid(victim):
+                fleet.signal(victim, signal.SIGSTOP)
+                time.sleep(chance.choice([0.5, LEASE * 1.5]))  # the pause itself
+                fleet.signal(victim, signal.SIGCONT)
+            else:
+                fleet.bed("kill" if kind != "stop" else "stop", victim)
+                time.sleep(chance.uniform(0, 2))  # how long it is away
+                fleet.begin(victim)
+        for name in ["coordinator", *HOSTS]:  # those that ended themselves, as a service manager would
+            fleet.begin(name)
+    deadline = time.monotonic() + 240
+    while not fleet.ended():
+        if time.monotonic() > deadline:
+            raise Violation("waited 240 s in vain for all migrations to end")
+        for name in ["coordinator", *HOSTS]:
+            fleet.begin(name)
+        time.sleep(0.5)
+
+
+CASES = {
+    "worker-failpoints": worker_failpoints, "coordinator-failpoints": coordinator_failpoints,
+    "broker-killed": broker_killed, "broker-restarted": broker_restarted, "paused-worker": paused_worker,
+    "coordinator-away": coordinator_away, "all-killed": all_killed, "replayed": replayed, "bad-network": bad_network,
+    "full-disks": full_disks, "key-rotated": key_rotated,
+    "certificate-rotated": certificate_rotated, "permission-revoked": permission_revoked, "drained": drained,
+    "random": random_schedule,
+}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--dir")
+    parser.add_argument("--flotilla")
+    parser.add_argument("--guest")
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--seconds", type=int, default=120)
+    parser.add_argument("cases", nargs="*", metavar="CASE")
+    options = parser.parse_args()
+    if options.list:
+        for name, case in CASES.items():
+            print(f"{name:24}{case.__doc__}")
+        return 0
+    unknown = [case for case in options.cases if case not in CASES]
+    if unknown:
+        print(f"no case {unknown[0]}; see `run list`", file=sys.stderr)
+        return 2
+    fleet = Fleet(options.dir, options.flotilla, options.guest)
+    fleet.start()
+    try:
+        for name in options.cases or CASES:
+            began = time.monotonic()
+            case = CASES[name]
+            print(f"{name}: {case.__doc__}" + (f", seed {options.seed}" if name == "random" else ""), flush=True)
+            try:
+                case(fleet, options.seed, options.seconds) if name == "random" else case(fleet)
+                print(f"  {fleet.judge()}, {time.monotonic() - began:.0f} s", flush=True)
+            except Violation as violation:
+                print(f"  VIOLATED: {violation}\n  left in {fleet.dir}, logs in {fleet.dir}/log", flush=True)
+                return 1
+    finally:
+        fleet.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
