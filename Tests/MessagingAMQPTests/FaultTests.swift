@@ -150,6 +150,58 @@ extension RabbitMQ.Faults {
         #expect(try await code { _ = try await bus.subscribe("q", prefetch: 1) } == .unavailable)
     }
 
+    @Test func closingSendsWhatWasPublishedAndSettled() async throws {
+        let broker = try Broker.current
+        let names = Broker.names()
+        let queue = names.tasks(of: "kvm1")
+        try await withBus(broker.configuration()) { other in
+            try await other.declare(names.topology(hosts: ["kvm1"]))
+            for number in 0..<20 { try await other.publish(message(names, "\(number)")) }
+            let bus = try AMQPBus(broker.configuration())
+            let subscription = try await bus.subscribe(queue, prefetch: 20)
+            var iterator = subscription.deliveries.makeAsyncIterator()
+            var deliveries: [Delivery] = []
+            while deliveries.count < 20 { deliveries.append(try await iterator.delivery()) }
+            for delivery in deliveries { await delivery.settle(.ack) }
+            async let published: Void = bus.publish(message(names, "last"))
+            await bus.close()
+            #expect(await iterator.next() == nil)
+            // Published in time or refused, but not lost.
+            let isPublished = (try? await published) != nil
+            let depth = try await other.depth(of: queue)
+            #expect(depth == QueueDepth(ready: isPublished ? 1 : 0, consumers: 0))
+        }
+    }
+
+    @Test func closedBusesLeaveNothingBehind() async throws {
+        let broker = try Broker.current
+        let proxy = try ChaosProxy(to: broker.nodes[0].port)
+        defer { proxy.stop() }
+        /// Sockets and event counters, and threads of buses.
+        func held() throws -> [Int] {
+            let threads = try Files.list("/proc/self/task").filter { thread in
+                ((try? Files.read("/proc/self/task/\(thread)/comm")) ?? []).starts(with: Array("amqp".utf8))
+            }
+            return [try Files.list("/proc/self/fd").count, threads.count]
+        }
+        let before = try held()
+        for _ in 0..<5 {
+            try await withBus(broker.configuration(ports: [proxy.port])) { bus in
+                for _ in 0..<3 {
+                    let made = try await eventually { bus.status.isHealthy ? true : nil }
+                    #expect(made == true)
+                    let connections = bus.status.connections.map(\.state)
+                    proxy.reset()
+                    let lost = try await eventually { bus.status.connections.map(\.state) != connections ? true : nil }
+                    #expect(lost == true)
+                }
+                _ = try await bus.depths(of: ["no.queue"])
+            }
+        }
+        let after = try await eventually { try held() == before ? before : nil }
+        #expect(after == before)
+    }
+
     /// Neither side closes, no packet comes: only heartbeats tell.
     @Test func silentNetworkIsNoticedWithinTwoHeartbeats() async throws {
         let broker = try Broker.current
