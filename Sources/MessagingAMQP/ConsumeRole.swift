@@ -31,33 +31,41 @@ final class ConsumeRole: LinkRole {
     }
 
     func work(_ connection: Connection?) throws -> ContinuousClock.Instant? {
-        for request in inbox.takeAll() { try handle(request, connection) }
-        if let connection { for channel in channels.values { try acknowledge(channel, connection) } }
-        let now = ContinuousClock.now
-        var due: [ContinuousClock.Instant] = []
-        for channel in channels.values {
-            if !channel.hasStarted {
-                if channel.consumer.started.isAnswered || channel.consumer.deadline <= now {
-                    let reason = connection == nil ? "no broker in reach" : "the broker does not answer"
-                    let error = MigrationError(
-                        .unavailable, "queue \(channel.consumer.queue) not subscribed in time: \(reason)")
-                    try remove(channel, error, connection)
-                    continue
-                }
-                due.append(channel.consumer.deadline)
-            }
-            guard let connection else { continue }
-            switch channel.state {
-            case .closed(let retryAt) where retryAt <= now: try open(channel, connection)
-            case .closed(let retryAt): due.append(retryAt)
-            case .opening(let deadline) where deadline <= now:
-                // A queue without a leader, for one: no reason to disturb the other subscriptions.
-                try abandon(channel, "broker \(connection.broker) does not answer", connection)
-            case .opening(let deadline): due.append(deadline)
-            case .active: break
-            }
+        var failure: (any Error)?
+        for request in inbox.takeAll() {
+            // When the connection fails halfway, those after it must still be known to the next.
+            do { try handle(request, failure == nil ? connection : nil) } catch { failure = error }
         }
-        return due.min()
+        if let failure { throw failure }
+        for channel in channels.values { try attend(to: channel, connection) }
+        return channels.values.compactMap { channel in
+            let start = channel.hasStarted ? nil : channel.consumer.deadline
+            switch channel.state {
+            case .active: return start
+            case .opening(let deadline): return start.map { min($0, deadline) } ?? deadline
+            case .closed(let retryAt): return connection == nil ? start : start.map { min($0, retryAt) } ?? retryAt
+            }
+        }.min()
+    }
+
+    /// Does what is due.
+    private func attend(to channel: ConsumerChannel, _ connection: Connection?) throws {
+        let now = ContinuousClock.now
+        if !channel.hasStarted, channel.consumer.started.isAnswered || channel.consumer.deadline <= now {
+            let reason = connection == nil ? "no broker in reach" : "the broker does not answer"
+            let error = MigrationError(
+                .unavailable, "queue \(channel.consumer.queue) not subscribed in time: \(reason)")
+            return try remove(channel, error, connection)
+        }
+        guard let connection else { return }
+        switch channel.state {
+        case .active: try acknowledge(channel, connection)
+        case .closed(let retryAt) where retryAt <= now: try open(channel, connection)
+        case .opening(let deadline) where deadline <= now:
+            // A queue without a leader, for one: no reason to disturb the other subscriptions.
+            try abandon(channel, "broker \(connection.broker) does not answer", connection)
+        case .closed, .opening: break
+        }
     }
 
     private func handle(_ request: ConsumeRequest, _ connection: Connection?) throws {

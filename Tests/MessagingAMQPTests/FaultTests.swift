@@ -150,6 +150,51 @@ extension RabbitMQ.Faults {
         #expect(try await code { _ = try await bus.subscribe("q", prefetch: 1) } == .unavailable)
     }
 
+    /// Whatever the moment at which the connection goes away: no call waits for ever, none is forgotten.
+    @Test func callsDuringResetsAllEnd() async throws {
+        let broker = try Broker.current
+        let names = Broker.names()
+        let proxy = try ChaosProxy(to: broker.nodes[0].port)
+        defer { proxy.stop() }
+        try await withBus(broker.configuration()) { try await $0.declare(names.topology(hosts: ["kvm1"])) }
+        var configuration = broker.configuration(ports: [proxy.port])
+        configuration.backoff = Backoff(base: .milliseconds(10), limit: .milliseconds(20))
+        try await withBus(configuration) { bus in
+            let done = StopFlag()
+            async let resets: Void = {
+                while !done.isSet {
+                    proxy.reset()
+                    try? await Task.sleep(for: .milliseconds(Int.random(in: 20...200)))
+                }
+            }()
+            let codes = await withTaskGroup(of: Set<MigrationError.Code?>.self) { group in
+                for _ in 0..<8 {
+                    group.addTask {
+                        var codes: Set<MigrationError.Code?> = []
+                        for _ in 0..<10 {
+                            _ = try? codes.insert(
+                                await code {
+                                    let subscription = try await bus.subscribe(names.tasks(of: "kvm1"), prefetch: 5)
+                                    defer { subscription.cancel() }
+                                    try await bus.publish(message(names))
+                                    var iterator = subscription.deliveries.makeAsyncIterator()
+                                    await iterator.next(isolation: #isolation)?.settle(.ack)
+                                })
+                        }
+                        return codes
+                    }
+                }
+                return await group.reduce(into: Set()) { $0.formUnion($1) }
+            }
+            done.set()
+            await resets
+            #expect(codes.isSubset(of: [nil, .unavailable]), "\(codes)")
+            let healthy = try await eventually { bus.status.isHealthy ? true : nil }
+            #expect(healthy == true)
+            #expect(bus.status.consumers.isEmpty)
+        }
+    }
+
     @Test func closingSendsWhatWasPublishedAndSettled() async throws {
         let broker = try Broker.current
         let names = Broker.names()
