@@ -164,7 +164,7 @@ extension RabbitMQ.Faults {
             async let resets: Void = {
                 while !done.isSet {
                     proxy.reset()
-                    try? await Task.sleep(for: .milliseconds(Int.random(in: 20...200)))
+                    try? await Task.sleep(for: .milliseconds(Int.random(in: 50...300)))
                 }
             }()
             let codes = await withTaskGroup(of: Set<MigrationError.Code?>.self) { group in
