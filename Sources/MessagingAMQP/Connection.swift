@@ -98,12 +98,13 @@ final class Connection {
             channel: channel)
     }
 
-    func settle(_ settlement: Settlement, tag: UInt64, channel: UInt16) throws {
-        switch settlement {
-        case .ack: try check(amqp_basic_ack(handle, channel, tag, 0))
-        case .requeue: try check(amqp_basic_reject(handle, channel, tag, 1))
-        case .reject: try check(amqp_basic_reject(handle, channel, tag, 0))
-        }
+    /// - Parameter isMultiple: also everything before that is not settled yet.
+    func acknowledge(_ tag: UInt64, isMultiple: Bool, channel: UInt16) throws {
+        try check(amqp_basic_ack(handle, channel, tag, isMultiple ? 1 : 0))
+    }
+
+    func reject(_ tag: UInt64, requeue: Bool, channel: UInt16) throws {
+        try check(amqp_basic_reject(handle, channel, tag, requeue ? 1 : 0))
     }
 
     /// - Parameter tag: of the channel's confirm window.

@@ -31,32 +31,41 @@ final class ConsumeRole: LinkRole {
     }
 
     func work(_ connection: Connection?) throws -> ContinuousClock.Instant? {
-        for request in inbox.takeAll() { try handle(request, connection) }
-        let now = ContinuousClock.now
-        var due: [ContinuousClock.Instant] = []
-        for channel in channels.values {
-            if !channel.hasStarted {
-                if channel.consumer.started.isAnswered || channel.consumer.deadline <= now {
-                    let reason = connection == nil ? "no broker in reach" : "the broker does not answer"
-                    let error = MigrationError(
-                        .unavailable, "queue \(channel.consumer.queue) not subscribed in time: \(reason)")
-                    try remove(channel, error, connection)
-                    continue
-                }
-                due.append(channel.consumer.deadline)
-            }
-            guard let connection else { continue }
-            switch channel.state {
-            case .closed(let retryAt) where retryAt <= now: try open(channel, connection)
-            case .closed(let retryAt): due.append(retryAt)
-            case .opening(let deadline) where deadline <= now:
-                // A queue without a leader, for one: no reason to disturb the other subscriptions.
-                try abandon(channel, "broker \(connection.broker) does not answer", connection)
-            case .opening(let deadline): due.append(deadline)
-            case .active: break
-            }
+        var failure: (any Error)?
+        for request in inbox.takeAll() {
+            // When the connection fails halfway, those after it must still be known to the next.
+            do { try handle(request, failure == nil ? connection : nil) } catch { failure = error }
         }
-        return due.min()
+        if let failure { throw failure }
+        for channel in channels.values { try attend(to: channel, connection) }
+        return channels.values.compactMap { channel in
+            let start = channel.hasStarted ? nil : channel.consumer.deadline
+            switch channel.state {
+            case .active: return start
+            case .opening(let deadline): return start.map { min($0, deadline) } ?? deadline
+            case .closed(let retryAt): return connection == nil ? start : start.map { min($0, retryAt) } ?? retryAt
+            }
+        }.min()
+    }
+
+    /// Does what is due.
+    private func attend(to channel: ConsumerChannel, _ connection: Connection?) throws {
+        let now = ContinuousClock.now
+        if !channel.hasStarted, channel.consumer.started.isAnswered || channel.consumer.deadline <= now {
+            let reason = connection == nil ? "no broker in reach" : "the broker does not answer"
+            let error = MigrationError(
+                .unavailable, "queue \(channel.consumer.queue) not subscribed in time: \(reason)")
+            return try remove(channel, error, connection)
+        }
+        guard let connection else { return }
+        switch channel.state {
+        case .active: try acknowledge(channel, connection)
+        case .closed(let retryAt) where retryAt <= now: try open(channel, connection)
+        case .opening(let deadline) where deadline <= now:
+            // A queue without a leader, for one: no reason to disturb the other subscriptions.
+            try abandon(channel, "broker \(connection.broker) does not answer", connection)
+        case .closed, .opening: break
+        }
     }
 
     private func handle(_ request: ConsumeRequest, _ connection: Connection?) throws {
@@ -78,7 +87,25 @@ final class ConsumeRole: LinkRole {
                 let channel = channels.values.first(where: { $0.consumer === consumer && $0.generation == tag.channel })
             else { return }
             guard case .active = channel.state, channel.unsettled.remove(tag.tag) != nil else { return }
-            try connection.settle(settlement, tag: tag.tag, channel: channel.number)
+            switch settlement {
+            case .ack: channel.acknowledged.append(tag.tag)
+            case .requeue: try connection.reject(tag.tag, requeue: true, channel: channel.number)
+            case .reject: try connection.reject(tag.tag, requeue: false, channel: channel.number)
+            }
+        }
+    }
+
+    /// Those before the first delivery that is still held go in one frame. Not only fewer frames: RabbitMQ forgets the
+    /// settlements of a channel that ends beyond the 32 that a quorum queue has not answered yet.
+    private func acknowledge(_ channel: ConsumerChannel, _ connection: Connection) throws {
+        guard !channel.acknowledged.isEmpty else { return }
+        let tags = channel.acknowledged.sorted()
+        channel.acknowledged = []
+        let held = tags.count > 1 ? channel.unsettled.min() ?? .max : 0
+        let together = tags.prefix { $0 < held }
+        if let last = together.last { try connection.acknowledge(last, isMultiple: true, channel: channel.number) }
+        for tag in tags.dropFirst(together.count) {
+            try connection.acknowledge(tag, isMultiple: false, channel: channel.number)
         }
     }
 
@@ -93,9 +120,10 @@ final class ConsumeRole: LinkRole {
     /// Ends the subscription. Closing its channel gives back what is unsettled.
     private func remove(_ channel: ConsumerChannel, _ error: MigrationError, _ connection: Connection?) throws {
         channels[channel.number] = nil
-        channel.end(error)
+        defer { channel.end(error) }
         guard let connection else { return }
         if case .closed = channel.state { return }
+        try acknowledge(channel, connection)
         closing.insert(channel.number)
         try connection.closeChannel(channel.number)
     }
@@ -150,7 +178,7 @@ final class ConsumeRole: LinkRole {
     {
         guard case .deliver(let tag, let isRedelivered, let exchange, let key) = content.method else { return }
         guard content.size <= UInt64(Message.maximumBody) else {
-            return try connection.settle(.reject(reason: "too large"), tag: tag, channel: channel.number)
+            return try connection.reject(tag, requeue: false, channel: channel.number)
         }
         channel.unsettled.insert(tag)
         let message = Message(content, exchange: exchange, routingKey: key)
@@ -198,6 +226,8 @@ final class ConsumerChannel {
     var state = State.closed(retryAt: .now)
     var generation: UInt64 = 0
     var unsettled: Set<UInt64> = []
+    /// Settled here, not sent yet.
+    var acknowledged: [UInt64] = []
     var assembly = ContentAssembly()
     /// Whether it has ever been active: from then on, whatever happens, it is tried again.
     var hasStarted = false
@@ -225,6 +255,7 @@ final class ConsumerChannel {
     func lose() {
         if case .active(let since) = state, ContinuousClock.now - since > .seconds(60) { failures = 0 }
         unsettled = []
+        acknowledged = []
         assembly = ContentAssembly()
         consumer.mailbox.removeAll()
     }

@@ -28,7 +28,7 @@ extension RabbitMQ.Conformance {
             try await bus.declare(topology)
             try await body(bus, names)
         case .rabbitMQ:
-            try await withBus(try Broker.current.configuration()) { bus in
+            try await withBus(try Broker.current.tlsConfiguration("coordinator")) { bus in
                 try await bus.declare(topology)
                 try await body(bus, names)
             }
@@ -285,6 +285,34 @@ extension RabbitMQ.Conformance {
             try await bus.publish(task(names, "kvm3", "b"))
             // One message, not one for each time the binding was made.
             #expect(try await bus.depth(of: names.tasks(of: "kvm3")).ready == 1)
+        }
+    }
+
+    /// Settlements in any order and of every kind reach the deliveries they are meant for.
+    @Test(arguments: Kind.allCases) func mixedSettlementsTouchOnlyTheirOwn(_ kind: Kind) async throws {
+        try await with(kind) { bus, names in
+            let queue = names.tasks(of: "kvm1")
+            for number in 0..<60 { try await bus.publish(task(names, "kvm1", "\(number)")) }
+            let subscription = try await bus.subscribe(queue, prefetch: 60)
+            var iterator = subscription.deliveries.makeAsyncIterator()
+            var held: [Int: Delivery] = [:]
+            while held.count < 60 {
+                let delivery = try await iterator.delivery()
+                held[try #require(Int(delivery.message.messageID))] = delivery
+            }
+            for (number, delivery) in held.shuffled() where number % 5 != 4 {
+                await delivery.settle(number % 5 == 3 ? .reject(reason: "test") : .ack)
+            }
+            let letters = try await bus.subscribe(names.dead, prefetch: 60)
+            var dead = letters.deliveries.makeAsyncIterator()
+            var rejected: Set<String> = []
+            while rejected.count < 12 { rejected.insert(try await dead.delivery().message.messageID) }
+            #expect(rejected == Set((0..<60).filter { $0 % 5 == 3 }.map(String.init)))
+            subscription.cancel()
+            let left = try await eventually { try await bus.depth(of: queue).ready == 12 ? true : nil }
+            #expect(left == true)
+            let ids = try await bus.peek(queue, limit: 60).map(\.messageID)
+            #expect(Set(ids) == Set((0..<60).filter { $0 % 5 == 4 }.map(String.init)))
         }
     }
 }

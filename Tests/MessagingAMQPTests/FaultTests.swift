@@ -26,7 +26,7 @@ private func publishSteadily(_ bus: AMQPBus, _ names: Names, until stop: StopFla
     return confirmed
 }
 
-private final class Seen: Sendable {
+final class Seen: Sendable {
     private let state = Mutex<Set<String>>([])
     var ids: Set<String> { state.withLock { $0 } }
     var count: Int { state.withLock { $0.count } }
@@ -41,7 +41,7 @@ private final class Seen: Sendable {
 }
 
 extension RabbitMQ.Faults {
-    private func message(_ names: Names, _ id: String = "") -> Message {
+    func message(_ names: Names, _ id: String = "") -> Message {
         var message = Message(exchange: names.tasks, routingKey: "kvm1", body: [])
         message.messageID = id
         return message
@@ -150,6 +150,103 @@ extension RabbitMQ.Faults {
         #expect(try await code { _ = try await bus.subscribe("q", prefetch: 1) } == .unavailable)
     }
 
+    /// Whatever the moment at which the connection goes away: no call waits for ever, none is forgotten.
+    @Test func callsDuringResetsAllEnd() async throws {
+        let broker = try Broker.current
+        let names = Broker.names()
+        let proxy = try ChaosProxy(to: broker.nodes[0].port)
+        defer { proxy.stop() }
+        try await withBus(broker.configuration()) { try await $0.declare(names.topology(hosts: ["kvm1"])) }
+        var configuration = broker.configuration(ports: [proxy.port])
+        configuration.backoff = Backoff(base: .milliseconds(10), limit: .milliseconds(20))
+        try await withBus(configuration) { bus in
+            let done = StopFlag()
+            async let resets: Void = {
+                while !done.isSet {
+                    proxy.reset()
+                    try? await Task.sleep(for: .milliseconds(Int.random(in: 50...300)))
+                }
+            }()
+            let codes = await withTaskGroup(of: Set<MigrationError.Code?>.self) { group in
+                for _ in 0..<8 {
+                    group.addTask {
+                        var codes: Set<MigrationError.Code?> = []
+                        for _ in 0..<10 {
+                            _ = try? codes.insert(
+                                await code {
+                                    let subscription = try await bus.subscribe(names.tasks(of: "kvm1"), prefetch: 5)
+                                    defer { subscription.cancel() }
+                                    try await bus.publish(message(names))
+                                    var iterator = subscription.deliveries.makeAsyncIterator()
+                                    await iterator.next(isolation: #isolation)?.settle(.ack)
+                                })
+                        }
+                        return codes
+                    }
+                }
+                return await group.reduce(into: Set()) { $0.formUnion($1) }
+            }
+            done.set()
+            await resets
+            #expect(codes.isSubset(of: [nil, .unavailable]), "\(codes)")
+            let healthy = try await eventually { bus.status.isHealthy ? true : nil }
+            #expect(healthy == true)
+            #expect(bus.status.consumers.isEmpty)
+        }
+    }
+
+    @Test func closingSendsWhatWasPublishedAndSettled() async throws {
+        let broker = try Broker.current
+        let names = Broker.names()
+        let queue = names.tasks(of: "kvm1")
+        try await withBus(broker.configuration()) { other in
+            try await other.declare(names.topology(hosts: ["kvm1"]))
+            for number in 0..<20 { try await other.publish(message(names, "\(number)")) }
+            let bus = try AMQPBus(broker.configuration())
+            let subscription = try await bus.subscribe(queue, prefetch: 20)
+            var iterator = subscription.deliveries.makeAsyncIterator()
+            var deliveries: [Delivery] = []
+            while deliveries.count < 20 { deliveries.append(try await iterator.delivery()) }
+            for delivery in deliveries { await delivery.settle(.ack) }
+            async let published: Void = bus.publish(message(names, "last"))
+            await bus.close()
+            #expect(await iterator.next() == nil)
+            // Published in time or refused, but not lost.
+            let isPublished = (try? await published) != nil
+            let depth = try await other.depth(of: queue)
+            #expect(depth == QueueDepth(ready: isPublished ? 1 : 0, consumers: 0))
+        }
+    }
+
+    @Test func closedBusesLeaveNothingBehind() async throws {
+        let broker = try Broker.current
+        let proxy = try ChaosProxy(to: broker.nodes[0].port)
+        defer { proxy.stop() }
+        /// Sockets and event counters, and threads of buses.
+        func held() throws -> [Int] {
+            let threads = try Files.list("/proc/self/task").filter { thread in
+                ((try? Files.read("/proc/self/task/\(thread)/comm")) ?? []).starts(with: Array("amqp".utf8))
+            }
+            return [try Files.list("/proc/self/fd").count, threads.count]
+        }
+        let before = try held()
+        for _ in 0..<5 {
+            try await withBus(broker.configuration(ports: [proxy.port])) { bus in
+                for _ in 0..<3 {
+                    let made = try await eventually { bus.status.isHealthy ? true : nil }
+                    #expect(made == true)
+                    let connections = bus.status.connections.map(\.state)
+                    proxy.reset()
+                    let lost = try await eventually { bus.status.connections.map(\.state) != connections ? true : nil }
+                    #expect(lost == true)
+                }
+                _ = try await bus.depths(of: ["no.queue"])
+            }
+        }
+        let after = try await eventually { try held() == before ? before : nil }
+        #expect(after == before)
+    }
+
     /// Neither side closes, no packet comes: only heartbeats tell.
     @Test func silentNetworkIsNoticedWithinTwoHeartbeats() async throws {
         let broker = try Broker.current
@@ -204,106 +301,6 @@ extension RabbitMQ.Faults {
             proxy.reset()
             proxy.set(.forward)
         }
-    }
-
-    @Test func alarmHoldsPublishersBackAndShows() async throws {
-        let broker = try Broker.current
-        let names = Broker.names()
-        var configuration = broker.configuration()
-        configuration.publishTimeout = .seconds(60)
-        try await withBus(configuration) { bus in
-            try await bus.declare(names.topology(hosts: ["kvm1"]))
-            try await broker.ctl("set_vm_memory_high_watermark", "absolute", "1MB")
-            async let publishing: Void = bus.publish(message(names))
-            let reason = try await eventually(within: .seconds(20)) {
-                if case .blocked(_, let reason) = bus.status.connections[0].state { reason } else { nil }
-            }
-            #expect(reason?.contains("memory") == true)
-            #expect(!bus.status.isHealthy)
-            // Consuming goes on meanwhile.
-            let events = try await bus.subscribe(names.coordinatorEvents, prefetch: 1)
-            events.cancel()
-            try await broker.ctl("set_vm_memory_high_watermark", "0.4")
-            try await publishing
-            #expect(bus.status.isHealthy)
-        }
-    }
-
-    @Test func fullQueueRefuses() async throws {
-        let broker = try Broker.current
-        let names = Broker.names()
-        try await withBus(broker.configuration()) { bus in
-            try await bus.declare(names.topology(hosts: ["kvm1"]))
-            try await broker.ctl(
-                "set_policy", "full", "^\(names.tasks(of: "kvm1"))$", #"{"max-length":2}"#, "--apply-to", "queues")
-            let refused = try await eventually { () -> MigrationError.Code? in
-                try await code { try await bus.publish(message(names)) }
-            }
-            #expect(refused == .resourceExhausted)
-            let subscription = try await bus.subscribe(names.tasks(of: "kvm1"), prefetch: 10)
-            let seen = Seen()
-            let consuming = Task { await seen.consume(subscription) }
-            let accepted = try await eventually {
-                try await code { try await bus.publish(message(names)) } == nil ? true : nil
-            }
-            #expect(accepted == true)
-            subscription.cancel()
-            await consuming.value
-            try await broker.ctl("clear_policy", "full")
-        }
-    }
-
-    @Test func consumerOfADeletedQueueComesBackWithIt() async throws {
-        let broker = try Broker.current
-        let names = Broker.names()
-        try await withBus(broker.configuration()) { bus in
-            try await bus.declare(names.topology(hosts: ["kvm1"]))
-            let subscription = try await bus.subscribe(names.tasks(of: "kvm1"), prefetch: 1)
-            let other = try await bus.subscribe(names.coordinatorEvents, prefetch: 1)
-            try await broker.ctl("delete_queue", names.tasks(of: "kvm1"))
-            let problem = try await eventually { bus.status.consumers.first { !$0.isActive }?.problem }
-            #expect(problem != nil)
-            #expect(bus.status.consumers.filter(\.isActive).map(\.queue) == [names.coordinatorEvents])
-            try await bus.declare(names.topology(hosts: ["kvm1"]))
-            let back = try await eventually { bus.status.isHealthy ? true : nil }
-            #expect(back == true)
-            try await bus.publish(message(names, "after"))
-            var iterator = subscription.deliveries.makeAsyncIterator()
-            #expect(try await iterator.delivery().message.messageID == "after")
-            other.cancel()
-        }
-    }
-
-    /// RabbitMQ ends the channel of a consumer that settles nothing for too long (30 minutes by default).
-    @Test func consumerTimeoutRedelivers() async throws {
-        let broker = try Broker.current
-        let names = Broker.names()
-        func set(timeout: Int, tick: Int) async throws {
-            try await broker.ctl(
-                "eval",
-                "[rpc:multicall(application, set_env, [rabbit, Key, Value]) || "
-                    + "{Key, Value} <- [{consumer_timeout, \(timeout)}, {channel_tick_interval, \(tick)}]].")
-        }
-        try await set(timeout: 300, tick: 100)
-        try await withBus(broker.configuration()) { bus in
-            try await bus.declare(names.topology(hosts: ["kvm1"]))
-            try await bus.publish(message(names, "slow"))
-            let subscription = try await bus.subscribe(names.tasks(of: "kvm1"), prefetch: 1)
-            var iterator = subscription.deliveries.makeAsyncIterator()
-            let late = try await iterator.delivery()
-            #expect(late.redeliveries == 0)
-            let again = try await iterator.delivery()
-            #expect(again.redeliveries == 1)
-            // Of the channel that is gone: must not settle, nor end, anything on the new one.
-            await late.settle(.ack)
-            await again.settle(.ack)
-            let empty = try await eventually {
-                let depth = try await bus.depth(of: names.tasks(of: "kvm1"))
-                return depth == QueueDepth(ready: 0, consumers: 1) ? true : nil
-            }
-            #expect(empty == true)
-        }
-        try await set(timeout: 1_800_000, tick: 60_000)
     }
 }
 
