@@ -8,22 +8,18 @@ import SwiftProtobuf
 extension Coordinator {
     func queues() async throws -> [Queue] {
         let hosts = try await store.write { try $0.hosts() }.map(\.profile.name)
-        var queues: [Queue] = []
-        for queue in settings.names.topology(hosts: hosts).queues {
-            do {
-                let depth = try await bus.depth(of: queue.name)
-                queues.append(
-                    .with {
-                        $0.name = queue.name
-                        $0.messages = UInt64(depth.ready)
-                        $0.consumers = UInt32(depth.consumers)
-                    })
-            } catch let error as MigrationError where error.code == .notFound {
-                // A control queue that expired with its host.
-                continue
+        let names = settings.names.topology(hosts: hosts).queues.map(\.name)
+        let depths = try await bus.depths(of: names)
+        // One that isn't there: a control queue that expired with its host.
+        return names.compactMap { name in
+            depths[name].map { depth in
+                .with {
+                    $0.name = name
+                    $0.messages = UInt64(depth.ready)
+                    $0.consumers = UInt32(depth.consumers)
+                }
             }
         }
-        return queues
     }
 
     /// Oldest first. They stay where they are.
@@ -36,18 +32,19 @@ extension Coordinator {
         return letters.map { letter in
             let queue = letter.headers[Message.Death.queue]?.string ?? ""
             let rejection = byMessage[Key(queue, letter.messageID, letter.type)]
+            let omitted = letter.headers[Message.omittedBodySize]?.integer
             return .with {
                 $0.messageID = letter.messageID
                 $0.queue = queue
                 $0.type = letter.type
                 $0.taskID = letter.correlationID
-                $0.bytes = UInt64(letter.body.count)
+                $0.bytes = UInt64(omitted ?? Int64(letter.body.count))
                 if let rejection {
                     $0.reason = rejection.rejected.reason
                     $0.rejectedBy = rejection.member
                     $0.rejectedAt = rejection.at.timestamp
-                } else if letter.body.count > Message.maximumBody {
-                    $0.reason = "its body has \(letter.body.count) bytes, \(Message.maximumBody) are allowed"
+                } else if let omitted {
+                    $0.reason = "its body has \(omitted) bytes, \(Message.maximumBody) are allowed"
                 } else {
                     $0.reason = letter.headers[Message.Death.reason]?.string ?? "unknown"
                 }

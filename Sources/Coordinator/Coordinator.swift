@@ -195,12 +195,12 @@ package final class Coordinator: Sendable {
     /// Whether events have been coming in all through the last `duration`.
     private func hasHeard(for duration: Duration) -> Bool {
         let status = bus.status
-        guard status.consumers.contains(where: { $0.queue == settings.names.coordinatorEvents && $0.isActive }) else {
-            return false
-        }
+        let start = Moment.now - duration
+        let consumer = status.consumers.first { $0.queue == settings.names.coordinatorEvents }
+        guard let since = consumer?.activeSince, !bus.isDurable || since <= start else { return false }
         return status.connections.allSatisfy { connection in
             guard case .connected(let since) = connection.state else { return false }
-            return since <= .now - duration
+            return since <= start
         }
     }
 

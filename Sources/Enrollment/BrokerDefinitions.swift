@@ -10,8 +10,8 @@ package struct BrokerDefinitions: Encodable {
 
     private struct User: Encodable {
         let name: String
-        let password_hash = ""
-        let hashing_algorithm = "rabbit_password_hashing_sha256"
+        let passwordHash = ""
+        let hashingAlgorithm = "rabbit_passwordHashing_sha256"
         let tags = ""
         let limits: [String: Int] = [:]
     }
@@ -37,7 +37,7 @@ package struct BrokerDefinitions: Encodable {
         let vhost: String
         let type: String
         let durable = true
-        let auto_delete = false
+        let autoDelete = false
         let `internal` = false
         let arguments: [String: Int] = [:]
     }
@@ -46,7 +46,7 @@ package struct BrokerDefinitions: Encodable {
         let name: String
         let vhost: String
         let durable = true
-        let auto_delete = false
+        let autoDelete = false
         let arguments: [String: Argument]
     }
 
@@ -67,15 +67,15 @@ package struct BrokerDefinitions: Encodable {
         let source: String
         let vhost: String
         let destination: String
-        let destination_type = "queue"
-        let routing_key: String
+        let destinationType = "queue"
+        let routingKey: String
         let arguments: [String: Int] = [:]
     }
 
     private let vhosts: [VirtualHost]
     private let users: [User]
     private let permissions: [Permission]
-    private let topic_permissions: [TopicPermission]
+    private let topicPermissions: [TopicPermission]
     private let exchanges: [Exchange]
     private let queues: [Queue]
     private let bindings: [Binding]
@@ -107,7 +107,7 @@ package struct BrokerDefinitions: Encodable {
                     write: "^(\(literally(names.requests))|\(own))$",
                     read: "^(\(literally(names.notifications))|\(own))$")
             }
-        topic_permissions = hosts.map { host in
+        topicPermissions = hosts.map { host in
             TopicPermission(
                 user: host, vhost: virtualHost, exchange: names.events, write: "^evt\\.\(literally(host))\\.[^.]+$",
                 read: nothing)
@@ -126,12 +126,13 @@ package struct BrokerDefinitions: Encodable {
                 arguments: Dictionary(arguments, uniquingKeysWith: { first, _ in first }))
         }
         bindings = topology.bindings.map {
-            Binding(source: $0.exchange, vhost: virtualHost, destination: $0.queue, routing_key: $0.routingKey)
+            Binding(source: $0.exchange, vhost: virtualHost, destination: $0.queue, routingKey: $0.routingKey)
         }
     }
 
     package func json() throws -> String {
         let encoder = JSONEncoder()
+        encoder.keyEncodingStrategy = .convertToSnakeCase
         encoder.outputFormatting = [.sortedKeys, .prettyPrinted, .withoutEscapingSlashes]
         return String(decoding: try encoder.encode(self), as: UTF8.self)
     }

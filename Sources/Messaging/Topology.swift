@@ -82,6 +82,10 @@ package struct Names: Sendable, Equatable {
     /// Events carry the host in their key, so that a broker can hold each worker to its own.
     package func eventKey(host: String, kind: String) -> String { "evt.\(host).\(kind)" }
 
+    /// Every broken connection counts as a delivery of what was unsettled on it: far more than a bad day brings, and still
+    /// an end for a message that kills whoever takes it.
+    package static let deliveryLimit = 50
+
     /// Longer than a host is away for repair; the coordinator declares the queue again when the host is back.
     private static let controlExpiry: Duration = .seconds(7 * 24 * 3600)
 
@@ -93,8 +97,8 @@ package struct Names: Sendable, Equatable {
                 .init(name: notifications, kind: .topic), .init(name: dead, kind: .fanout),
             ],
             queues: [
-                .init(name: coordinatorEvents, deadLetterExchange: dead, deliveryLimit: 10),
-                .init(name: requests, deadLetterExchange: dead, deliveryLimit: 10),
+                .init(name: coordinatorEvents, deadLetterExchange: dead, deliveryLimit: Self.deliveryLimit),
+                .init(name: requests, deadLetterExchange: dead, deliveryLimit: Self.deliveryLimit),
                 .init(name: dead),
             ],
             bindings: [
@@ -103,7 +107,8 @@ package struct Names: Sendable, Equatable {
                 .init(queue: dead, exchange: dead, routingKey: ""),
             ])
         for host in hosts {
-            topology.queues.append(.init(name: tasks(of: host), deadLetterExchange: dead, deliveryLimit: 10))
+            topology.queues.append(
+                .init(name: tasks(of: host), deadLetterExchange: dead, deliveryLimit: Self.deliveryLimit))
             topology.queues.append(.init(name: control(of: host), kind: .classic(expires: Self.controlExpiry)))
             topology.bindings.append(.init(queue: tasks(of: host), exchange: tasks, routingKey: host))
             topology.bindings.append(.init(queue: control(of: host), exchange: control, routingKey: host))

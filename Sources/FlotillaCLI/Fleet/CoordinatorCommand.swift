@@ -31,7 +31,7 @@ struct CoordinatorCommand: AsyncParsableCommand {
         try Files.createDirectories(configuration.stateDirectory, mode: 0o700)
         let lock = try lockFolder(configuration.stateDirectory, for: "coordinator")
         defer { withExtendedLifetime(lock) {} }
-        let bus = try AMQPBus(configuration.broker)
+        let bus = try AMQPBus(configuration.broker) { logger.note($0) }
         var settings = Coordinator.Settings(names: configuration.names, policy: configuration.policy)
         settings.requesters = Set(configuration.requesters)
         let coordinator = Coordinator(

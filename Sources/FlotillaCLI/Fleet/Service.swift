@@ -11,6 +11,23 @@ func serviceLogger(_ label: String, verbose: Bool) -> Logger {
     return logger
 }
 
+extension Logger {
+    /// What became of a connection to the broker.
+    func note(_ connection: BusStatus.Connection) {
+        let place: Logger.Metadata = [
+            "connection": "\(connection.name)", "broker": "\(connection.broker ?? "-")",
+        ]
+        switch connection.state {
+        case .connected: info("connected", metadata: place)
+        case .blocked(_, let reason): warning("the broker takes no messages: \(reason)", metadata: place)
+        case .connecting(let attempt, let error):
+            warning(
+                "not connected: \(error ?? "first attempt")", metadata: place.merging(["attempt": "\(attempt)"]) { $1 })
+        case .closed: info("closed", metadata: place)
+        }
+    }
+}
+
 /// Holds the folder for this process as long as the result lives.
 func lockFolder(_ folder: String, for role: String) throws -> File {
     let lock = try File("\(folder)/\(role).lock", O_RDWR | O_CREAT)

@@ -36,7 +36,7 @@ struct WorkerRunCommand: AsyncParsableCommand {
         try Files.createDirectories(file.worker.stateDirectory, mode: 0o700)
         let lock = try lockFolder(file.worker.stateDirectory, for: "worker")
         defer { withExtendedLifetime(lock) {} }
-        let bus = try AMQPBus(file.broker)
+        let bus = try AMQPBus(file.broker) { logger.note($0) }
         let worker = try Worker(file.worker, bus: bus, member: member, logger: logger)
         logger.info("worker starts", metadata: ["host": "\(file.host)", "version": "\(version)"])
         let signals = Signals(SIGTERM, SIGINT)
