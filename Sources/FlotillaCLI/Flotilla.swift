@@ -17,7 +17,7 @@ package struct Flotilla: AsyncParsableCommand {
         version: "flotilla \(version)",
         subcommands: [
             MigrateCommand.self, DiskCommand.self, CoordinatorCommand.self, WorkerCommand.self, MigrationCommand.self,
-            HostCommand.self, QueueCommand.self, FleetCommand.self,
+            HostCommand.self, QueueCommand.self, FleetCommand.self, DoctorCommand.self,
         ])
 
     package init() {}

@@ -1,0 +1,172 @@
+import ArgumentParser
+import Deploy
+import FlotillaProtocol
+import HostKit
+import Messaging
+import MessagingAMQP
+import MigrationModel
+import SwiftProtobuf
+import Worker
+
+struct DoctorCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "doctor", abstract: "Looks whether this host has what it needs, and says what to do where not.",
+        discussion: """
+            Without a configuration: libvirt, KVM, IOMMU and programs of this host. With a worker's or the \
+            coordinator's: also its keys, its broker, and pools. Changes nothing but for a probe file without a name in \
+            each pool. Exits 1 if something fails.
+            """)
+
+    @Option(help: ArgumentHelp("A worker's configuration.", valueName: "file"), completion: .file())
+    var worker: String?
+    @Option(help: ArgumentHelp("The coordinator's configuration.", valueName: "file"), completion: .file())
+    var coordinator: String?
+    @Option(help: ArgumentHelp("libvirt's URI, without a configuration.", valueName: "uri"))
+    var libvirt = "qemu:///system"
+    @Flag(help: "Print JSON.") var json = false
+
+    func validate() throws {
+        if worker != nil && coordinator != nil { throw ValidationError("One configuration at a time") }
+    }
+
+    func run() async throws {
+        var examination = Examination()
+        if let coordinator {
+            await examination.examine(coordinator: coordinator)
+        } else if let worker {
+            await examination.examine(worker: worker)
+        } else {
+            await examination.examineHost(libvirt: libvirt, pools: [])
+        }
+        if json {
+            for finding in examination.findings { Console.line(try jsonLine(finding)) }
+        } else {
+            for line in table(["", "what", "found"], examination.findings.map(\.row)) { Console.line(line) }
+            for finding in examination.findings {
+                if let remedy = finding.remedy { Console.line("  \(finding.subject): \(remedy)") }
+            }
+        }
+        if examination.findings.contains(where: { $0.verdict == .fail }) { throw ExitCode(Exit.failed.rawValue) }
+    }
+}
+
+/// What was looked at and found.
+struct Examination {
+    enum Verdict: String, Encodable { case pass, warn, fail }
+
+    struct Finding: Encodable {
+        var verdict: Verdict
+        var subject: String
+        var found: String
+        var remedy: String?
+
+        var row: [String] { [verdict == .pass ? "ok" : verdict == .warn ? "warning" : "FAILS", subject, found] }
+    }
+
+    private(set) var findings: [Finding] = []
+
+    private mutating func note(_ subject: String, _ verdict: Verdict, _ found: String, _ remedy: String? = nil) {
+        findings.append(Finding(verdict: verdict, subject: subject, found: found, remedy: remedy))
+    }
+
+    private mutating func note(_ subject: String, _ error: any Error) {
+        let error = error as? MigrationError ?? MigrationError(.unknown, "\(error)")
+        note(subject, .fail, error.message + (error.cause.map { ": \($0)" } ?? ""), error.hint)
+    }
+
+    mutating func examine(worker path: String) async {
+        do {
+            let file = try WorkerFile(path: path)
+            note("configuration", .pass, "\(path), host \(file.host)")
+            examineKeys(file.keys, of: file.host)
+            let names = file.worker.names
+            await examineBroker(file.broker, queues: [names.tasks(of: file.host), names.control(of: file.host)])
+            await examineHost(libvirt: file.worker.libvirtURI, pools: file.worker.pools)
+        } catch { note("configuration", error) }
+    }
+
+    mutating func examine(coordinator path: String) async {
+        do {
+            let file = try CoordinatorConfiguration(path: path)
+            note("configuration", .pass, path)
+            examineKeys(file.keys, of: FleetMember.coordinator)
+            await examineBroker(file.broker, queues: [file.names.coordinatorEvents, file.names.dead])
+        } catch { note("configuration", error) }
+    }
+
+    private mutating func examineKeys(_ keys: KeyFiles, of name: String) {
+        do {
+            let member = try keys.member(named: name)
+            let believed = try member.believed().filter { $0 != name }
+            let wanted = name == FleetMember.coordinator ? "hosts" : "the coordinator"
+            if believed.isEmpty {
+                note("keys", .fail, "\(keys.trusted) holds no key of \(wanted)", "enroll: see flotilla fleet --help")
+            } else {
+                note("keys", .pass, "own key readable by its owner alone; believes \(believed.joined(separator: ", "))")
+            }
+        } catch { note("keys", error) }
+    }
+
+    /// Logs in, and looks at queues that this member has to be able to read.
+    private mutating func examineBroker(_ configuration: AMQPConfiguration, queues: [String]) async {
+        let place = configuration.brokers.map(\.description).joined(separator: ", ")
+        do {
+            let bus = try AMQPBus(configuration)
+            let depths = try await bus.depths(of: queues)
+            note("broker", .pass, "\(place): logged in\(configuration.tls == nil ? " without TLS" : " by TLS")")
+            if configuration.tls == nil {
+                note("encryption", .warn, "messages and passwords can be read on the way", "configure broker.tls")
+            }
+            for queue in queues where depths[queue] == nil {
+                note(
+                    "queue \(queue)", .fail, "does not exist",
+                    "start the coordinator, or import the definitions: flotilla fleet definitions")
+            }
+            for (queue, depth) in depths.sorted(by: { $0.key < $1.key }) {
+                note("queue \(queue)", .pass, "\(depth.ready) waiting, \(depth.consumers) consumers")
+            }
+            await bus.close()
+        } catch { note("broker", error) }
+    }
+
+    mutating func examineHost(libvirt uri: String, pools: [PoolFolder]) async {
+        do {
+            let profile = try await blocking("doctor") {
+                try hostProfile(name: "this host", connection: LibvirtConnection(uri: uri), pools: pools)
+            }
+            note(
+                "libvirt", .pass,
+                "\(profile.libvirtVersion) at \(uri), \(profile.hypervisor) \(profile.hypervisorVersion)")
+            if profile.domainType == "qemu" {
+                note("KVM", .warn, profile.domainTypeReason, "guests run emulated, many times slower")
+            } else {
+                note("KVM", .pass, "domains of type \(profile.domainType)")
+            }
+            note(
+                "EFI guests", profile.efiFirmware ? .pass : .warn,
+                profile.efiFirmware ? "firmware there" : "no firmware",
+                profile.efiFirmware ? nil : "install ovmf")
+            examine(profile.pools)
+            if profile.iommuEnabled {
+                let groups = Set(profile.pciFunctions.map(\.iommuGroup)).subtracting([-1])
+                note("IOMMU", .pass, "on, \(groups.count) groups")
+                note(
+                    "VFIO", profile.vfioAvailable ? .pass : .warn,
+                    profile.vfioAvailable ? "there" : "vfio-pci is missing",
+                    profile.vfioAvailable ? nil : "load it: modprobe vfio-pci")
+            } else {
+                note(
+                    "IOMMU", .warn, "off: no GPU can be passed through",
+                    "enable VT-d or AMD-Vi in the firmware, and intel_iommu=on on the kernel's command line")
+            }
+        } catch { note("libvirt", error) }
+    }
+
+    private mutating func examine(_ pools: [Pool]) {
+        for pool in pools {
+            note(
+                "pool \(pool.name)", pool.writable ? .pass : .fail,
+                pool.writable ? "\(pool.path), \(byteText(pool.freeBytes)) free" : "\(pool.path): \(pool.problem)")
+        }
+    }
+}
