@@ -43,6 +43,7 @@ let package = Package(
         .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
     ],
     targets: [
+        system("CBlkid", "blkid", apt: "libblkid-dev"),
         system("CDeflate", "libdeflate", apt: "libdeflate-dev"),
         system("CLibvirt", "libvirt", apt: "libvirt-dev"),
         .systemLibrary(name: "CLinux"),
@@ -58,6 +59,7 @@ let package = Package(
         module("DiskImage", ["MigrationModel", "HostKit", "CDeflate", "CLinux", "CZstd"]),
         module("Export", ["MigrationModel", "FlotillaProtocol", "HostKit", "CXML", protobuf]),
         module("Convert", ["MigrationModel", "HostKit", "DiskImage"]),
+        module("Volumes", ["MigrationModel", "HostKit", "DiskImage", "CBlkid", "CLinux"]),
         module("Passthrough", ["MigrationModel", "FlotillaProtocol", "HostKit", protobuf]),
         module(
             "Deploy", ["MigrationModel", "FlotillaProtocol", "HostKit", "Passthrough", "CLibvirt", "CXML", protobuf]),
@@ -79,7 +81,7 @@ let package = Package(
             "FlotillaCLI",
             [
                 "MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", "Export", "DiskImage", "Convert",
-                "Passthrough", "Deploy", "Worker", "Coordinator",
+                "Volumes", "Passthrough", "Deploy", "Worker", "Coordinator",
                 grpc, grpcInProcess, grpcProtobuf, protobuf, logging, arguments,
             ]),
         .executableTarget(name: "flotilla", dependencies: ["FlotillaCLI"], swiftSettings: settings),
@@ -92,7 +94,7 @@ let package = Package(
         tests(
             "MessagingTests", ["Messaging", "MigrationModel", "FlotillaProtocol", "TestKit", grpc, protobuf, logging]),
         tests("DiskImageTests", ["DiskImage", "HostKit", "MigrationModel", "TestKit"]),
-        tests("ConvertTests", ["Convert", "DiskImage", "HostKit", "MigrationModel", "TestKit"]),
+        tests("ConvertTests", ["Convert", "DiskImage", "HostKit", "MigrationModel", "TestKit", "Volumes"]),
         tests("ExportTests", ["Export", "FlotillaProtocol", "HostKit", "MigrationModel", "TestKit", protobuf]),
         tests(
             "PassthroughTests", ["Passthrough", "FlotillaProtocol", "HostKit", "MigrationModel", protobuf],

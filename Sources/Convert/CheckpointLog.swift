@@ -34,10 +34,12 @@ final class CheckpointLog: Sendable {
             self.digest = digest
         }
 
-        /// - Parameter files: nil for a stream, which is like no other.
+        /// - Parameters:
+        ///   - identity: of the source's content; nil for a stream, which is like no other.
+        ///   - volume: what is written instead of a file.
         init(
-            region: FileRegion, format: DiskFormat, capacity: UInt64, files: [SourceFile]?, target: TargetFormat,
-            options: DiskConversion.Options
+            region: FileRegion, format: DiskFormat, capacity: UInt64, identity: [String]?, target: TargetFormat,
+            volume: (any Volume)?, options: DiskConversion.Options
         ) {
             let digest = Digest()
             func add(_ text: String) { digest.update(Array(text.utf8) + [0]) }
@@ -45,11 +47,9 @@ final class CheckpointLog: Sendable {
             add("\(region.offset) \(region.length.map(String.init) ?? "-") \(format.rawValue) \(capacity)")
             add("\(target.rawValue) \(Chunk.size) \(options.checksum.rawValue)")
             add(options.compression?.description ?? "-")
-            if files == nil { add("stream \(UInt64.random(in: 0 ... .max)) \(UInt64.random(in: 0 ... .max))") }
-            for file in files ?? [] {
-                let id = file.identity
-                add(file.path)
-                add("\(file.offset) \(file.length) \(id.inode) \(id.size) \(id.modifiedNanoseconds)")
+            if let volume { add("volume \(volume.name) \(volume.size)") }
+            for line in identity ?? ["stream \(UInt64.random(in: 0 ... .max)) \(UInt64.random(in: 0 ... .max))"] {
+                add(line)
             }
             self.init(target: target, capacity: capacity, digest: digest.finalize())
         }

@@ -95,7 +95,7 @@ final class ConversionRun: Sendable {
         attempt { try checkpoint() }
         if let failure = state.withLock({ $0.failure }) { throw failure }
         progress(state.withLock { $0.progress })
-        return try finish()
+        return try finish(progress)
     }
 
     private func start(
@@ -231,19 +231,29 @@ final class ConversionRun: Sendable {
             return state.pending
         }
         guard !records.isEmpty else { return }
-        try writer.image.synchronizeData()
+        try writer.synchronizeData()
         try log.append(records)
         Failpoint.convertCheckpoint.hit()
     }
 
-    private func finish() throws -> Outcome {
+    private func finish(_ progress: (DiskConversion.Progress) -> Void) throws -> Outcome {
         var placements = state.withLock { state in
             defer { state.done = [] }
             return state.done
         }
         placements.removeAll { $0.bitmap == 0 }
         placements.sort { $0.index < $1.index }
-        try writer.finish(placements)
+        var lastReport = DispatchTime.now()
+        try writer.finish(placements) { done, total in
+            try stop.check()
+            guard DispatchTime.now() >= lastReport + .milliseconds(200) else { return }
+            lastReport = .now()
+            progress(
+                state.withLock {
+                    ($0.progress.finishedBytes, $0.progress.finishBytes) = (done, total)
+                    return $0.progress
+                })
+        }
         Failpoint.convertImageFinished.hit()
         let (source, content) = state.withLock { ($0.source, $0.content.finalize()) }
         return Outcome(

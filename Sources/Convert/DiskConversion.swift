@@ -9,7 +9,11 @@ import MigrationModel
 /// its log `<name>.checkpoint`; then it appears under its final name in one step that never replaces a file. The log
 /// stays: it proves, should the process die right after publishing, that the published file is ours. Whoever owns the
 /// work directory deletes it once the result is recorded elsewhere.
+///
+/// On a volume the image grows in its place, marked as unfinished; `<name>.partial` is then the image's first chunk, and
+/// publishing copies that.
 package struct DiskConversion: Sendable {
+    /// The file that holds the disk, or, where it isn't one, whatever names it.
     package let source: FileRegion
     package let sourceFormat: DiskFormat
     package let targetFormat: TargetFormat
@@ -17,10 +21,29 @@ package struct DiskConversion: Sendable {
     package let workDirectory: String
     /// Names the partial image and its checkpoint: "disk0".
     package let name: String
+    /// A volume's name where that is the target.
     package let finalPath: String
     package var options = Options()
-    /// Where the disk's bytes come from instead of the file `source`, which then only names them.
-    package private(set) var stream: Stream?
+    /// Whether a volume may be overwritten that seems to hold something.
+    package var overwrites = false
+    private let origin: Source
+    /// What is written instead of a file.
+    let volume: (any Volume)?
+
+    /// Where a disk comes from.
+    package enum Source: Sendable {
+        case file(FileRegion, DiskFormat)
+        case stream(Stream)
+        /// One that this program finds at a name of its own kind, such as a URL. Opened once, on the thread that
+        /// converts; reads end when the flag is set.
+        case disk(name: String, open: @Sendable (StopFlag) throws -> any DiskSource)
+    }
+
+    package enum Target: Sendable {
+        case file(TargetFormat, path: String)
+        /// Raw. The work directory may be anywhere.
+        case volume(any Volume)
+    }
 
     /// A streamOptimized VMDK that comes once, front to back: a pipe, a download.
     package struct Stream: Sendable {
@@ -73,6 +96,9 @@ package struct DiskConversion: Sendable {
         package var writtenBytes: UInt64
         /// Guest bytes taken over from an interrupted run.
         package var resumedBytes: UInt64
+        /// Of tables or zeros that are written when all data is; both 0 before that, and where it takes no time.
+        package var finishedBytes: UInt64 = 0
+        package var finishBytes: UInt64 = 0
     }
 
     package struct Result: Sendable, Equatable {
@@ -80,7 +106,7 @@ package struct DiskConversion: Sendable {
         package var format: TargetFormat
         /// Guest bytes.
         package var capacity: UInt64
-        /// What the image occupies on disk.
+        /// What the image occupies on disk; a volume's size.
         package var allocatedBytes: UInt64
         /// Length of the source stream.
         package var sourceBytes: UInt64
@@ -106,29 +132,47 @@ package struct DiskConversion: Sendable {
         case alreadyPublished
     }
 
+    /// What an interrupted run left of a stream is thrown away: nothing proves that it came from the same bytes.
+    package init(
+        _ source: Source, to target: Target, workDirectory: String, name: String, options: Options = Options()
+    ) {
+        origin = source
+        (self.source, sourceFormat) =
+            switch source {
+            case .file(let region, let format): (region, format)
+            case .stream(let stream): (FileRegion(path: stream.name), .vmdk)
+            case .disk(let name, _): (FileRegion(path: name), .raw)
+            }
+        (targetFormat, finalPath, volume) =
+            switch target {
+            case .file(let format, let path): (format, path, nil)
+            case .volume(let volume): (.raw, volume.name, volume)
+            }
+        self.workDirectory = workDirectory
+        self.name = name
+        self.options = options
+    }
+
     package init(
         source: FileRegion, sourceFormat: DiskFormat, targetFormat: TargetFormat, workDirectory: String, name: String,
         finalPath: String, options: Options = Options()
     ) {
-        self.source = source
-        self.sourceFormat = sourceFormat
-        self.targetFormat = targetFormat
-        self.workDirectory = workDirectory
-        self.name = name
-        self.finalPath = finalPath
-        self.options = options
+        self.init(
+            .file(source, sourceFormat), to: .file(targetFormat, path: finalPath), workDirectory: workDirectory,
+            name: name, options: options)
     }
 
-    /// Converts a stream. What an interrupted run left is thrown away: nothing proves that it came from the same bytes.
     package init(
         stream: Stream, targetFormat: TargetFormat, workDirectory: String, name: String, finalPath: String,
         options: Options = Options()
     ) {
         self.init(
-            source: FileRegion(path: stream.name), sourceFormat: .vmdk, targetFormat: targetFormat,
-            workDirectory: workDirectory, name: name, finalPath: finalPath, options: options)
-        self.stream = stream
+            .stream(stream), to: .file(targetFormat, path: finalPath), workDirectory: workDirectory, name: name,
+            options: options)
     }
+
+    /// Whether the result is a file, not a volume.
+    package var isFile: Bool { volume == nil }
 
     package var partialPath: String { "\(workDirectory)/\(name).partial" }
     package var checkpointPath: String { "\(workDirectory)/\(name).checkpoint" }
@@ -164,29 +208,43 @@ package struct DiskConversion: Sendable {
         }
         let log = try CheckpointLog(checkpointPath)
         defer { log.unlock() }
-        if Files.exists(finalPath) {
+        if try isPublished(log) {
             _ = try published(log)
             return (.alreadyPublished, nil)
         }
-        let disk = stream == nil ? try sourceFormat.open(source) : nil
+        let disk = try openDisk(stop)
         let (feed, capacity) = try feed(disk, stop)
         let binding = CheckpointLog.Binding(
-            region: source, format: sourceFormat, capacity: capacity, files: disk?.files, target: targetFormat,
-            options: options)
+            region: source, format: sourceFormat, capacity: capacity, identity: disk?.identity, target: targetFormat,
+            volume: volume, options: options)
         let (records, notice) = try prepare(log, binding)
-        let writer = try targetFormat.writer(partialPath, capacity: capacity, compression: options.compression)
+        let writer = try makeWriter(capacity)
         Failpoint.convertImageCreated.hit()
 
         let conversion = try ConversionRun(
             disk, feed, writer, log, records: records, options: options, stop: stop)
         let outcome = try conversion.run(progress)
 
-        try requireUnchanged(disk?.files ?? [])
+        try disk?.requireUnchanged()
         let finished = CheckpointLog.Finished(
-            image: FileIdentity(try writer.image.file.status()), sourceBytes: outcome.source.bytes,
+            image: try writer.identity, sourceBytes: outcome.source.bytes,
             sourceSHA256: outcome.source.sha256, contentDigest: outcome.contentDigest)
         try log.append(finished)
-        return (notice, writer.image.isDirect)
+        return (notice, writer.isDirect)
+    }
+
+    /// nil for a stream.
+    private func openDisk(_ stop: StopFlag) throws -> (any DiskSource)? {
+        switch origin {
+        case .file: try sourceFormat.open(source)
+        case .disk(_, let open): try open(stop)
+        case .stream: nil
+        }
+    }
+
+    private func makeWriter(_ capacity: UInt64) throws -> any DiskWriter {
+        if let volume { return Raw.VolumeWriter(volume, capacity: capacity, headPath: partialPath) }
+        return try targetFormat.writer(partialPath, capacity: capacity, compression: options.compression)
     }
 
     /// One that goes front to back where the disk is laid out so, and has just one file.
@@ -195,7 +253,7 @@ package struct DiskConversion: Sendable {
     private func feed(_ disk: (any DiskSource)?, _ stop: StopFlag) throws -> (any ChunkFeed, capacity: UInt64) {
         let blocks = options.threadCount + 2
         guard let disk else {
-            guard let stream,
+            guard case .stream(let stream) = origin,
                 let forward = try ForwardFeed(
                     try stream.open(stop), disk: nil, options: options, blocks: blocks, stop: stop)
             else { throw MigrationError(.internal, "\(source.path): neither a disk nor a stream") }
@@ -219,7 +277,7 @@ package struct DiskConversion: Sendable {
     package func publish(_ notice: Notice) throws -> Result {
         let log = try CheckpointLog(checkpointPath)
         defer { log.unlock() }
-        if Files.exists(finalPath) {
+        if try isPublished(log) {
             let (finished, capacity) = try published(log)
             return try result(finished, capacity: capacity, notice: .alreadyPublished)
         }
@@ -229,7 +287,11 @@ package struct DiskConversion: Sendable {
             throw MigrationError(.internal, "\(partialPath) is not complete: it can't become \(finalPath)")
         }
         do {
-            try Files.publish(partialPath, as: finalPath)
+            if let volume {
+                try place(volume, contents.binding).publish()
+            } else {
+                try Files.publish(partialPath, as: finalPath)
+            }
         } catch let error as MigrationError where error.code == .alreadyExists {
             throw taken
         }
@@ -242,10 +304,28 @@ package struct DiskConversion: Sendable {
     package func withdraw() throws {
         let log = try CheckpointLog(checkpointPath)
         defer { log.unlock() }
-        guard Files.exists(finalPath), let finished = try log.read()?.finished,
-            finished.isImage(try FileIdentity(path: finalPath))
+        guard try isPublished(log), let contents = try log.read(), let finished = contents.finished,
+            finished.isImage(try FileIdentity(path: evidencePath))
         else { return }
-        try Files.publish(finalPath, as: partialPath)
+        if let volume {
+            try place(volume, contents.binding).withdraw()
+        } else {
+            try Files.publish(finalPath, as: partialPath)
+        }
+    }
+
+    /// The file that proves what was published: the image, or what a volume begins with.
+    private var evidencePath: String { volume == nil ? finalPath : partialPath }
+
+    private func place(_ volume: any Volume, _ binding: CheckpointLog.Binding) -> VolumeTarget {
+        VolumeTarget(volume: volume, headPath: partialPath, digest: binding.digest)
+    }
+
+    /// Whether the final name is taken, whoever took it; whether a volume holds what this conversion finished.
+    private func isPublished(_ log: CheckpointLog) throws -> Bool {
+        guard let volume else { return Files.exists(finalPath) }
+        guard let contents = try log.read(), contents.finished != nil, Files.exists(partialPath) else { return false }
+        return try place(volume, contents.binding).isPublished()
     }
 
     private var taken: MigrationError {
@@ -257,9 +337,9 @@ package struct DiskConversion: Sendable {
     /// The final name is taken: fine if by this very conversion.
     private func published(_ log: CheckpointLog) throws -> (CheckpointLog.Finished, capacity: UInt64) {
         guard let contents = try log.read(), contents.binding.target == targetFormat,
-            let finished = contents.finished, finished.isImage(try FileIdentity(path: finalPath))
+            let finished = contents.finished, finished.isImage(try FileIdentity(path: evidencePath))
         else { throw taken }
-        try Files.synchronizeDirectory(of: finalPath)
+        if volume == nil { try Files.synchronizeDirectory(of: finalPath) }
         return (finished, contents.binding.capacity)
     }
 
@@ -268,33 +348,29 @@ package struct DiskConversion: Sendable {
         _ log: CheckpointLog, _ binding: CheckpointLog.Binding
     ) throws -> ([CheckpointLog.ChunkRecord], Notice) {
         let contents = try log.read()
-        if let contents, contents.binding == binding, Files.exists(partialPath) {
+        let place = volume.map { self.place($0, binding) }
+        try place?.requireRoom(binding.capacity)
+        if let contents, contents.binding == binding, try place?.isUnfinished ?? Files.exists(partialPath) {
             try log.cutTornTail()
             return (contents.chunks, .resumed)
         }
         // A header alone promises nothing: the run died before it created its image.
         let promised = contents.map { $0.binding != binding || !$0.chunks.isEmpty } ?? log.isUnreadable
         let leftOvers = promised || Files.exists(partialPath)
+        if !overwrites { try place?.requireEmpty() }
         try Files.remove(partialPath)
         try log.start(binding)
+        try place?.begin()
         return ([], leftOvers ? .restarted : .fresh)
-    }
-
-    private func requireUnchanged(_ files: [SourceFile]) throws {
-        for file in files where try FileIdentity(path: file.path) != file.identity {
-            throw MigrationError(
-                .failedPrecondition, "\(file.path) changed while it was converted",
-                hint: "make sure that nothing writes to it, e.g. power the VM off, and run the same command again")
-        }
     }
 
     private func result(
         _ finished: CheckpointLog.Finished, capacity: UInt64, notice: Notice
     ) throws -> Result {
-        let image = try File(finalPath, O_RDONLY).status()
+        let allocated = try volume?.size ?? UInt64(File(finalPath, O_RDONLY).status().st_blocks) * 512
         return Result(
             path: finalPath, format: targetFormat, capacity: capacity,
-            allocatedBytes: UInt64(image.st_blocks) * 512, sourceBytes: finished.sourceBytes,
+            allocatedBytes: allocated, sourceBytes: finished.sourceBytes,
             sourceSHA256: finished.sourceSHA256.map { hex($0) }, contentDigest: finished.contentDigest.map { hex($0) },
             notice: notice)
     }

@@ -1,13 +1,17 @@
+import HostKit
 import MigrationModel
 
 /// An image being written by many threads. Chunks arrive in any order; the image becomes valid in `finish`.
 package protocol DiskWriter: Sendable {
     var format: TargetFormat { get }
     var capacity: UInt64 { get }
-    var image: ImageFile { get }
+    /// Whether writes bypass the page cache.
+    var isDirect: Bool { get }
+    /// The file that tells the finished image from others.
+    var identity: FileIdentity { get throws }
 
     /// Writes the clusters of `chunk` whose bits are set in `bitmap` (not 0). They are on stable storage after the next
-    /// `image.synchronizeData()`, not before.
+    /// `synchronizeData()`, not before.
     ///
     /// - Parameter buffer: `Chunk.size` bytes on a page boundary, the first `chunk.count` of them the chunk's, those
     ///   behind overwritten by this call.
@@ -19,6 +23,9 @@ package protocol DiskWriter: Sendable {
     /// bytes). Returns false when the file is too short to hold it.
     func read(_ chunk: Chunk, at placement: ChunkPlacement, into buffer: UnsafeMutableRawBufferPointer) throws -> Bool
 
+    /// Everything written so far is on stable storage when this returns.
+    func synchronizeData() throws
+
     /// Takes over chunks that an interrupted run wrote, oldest first; returns those whose place is plausible and
     /// theirs alone. None has an empty bitmap. Called once, before any other thread uses the writer.
     func adopt(_ placements: [ChunkPlacement]) throws -> [ChunkPlacement]
@@ -27,7 +34,20 @@ package protocol DiskWriter: Sendable {
     func release(_ chunk: Chunk, at placement: ChunkPlacement) throws
 
     /// Writes the metadata for exactly these chunks, sorted by index, and syncs. All other threads are done.
-    func finish(_ placements: [ChunkPlacement]) throws
+    ///
+    /// - Parameter step: called often, with how much of what takes long is done, in bytes; throws to stop.
+    func finish(_ placements: [ChunkPlacement], step: (_ done: UInt64, _ total: UInt64) throws -> Void) throws
+}
+
+/// A writer whose image is a file of its own.
+protocol ImageFileWriter: DiskWriter {
+    var image: ImageFile { get }
+}
+
+extension ImageFileWriter {
+    package var isDirect: Bool { image.isDirect }
+    package var identity: FileIdentity { get throws { FileIdentity(try image.file.status()) } }
+    package func synchronizeData() throws { try image.synchronizeData() }
 }
 
 /// Where a chunk's non-zero clusters lie in an image.

@@ -7,10 +7,10 @@ extension QCOW2 {
     /// Writes an image of compressed clusters. Each thread compresses the clusters of its chunk and writes them as one
     /// piece, byte next to byte; pieces begin at multiples of 4 KiB so that they can be written directly. Clusters of
     /// neighbouring pieces share host clusters, whose reference counts say so.
-    package final class CompressedWriter: DiskWriter {
+    package final class CompressedWriter: ImageFileWriter {
         package let format = TargetFormat.qcow2
         package let capacity: UInt64
-        package let image: ImageFile
+        let image: ImageFile
         private let compression: Compression
         /// In units of `ImageFile.alignment`.
         private let allocator = Mutex(Allocator(end: clusterSize / unit))
@@ -93,10 +93,12 @@ extension QCOW2 {
             allocator.withLock { $0.release(placement.hostOffset / Self.unit, placement.units) }
         }
 
-        package func finish(_ placements: [ChunkPlacement]) throws {
+        package func finish(
+            _ placements: [ChunkPlacement], step: (_ done: UInt64, _ total: UInt64) throws -> Void
+        ) throws {
             let end = allocator.withLock { $0.end } * Self.unit
             try Tables(image.file, capacity: capacity, dataEnd: (end + clusterSize - 1) / clusterSize)
-                .write(placements, compression: compression)
+                .write(placements, compression: compression, step: step)
         }
 
         private func takeCodec() -> ClusterCodec {

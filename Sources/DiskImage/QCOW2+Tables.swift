@@ -15,8 +15,13 @@ extension QCOW2 {
             self.dataEnd = dataEnd
         }
 
-        /// - Parameter placements: sorted by index, none with an empty bitmap.
-        func write(_ placements: [ChunkPlacement], compression: Compression?) throws {
+        /// - Parameters:
+        ///   - placements: sorted by index, none with an empty bitmap.
+        ///   - step: told the bytes of tables written; throws to stop.
+        func write(
+            _ placements: [ChunkPlacement], compression: Compression?,
+            step: (_ done: UInt64, _ total: UInt64) throws -> Void
+        ) throws {
             let l1Entries = max(1, (capacity + clusterSize * entriesPerL2 - 1) / (clusterSize * entriesPerL2))
             let layout = Layout(
                 dataEnd: dataEnd, l2Tables: l2TableCount(placements),
@@ -25,8 +30,9 @@ extension QCOW2 {
             // nor space that was reserved.
             try file.truncate(to: layout.dataEnd * clusterSize)
             try file.truncate(to: layout.total * clusterSize)
-            try writeL2AndL1(placements, layout)
-            try writeRefcounts(placements, layout)
+            let total = (layout.total - layout.dataEnd) * clusterSize
+            try writeL2AndL1(placements, layout) { try step($0, total) }
+            try writeRefcounts(placements, layout) { try step($0, total) }
             try file.synchronizeData()
             let header = QCOW2.header(
                 capacity: capacity, l1Entries: l1Entries, l1Offset: layout.l1 * clusterSize,
@@ -46,7 +52,9 @@ extension QCOW2 {
             return count
         }
 
-        private func writeL2AndL1(_ placements: [ChunkPlacement], _ layout: Layout) throws {
+        private func writeL2AndL1(
+            _ placements: [ChunkPlacement], _ layout: Layout, _ step: (UInt64) throws -> Void
+        ) throws {
             var place = layout.l2
             var l2 = [UInt8](repeating: 0, count: Int(clusterSize))
             var l1 = l2
@@ -62,6 +70,7 @@ extension QCOW2 {
                 l1.storeBigEndian(place * clusterSize | copied, at: Int(table * 8 % clusterSize))
                 l2 = [UInt8](repeating: 0, count: Int(clusterSize))
                 place += 1
+                try step((place - layout.dataEnd) * clusterSize)
             }
             var table: UInt64?
             for placement in placements {
@@ -77,7 +86,9 @@ extension QCOW2 {
             if let l1Page { try file.write(l1, at: (layout.l1 + l1Page) * clusterSize) }
         }
 
-        private func writeRefcounts(_ placements: [ChunkPlacement], _ layout: Layout) throws {
+        private func writeRefcounts(
+            _ placements: [ChunkPlacement], _ layout: Layout, _ step: (UInt64) throws -> Void
+        ) throws {
             let order = placements.indices.sorted { placements[$0].hostOffset < placements[$1].hostOffset }
             var next = 0
             for block in 0..<layout.refcountBlockCount {
@@ -103,6 +114,7 @@ extension QCOW2 {
                 }
                 for index in counts.indices { counts[index] = counts[index].bigEndian }
                 try counts.withUnsafeBytes { try file.write($0, at: (layout.refcountBlocks + block) * clusterSize) }
+                try step((layout.refcountBlocks + block - layout.dataEnd) * clusterSize)
             }
             var table = [UInt8](repeating: 0, count: Int(layout.refcountTableClusters * clusterSize))
             for block in 0..<layout.refcountBlockCount {

@@ -6,10 +6,10 @@ import Synchronization
 extension QCOW2 {
     /// Writes an image. Holds no tables while data comes in; `finish` builds them from the placements, one cluster at
     /// a time.
-    package final class Writer: DiskWriter {
+    package final class Writer: ImageFileWriter {
         package let format = TargetFormat.qcow2
         package let capacity: UInt64
-        package let image: ImageFile
+        let image: ImageFile
         private let allocator = Mutex(Allocator())
 
         package init(_ path: String, capacity: UInt64) throws {
@@ -52,9 +52,11 @@ extension QCOW2 {
             allocator.withLock { $0.release(placement.hostOffset / clusterSize, UInt64(placement.clusterCount)) }
         }
 
-        package func finish(_ placements: [ChunkPlacement]) throws {
+        package func finish(
+            _ placements: [ChunkPlacement], step: (_ done: UInt64, _ total: UInt64) throws -> Void
+        ) throws {
             try Tables(image.file, capacity: capacity, dataEnd: allocator.withLock { $0.end })
-                .write(placements, compression: nil)
+                .write(placements, compression: nil, step: step)
         }
     }
 }

@@ -4,10 +4,10 @@ import MigrationModel
 
 extension Raw {
     /// Writes non-zero clusters at their guest address; everything else stays a hole.
-    package struct Writer: DiskWriter {
+    package struct Writer: ImageFileWriter {
         package let format = TargetFormat.raw
         package let capacity: UInt64
-        package let image: ImageFile
+        let image: ImageFile
 
         package init(_ path: String, capacity: UInt64) throws {
             image = try ImageFile(path)
@@ -46,6 +46,8 @@ extension Raw {
             try image.file.write([UInt8](repeating: 0, count: chunk.count), at: chunk.offset)
         }
 
-        package func finish(_ placements: [ChunkPlacement]) throws { try image.file.synchronize() }
+        package func finish(
+            _ placements: [ChunkPlacement], step: (_ done: UInt64, _ total: UInt64) throws -> Void
+        ) throws { try image.file.synchronize() }
     }
 }

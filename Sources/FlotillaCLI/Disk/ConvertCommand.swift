@@ -14,6 +14,11 @@ struct DiskConvertCommand: AsyncParsableCommand {
 
             DST appears when it is complete and on stable storage, and never replaces a file. Until then the work is in
             DST.flotilla; after an interruption the same command with --resume continues there.
+
+            DST may be a block device, which then holds the raw disk and zeros behind it. One that is in use is refused,
+            and so is one with a file system, partition table, RAID, LVM or LUKS signature, unless --force is given.
+            Its first 4 MiB are written last: until then a text there says that the image is unfinished. What
+            --resume needs is kept in the state folder.
             """)
 
     @Argument(help: ArgumentHelp("The image to convert, or -.", valueName: "src"), completion: .file())
@@ -25,8 +30,8 @@ struct DiskConvertCommand: AsyncParsableCommand {
     @Option(name: .shortAndLong, help: ArgumentHelp("SRC's format (default: by content).", valueName: "format"))
     var from: DiskFormatArgument?
 
-    @Option(name: [.customShort("O"), .long], help: "DST's format: qcow2 or raw.")
-    var output: DiskImageFormat = .qcow2
+    @Option(name: [.customShort("O"), .long], help: "DST's format: qcow2 or raw (default: qcow2, raw on devices).")
+    var output: DiskImageFormat?
 
     @Option(help: "Compress the clusters of a qcow2 image: zstd or zlib[:level].")
     var compress: CompressionArgument?
@@ -43,11 +48,23 @@ struct DiskConvertCommand: AsyncParsableCommand {
     @Flag(help: "Continue an interrupted run.")
     var resume = false
 
+    @Flag(help: "Overwrite a device that holds something. One in use is refused all the same.")
+    var force = false
+
+    @Option(
+        help: ArgumentHelp(
+            "Folder that keeps what --resume needs of a device (default: /var/lib/flotilla, or ~/.local/state/flotilla).",
+            valueName: "dir"), completion: .directory)
+    var state: String?
+
     @Flag(help: "Print progress and result as JSON, one object per line.")
     var json = false
 
     func validate() throws {
         if compress != nil && output == .raw { throw ValidationError("--compress goes with -O qcow2") }
+        if compress != nil && output == nil && DiskPlace.isVolume(target) {
+            throw ValidationError("--compress makes qcow2 images, a device holds a raw one")
+        }
         if let jobs, !(1...64).contains(jobs) { throw ValidationError("--jobs takes 1 to 64") }
         if source == "-" && resume { throw ValidationError("standard input can't be resumed") }
     }
@@ -56,7 +73,7 @@ struct DiskConvertCommand: AsyncParsableCommand {
         var path: String
         var format: String
         var capacityBytes: UInt64?
-        var allocatedBytes: UInt64
+        var allocatedBytes: UInt64?
         var sourceBytes: UInt64?
         var sourceSHA256: String?
         var contentSHA256: String?
@@ -65,18 +82,12 @@ struct DiskConvertCommand: AsyncParsableCommand {
     }
 
     func run() async throws {
-        let target = try absolute(target)
-        let work = "\(target).flotilla"
-        if Files.exists(target) && !(resume && Files.exists(work)) {
-            throw MigrationError(.alreadyExists, "\(target) exists", hint: "move it away or choose another name")
-        }
-        if Files.exists(work) && !resume {
-            throw MigrationError(
-                .failedPrecondition, "\(work) holds what an interrupted run left",
-                hint: "continue it with --resume, or delete that folder")
-        }
+        let place = try DiskPlace(target)
+        let work = try place.workFolder(state: state)
+        try refuseLeftovers(place, work)
         let view = DiskProgressView(title: Files.name(of: target), output: OutputStyle(json: json))
         let report = try await interruptible("convert") { stop in
+            let target = try place.open(output, stop)
             try Files.createDirectories(work)
             do {
                 let report = try convert(to: target, work, view, stop)
@@ -89,69 +100,85 @@ struct DiskConvertCommand: AsyncParsableCommand {
         }
         view.finish()
         if json { return Console.line(try jsonLine(report)) }
-        Console.line("\(report.path): \(report.format), \(byteText(report.allocatedBytes)) on disk")
+        let size = report.allocatedBytes.map { "\(byteText($0)) on disk" }
+        Console.line("\(report.path): \(report.format), \(size ?? byteText(report.capacityBytes ?? 0))")
         if let digest = report.sourceSHA256 { Console.line("  source sha256   \(digest)") }
         if let digest = report.contentSHA256 { Console.line("  content sha256  \(digest)") }
         if report.directWrites == false {
-            Console.line("  written through the page cache: the file system takes no direct writes")
+            Console.line("  written through the page cache: it takes no direct writes")
         }
         if let notice = report.notice { Console.line("  \(notice)") }
     }
 
+    private func refuseLeftovers(_ place: DiskPlace, _ work: String) throws {
+        if case .file(let path) = place, Files.exists(path), !(resume && Files.exists(work)) {
+            throw MigrationError(.alreadyExists, "\(path) exists", hint: "move it away or choose another name")
+        }
+        if Files.exists(work) && !resume {
+            throw MigrationError(
+                .failedPrecondition, "\(work) holds what an interrupted run left",
+                hint: "continue it with --resume, or delete that folder")
+        }
+    }
+
     private func convert(
-        to target: String, _ work: String, _ view: DiskProgressView, _ stop: StopFlag
+        to target: DiskConversion.Target, _ work: String, _ view: DiskProgressView, _ stop: StopFlag
     ) throws -> Report {
         var options = DiskConversion.Options()
         options.threads = jobs
         options.compression = compress?.compression
         options.checksum = checksum
         options.rateLimit = rate.map { RateLimit(bytesPerSecond: $0.bytes) }
-        let format: TargetFormat = output == .raw ? .raw : .qcow2
-        let conversion: DiskConversion
+        let origin: DiskConversion.Source
         if source == "-" {
-            conversion = DiskConversion(
-                stream: DiskConversion.Stream(name: "standard input") {
+            origin = .stream(
+                DiskConversion.Stream(name: "standard input") {
                     DescriptorSource(STDIN_FILENO, name: "standard input", stop: $0)
-                }, targetFormat: format, workDirectory: work, name: "disk", finalPath: target, options: options)
+                })
         } else {
             switch try DiskArgument(source, format: from) {
-            case .own(let region, let sourceFormat):
-                conversion = DiskConversion(
-                    source: region, sourceFormat: sourceFormat, targetFormat: format, workDirectory: work,
-                    name: "disk", finalPath: target, options: options)
-            case .foreign(let image):
-                let partial = "\(work)/disk.partial"
-                try Files.remove(partial)
-                try image.convert(
-                    to: partial, format, options: options, bytesPerSecond: rate?.bytes, stop: stop
-                ) { view.show(done: UInt64($0 * 10_000), total: 10_000, written: 0) }
-                try Files.publish(partial, as: target)
-                return Report(
-                    path: target, format: format.rawValue, allocatedBytes: try allocatedBytes(target),
-                    notice: "\(image.format.rawValue) was read by qemu-img")
+            case .own(let region, let format): origin = .file(region, format)
+            case .foreign(let image): return try convert(image, to: target, work, options, view, stop)
             }
         }
-        let result = try conversion.run(stop: stop) {
-            view.show(done: $0.doneBytes, total: $0.capacity, written: $0.writtenBytes)
-        }
+        var conversion = DiskConversion(origin, to: target, workDirectory: work, name: "disk", options: options)
+        conversion.overwrites = force
+        let result = try conversion.run(stop: stop) { view.show($0) }
         return Report(
             path: result.path, format: result.format.rawValue, capacityBytes: result.capacity,
-            allocatedBytes: result.allocatedBytes, sourceBytes: result.sourceBytes,
+            allocatedBytes: conversion.isFile ? result.allocatedBytes : nil, sourceBytes: result.sourceBytes,
             sourceSHA256: result.sourceSHA256, contentSHA256: result.contentDigest,
             directWrites: result.directWrites, notice: text(of: result.notice))
+    }
+
+    private func convert(
+        _ image: QEMUImage, to target: DiskConversion.Target, _ work: String, _ options: DiskConversion.Options,
+        _ view: DiskProgressView, _ stop: StopFlag
+    ) throws -> Report {
+        guard case .file(let format, let path) = target else {
+            throw MigrationError(
+                .unimplemented, "\(image.path): \(image.format.rawValue) images are converted to files only",
+                hint: "convert it to a raw file, and that (-f raw) to \(self.target)")
+        }
+        let partial = "\(work)/disk.partial"
+        try Files.remove(partial)
+        try image.convert(to: partial, format, options: options, bytesPerSecond: rate?.bytes, stop: stop) {
+            view.show(done: UInt64($0 * 10_000), total: 10_000, written: 0)
+        }
+        try Files.publish(partial, as: path)
+        let allocated = UInt64(try File(path, O_RDONLY).status().st_blocks) * 512
+        return Report(
+            path: path, format: format.rawValue, allocatedBytes: allocated,
+            notice: "\(image.format.rawValue) was read by qemu-img")
     }
 
     private func text(of notice: DiskConversion.Notice) -> String? {
         switch notice {
         case .fresh: nil
         case .resumed: "continued from its checkpoint"
-        case .restarted: "started over: its source changed since the interrupted run"
+        case .restarted: "started over: its source changed since the interrupted run, or what that left did"
         case .alreadyPublished: "was finished by an earlier run"
         }
-    }
-
-    private func allocatedBytes(_ path: String) throws -> UInt64 {
-        UInt64(try File(path, O_RDONLY).status().st_blocks) * 512
     }
 }
 
