@@ -44,6 +44,7 @@ let package = Package(
     ],
     targets: [
         system("CBlkid", "blkid", apt: "libblkid-dev"),
+        system("CCurl", "libcurl", apt: "libcurl4-openssl-dev"),
         system("CDeflate", "libdeflate", apt: "libdeflate-dev"),
         system("CLibvirt", "libvirt", apt: "libvirt-dev"),
         .systemLibrary(name: "CLinux"),
@@ -59,6 +60,7 @@ let package = Package(
         module("DiskImage", ["MigrationModel", "HostKit", "CDeflate", "CLinux", "CZstd"]),
         module("Export", ["MigrationModel", "FlotillaProtocol", "HostKit", "CXML", protobuf]),
         module("Convert", ["MigrationModel", "HostKit", "DiskImage"]),
+        module("Download", ["MigrationModel", "HostKit", "DiskImage", "CCurl"]),
         module("Volumes", ["MigrationModel", "HostKit", "DiskImage", "CBlkid", "CLinux"]),
         module("Passthrough", ["MigrationModel", "FlotillaProtocol", "HostKit", protobuf]),
         module(
@@ -81,7 +83,7 @@ let package = Package(
             "FlotillaCLI",
             [
                 "MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", "Export", "DiskImage", "Convert",
-                "Volumes", "Passthrough", "Deploy", "Worker", "Coordinator",
+                "Download", "Volumes", "Passthrough", "Deploy", "Worker", "Coordinator",
                 grpc, grpcInProcess, grpcProtobuf, protobuf, logging, arguments,
             ]),
         .executableTarget(name: "flotilla", dependencies: ["FlotillaCLI"], swiftSettings: settings),
@@ -94,7 +96,8 @@ let package = Package(
         tests(
             "MessagingTests", ["Messaging", "MigrationModel", "FlotillaProtocol", "TestKit", grpc, protobuf, logging]),
         tests("DiskImageTests", ["DiskImage", "HostKit", "MigrationModel", "TestKit"]),
-        tests("ConvertTests", ["Convert", "DiskImage", "HostKit", "MigrationModel", "TestKit", "Volumes"]),
+        tests(
+            "ConvertTests", ["Convert", "DiskImage", "Download", "HostKit", "MigrationModel", "TestKit", "Volumes"]),
         tests("ExportTests", ["Export", "FlotillaProtocol", "HostKit", "MigrationModel", "TestKit", protobuf]),
         tests(
             "PassthroughTests", ["Passthrough", "FlotillaProtocol", "HostKit", "MigrationModel", protobuf],

@@ -226,8 +226,9 @@ package struct DiskConversion: Sendable {
         let outcome = try conversion.run(progress)
 
         try disk?.requireUnchanged()
+        let sourceBytes = disk.map { $0.files.isEmpty ? $0.capacity : outcome.source.bytes } ?? outcome.source.bytes
         let finished = CheckpointLog.Finished(
-            image: try writer.identity, sourceBytes: outcome.source.bytes,
+            image: try writer.identity, sourceBytes: sourceBytes,
             sourceSHA256: outcome.source.sha256, contentDigest: outcome.contentDigest)
         try log.append(finished)
         return (notice, writer.isDirect)
@@ -265,9 +266,14 @@ package struct DiskConversion: Sendable {
         {
             return (forward, disk.capacity)
         }
+        if disk.files.isEmpty, !options.expectedDigests.isEmpty {
+            throw MigrationError(
+                .unimplemented, "\(source.path): a disk that is read in ranges can't be checked against a digest",
+                hint: "download it and convert the file")
+        }
         let hasher = SourceHasher(
             files: disk.files, name: source.path, expected: options.expectedDigests,
-            isWanted: options.checksum == .sha256)
+            isWanted: options.checksum == .sha256 && !disk.files.isEmpty)
         return (try ChunkQueue(disk, hasher), disk.capacity)
     }
 

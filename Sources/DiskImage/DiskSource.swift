@@ -9,6 +9,7 @@ package protocol DiskSource: Sendable {
     /// For people: "VMDK streamOptimized", "raw".
     var formatName: String { get }
     /// The files (or parts of files) that hold the disk, in stream order: the descriptor first, then its extents.
+    /// Empty for a disk that is in no file of this host.
     var files: [SourceFile] { get }
     /// What tells this content of the disk from any other, a line per fact.
     var identity: [String] { get }

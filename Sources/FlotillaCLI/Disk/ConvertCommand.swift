@@ -1,6 +1,7 @@
 import ArgumentParser
 import Convert
 import DiskImage
+import Download
 import Glibc
 import HostKit
 import MigrationModel
@@ -11,6 +12,9 @@ struct DiskConvertCommand: AsyncParsableCommand {
         discussion: """
             SRC is a VMDK of any kind, given by its descriptor if it has one, a raw disk (with -f raw), or anything
             qemu-img reads; - reads a streamOptimized VMDK from standard input. It is only read.
+
+            SRC may be a URL, http or https: a streamOptimized VMDK is converted while it downloads and nothing is kept
+            of it; a raw disk (with -f raw) is read in ranges by all threads. Names and passwords come from ~/.netrc.
 
             DST appears when it is complete and on stable storage, and never replaces a file. Until then the work is in
             DST.flotilla; after an interruption the same command with --resume continues there.
@@ -48,6 +52,11 @@ struct DiskConvertCommand: AsyncParsableCommand {
     @Flag(help: "Continue an interrupted run.")
     var resume = false
 
+    @Option(
+        help: ArgumentHelp("Trust these authorities of an https SRC, a PEM file, not the system's.", valueName: "file"),
+        completion: .file())
+    var cacert: String?
+
     @Flag(help: "Overwrite a device that holds something. One in use is refused all the same.")
     var force = false
 
@@ -66,7 +75,7 @@ struct DiskConvertCommand: AsyncParsableCommand {
             throw ValidationError("--compress makes qcow2 images, a device holds a raw one")
         }
         if let jobs, !(1...64).contains(jobs) { throw ValidationError("--jobs takes 1 to 64") }
-        if source == "-" && resume { throw ValidationError("standard input can't be resumed") }
+        if isStream && resume { throw ValidationError("a stream can't be resumed: it is converted from its beginning") }
     }
 
     private struct Report: Encodable {
@@ -93,7 +102,7 @@ struct DiskConvertCommand: AsyncParsableCommand {
                 let report = try convert(to: target, work, view, stop)
                 try Files.remove(work)
                 return report
-            } catch let error as MigrationError where !error.keepsCheckpoint {
+            } catch let error as MigrationError where isStream || !error.keepsCheckpoint {
                 try? Files.remove(work)
                 throw error
             }
@@ -110,6 +119,12 @@ struct DiskConvertCommand: AsyncParsableCommand {
         if let notice = report.notice { Console.line("  \(notice)") }
     }
 
+    /// Whether the source comes once, front to back.
+    private var isStream: Bool {
+        if case .own(.raw)? = from { return source == "-" }
+        return source == "-" || HTTPLocation.isOne(source)
+    }
+
     private func refuseLeftovers(_ place: DiskPlace, _ work: String) throws {
         if case .file(let path) = place, Files.exists(path), !(resume && Files.exists(work)) {
             throw MigrationError(.alreadyExists, "\(path) exists", hint: "move it away or choose another name")
@@ -117,7 +132,7 @@ struct DiskConvertCommand: AsyncParsableCommand {
         if Files.exists(work) && !resume {
             throw MigrationError(
                 .failedPrecondition, "\(work) holds what an interrupted run left",
-                hint: "continue it with --resume, or delete that folder")
+                hint: isStream ? "delete that folder" : "continue it with --resume, or delete that folder")
         }
     }
 
@@ -130,16 +145,18 @@ struct DiskConvertCommand: AsyncParsableCommand {
         options.checksum = checksum
         options.rateLimit = rate.map { RateLimit(bytesPerSecond: $0.bytes) }
         let origin: DiskConversion.Source
-        if source == "-" {
+        switch try DiskArgument(source, format: from, authorities: cacert) {
+        case .input:
             origin = .stream(
                 DiskConversion.Stream(name: "standard input") {
                     DescriptorSource(STDIN_FILENO, name: "standard input", stop: $0)
                 })
-        } else {
-            switch try DiskArgument(source, format: from) {
-            case .own(let region, let format): origin = .file(region, format)
-            case .foreign(let image): return try convert(image, to: target, work, options, view, stop)
-            }
+        case .own(let region, let format): origin = .file(region, format)
+        case .web(let location, .vmdk):
+            origin = .stream(DiskConversion.Stream(name: location.name) { try HTTPSource(location, stop: $0) })
+        case .web(let location, .raw):
+            origin = .disk(name: location.name) { try HTTPDisk(location, stop: $0) }
+        case .foreign(let image): return try convert(image, to: target, work, options, view, stop)
         }
         var conversion = DiskConversion(origin, to: target, workDirectory: work, name: "disk", options: options)
         conversion.overwrites = force

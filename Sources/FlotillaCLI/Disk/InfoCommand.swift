@@ -1,17 +1,24 @@
 import ArgumentParser
 import Convert
 import DiskImage
+import Download
+import HostKit
 import MigrationModel
 
 struct DiskInfoCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "info", abstract: "Says what a disk image is and what it consists of.")
 
-    @Argument(help: ArgumentHelp("The image.", valueName: "file"), completion: .file())
+    @Argument(help: ArgumentHelp("The image, or its URL.", valueName: "file"), completion: .file())
     var file: String
 
     @Option(name: .shortAndLong, help: ArgumentHelp("Its format (default: by content).", valueName: "format"))
     var from: DiskFormatArgument?
+
+    @Option(
+        help: ArgumentHelp("Trust these authorities of an https URL, a PEM file, not the system's.", valueName: "file"),
+        completion: .file())
+    var cacert: String?
 
     @Flag(help: "Print JSON.")
     var json = false
@@ -28,20 +35,29 @@ struct DiskInfoCommand: AsyncParsableCommand {
     }
 
     func run() async throws {
-        switch try DiskArgument(file, format: from) {
-        case .foreign(let image): Console.line(try await interruptible("info") { try image.info(stop: $0) })
-        case .own(let region, let format):
-            let disk = try format.open(region)
-            let report = Report(
-                format: disk.formatName, capacityBytes: disk.capacity,
-                files: disk.files.map {
-                    Report.Part(path: $0.path, bytes: $0.length, allocatedBytes: $0.allocatedBytes)
-                })
-            if json { return Console.line(try jsonLine(report)) }
-            Console.line("\(report.format), \(byteText(report.capacityBytes)) (\(report.capacityBytes) bytes)")
-            for part in report.files {
-                Console.line("  \(part.path)  \(byteText(part.bytes)), \(byteText(part.allocatedBytes)) on disk")
-            }
+        let argument = try DiskArgument(file, format: from, authorities: cacert)
+        if case .foreign(let image) = argument {
+            return Console.line(try await interruptible("info") { try image.info(stop: $0) })
         }
+        let report = try await interruptible("info") { try Self.report(argument, $0) }
+        if json { return Console.line(try jsonLine(report)) }
+        Console.line("\(report.format), \(byteText(report.capacityBytes)) (\(report.capacityBytes) bytes)")
+        for part in report.files {
+            Console.line("  \(part.path)  \(byteText(part.bytes)), \(byteText(part.allocatedBytes)) on disk")
+        }
+    }
+
+    private static func report(_ argument: DiskArgument, _ stop: StopFlag) throws -> Report {
+        if case .web(let location, .vmdk) = argument {
+            // The headers in front tell all there is to know.
+            let stream = try VMDK.ForwardReader(try HTTPSource(location, stop: stop))
+            return Report(format: "VMDK streamOptimized", capacityBytes: stream.capacity, files: [])
+        }
+        guard let disk = try argument.open(stop) else {
+            throw MigrationError(.invalidArgument, "nothing is known of a stream before it was read")
+        }
+        return Report(
+            format: disk.formatName, capacityBytes: disk.capacity,
+            files: disk.files.map { Report.Part(path: $0.path, bytes: $0.length, allocatedBytes: $0.allocatedBytes) })
     }
 }
