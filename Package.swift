@@ -48,6 +48,7 @@ let package = Package(
         system("CDeflate", "libdeflate", apt: "libdeflate-dev"),
         system("CLibvirt", "libvirt", apt: "libvirt-dev"),
         .systemLibrary(name: "CLinux"),
+        system("CNBD", "libnbd", apt: "libnbd-dev"),
         system("CZstd", "libzstd", apt: "libzstd-dev"),
         system("COpenSSL", "libcrypto", apt: "libssl-dev"),
         system("CXML", "libxml-2.0", apt: "libxml2-dev"),
@@ -61,7 +62,7 @@ let package = Package(
         module("Export", ["MigrationModel", "FlotillaProtocol", "HostKit", "CXML", protobuf]),
         module("Convert", ["MigrationModel", "HostKit", "DiskImage"]),
         module("Download", ["MigrationModel", "HostKit", "DiskImage", "CCurl"]),
-        module("Volumes", ["MigrationModel", "HostKit", "DiskImage", "CBlkid", "CLinux"]),
+        module("Volumes", ["MigrationModel", "HostKit", "DiskImage", "CBlkid", "CLinux", "CNBD"]),
         module("Passthrough", ["MigrationModel", "FlotillaProtocol", "HostKit", protobuf]),
         module(
             "Deploy", ["MigrationModel", "FlotillaProtocol", "HostKit", "Passthrough", "CLibvirt", "CXML", protobuf]),

@@ -19,8 +19,8 @@ struct DiskConvertCommand: AsyncParsableCommand {
             DST appears when it is complete and on stable storage, and never replaces a file. Until then the work is in
             DST.flotilla; after an interruption the same command with --resume continues there.
 
-            DST may be a block device, which then holds the raw disk and zeros behind it. One that is in use is refused,
-            and so is one with a file system, partition table, RAID, LVM or LUKS signature, unless --force is given.
+            DST may be a block device or an NBD export (nbd://host/export, nbds://, nbd+unix:///export?socket=PATH),
+            which then holds the raw disk and zeros behind it. A device in use is refused, and so is anything with a file system, partition table, RAID, LVM or LUKS signature, unless --force is given.
             Its first 4 MiB are written last: until then a text there says that the image is unfinished. What
             --resume needs is kept in the state folder.
             """)
@@ -34,7 +34,9 @@ struct DiskConvertCommand: AsyncParsableCommand {
     @Option(name: .shortAndLong, help: ArgumentHelp("SRC's format (default: by content).", valueName: "format"))
     var from: DiskFormatArgument?
 
-    @Option(name: [.customShort("O"), .long], help: "DST's format: qcow2 or raw (default: qcow2, raw on devices).")
+    @Option(
+        name: [.customShort("O"), .long],
+        help: "DST's format: qcow2 or raw (default: qcow2; raw on devices and exports).")
     var output: DiskImageFormat?
 
     @Option(help: "Compress the clusters of a qcow2 image: zstd or zlib[:level].")
@@ -57,7 +59,7 @@ struct DiskConvertCommand: AsyncParsableCommand {
         completion: .file())
     var cacert: String?
 
-    @Flag(help: "Overwrite a device that holds something. One in use is refused all the same.")
+    @Flag(help: "Overwrite a device or export that holds something. One in use is refused all the same.")
     var force = false
 
     @Option(
@@ -72,7 +74,7 @@ struct DiskConvertCommand: AsyncParsableCommand {
     func validate() throws {
         if compress != nil && output == .raw { throw ValidationError("--compress goes with -O qcow2") }
         if compress != nil && output == nil && DiskPlace.isVolume(target) {
-            throw ValidationError("--compress makes qcow2 images, a device holds a raw one")
+            throw ValidationError("--compress makes qcow2 images, a device or an export holds a raw one")
         }
         if let jobs, !(1...64).contains(jobs) { throw ValidationError("--jobs takes 1 to 64") }
         if isStream && resume { throw ValidationError("a stream can't be resumed: it is converted from its beginning") }

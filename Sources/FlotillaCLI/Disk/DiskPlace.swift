@@ -8,8 +8,13 @@ import Volumes
 enum DiskPlace {
     case file(String)
     case device(String)
+    case nbd(String)
 
     init(_ text: String) throws {
+        if NBDExport.isOne(text) {
+            self = .nbd(text)
+            return
+        }
         let path = try absolute(text)
         if BlockDevice.isDevice(path) {
             self = .device(path)
@@ -22,11 +27,11 @@ enum DiskPlace {
         }
     }
 
-    static func isVolume(_ text: String) -> Bool { BlockDevice.isDevice(text) }
+    static func isVolume(_ text: String) -> Bool { NBDExport.isOne(text) || BlockDevice.isDevice(text) }
 
     var name: String {
         switch self {
-        case .file(let path), .device(let path): path
+        case .file(let name), .device(let name), .nbd(let name): name
         }
     }
 
@@ -49,6 +54,7 @@ enum DiskPlace {
         }
         switch self {
         case .file, .device: return .volume(try BlockDevice(name))
+        case .nbd(let uri): return .volume(try NBDExport(uri, stop: stop))
         }
     }
 }
