@@ -47,6 +47,7 @@ final class CheckpointLog: Sendable {
             add("\(region.offset) \(region.length.map(String.init) ?? "-") \(format.rawValue) \(capacity)")
             add("\(target.rawValue) \(Chunk.size) \(options.checksum.rawValue)")
             add(options.compression?.description ?? "-")
+            add("\(options.geometry.clusterSize)")
             if let volume { add("volume \(volume.name) \(volume.size)") }
             for line in identity ?? ["stream \(UInt64.random(in: 0 ... .max)) \(UInt64.random(in: 0 ... .max))"] {
                 add(line)

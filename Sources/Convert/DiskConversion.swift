@@ -69,6 +69,8 @@ package struct DiskConversion: Sendable {
         package var checksum = Checksum.sha256
         /// Compresses the clusters of a qcow2 image.
         package var compression: Compression?
+        /// Of a qcow2 image.
+        package var geometry = QCOW2.Geometry.standard
         /// Shared by the conversions that together must not read faster.
         package var rateLimit: RateLimit?
         /// A checkpoint is due when this many image bytes were written since the last, and at the latest every
@@ -245,7 +247,8 @@ package struct DiskConversion: Sendable {
 
     private func makeWriter(_ capacity: UInt64) throws -> any DiskWriter {
         if let volume { return Raw.VolumeWriter(volume, capacity: capacity, headPath: partialPath) }
-        return try targetFormat.writer(partialPath, capacity: capacity, compression: options.compression)
+        return try targetFormat.writer(
+            partialPath, capacity: capacity, compression: options.compression, geometry: options.geometry)
     }
 
     /// One that goes front to back where the disk is laid out so, and has just one file.

@@ -83,21 +83,28 @@ package struct ChunkPlacement: Sendable, Equatable {
 extension TargetFormat {
     /// Opens or creates the image for writing. An existing one keeps its content, to be adopted.
     ///
-    /// - Parameter compression: for qcow2 only.
+    /// - Parameters:
+    ///   - compression: for qcow2 only, and for clusters of the usual size.
+    ///   - geometry: for qcow2 only.
     package func writer(
-        _ path: String, capacity: UInt64, compression: Compression? = nil
+        _ path: String, capacity: UInt64, compression: Compression? = nil, geometry: QCOW2.Geometry = .standard
     ) throws -> any DiskWriter {
         if let compression, self != .qcow2 {
             throw MigrationError(
                 .invalidArgument, "\(path): a \(rawValue) image can't be compressed (\(compression))",
                 hint: "choose qcow2")
         }
+        if compression != nil || self != .qcow2, geometry != .standard {
+            throw MigrationError(
+                .invalidArgument, "\(path): only a qcow2 image that isn't compressed can have clusters of any size",
+                hint: "leave the cluster size out")
+        }
         return switch self {
         case .qcow2:
             if let compression {
                 try QCOW2.CompressedWriter(path, capacity: capacity, compression: compression)
             } else {
-                try QCOW2.Writer(path, capacity: capacity)
+                try QCOW2.Writer(path, capacity: capacity, geometry: geometry)
             }
         case .raw: try Raw.Writer(path, capacity: capacity)
         }

@@ -7,12 +7,15 @@ extension QCOW2 {
         private let file: File
         private let capacity: UInt64
         private let dataEnd: UInt64
+        private let geometry: Geometry
+        private var clusterSize: UInt64 { geometry.clusterSize }
 
         /// - Parameter dataEnd: the first cluster behind the data.
-        init(_ file: File, capacity: UInt64, dataEnd: UInt64) {
+        init(_ file: File, capacity: UInt64, dataEnd: UInt64, geometry: Geometry = .standard) {
             self.file = file
             self.capacity = capacity
             self.dataEnd = dataEnd
+            self.geometry = geometry
         }
 
         /// - Parameters:
@@ -22,10 +25,10 @@ extension QCOW2 {
             _ placements: [ChunkPlacement], compression: Compression?,
             step: (_ done: UInt64, _ total: UInt64) throws -> Void
         ) throws {
-            let l1Entries = max(1, (capacity + clusterSize * entriesPerL2 - 1) / (clusterSize * entriesPerL2))
+            let l1Entries = geometry.l1Entries(capacity)
             let layout = Layout(
-                dataEnd: dataEnd, l2Tables: l2TableCount(placements),
-                l1Clusters: (l1Entries * 8 + clusterSize - 1) / clusterSize)
+                dataEnd: dataEnd, l2Tables: l2TableCount(placements), l1Clusters: geometry.clusters(l1Entries * 8),
+                geometry: geometry)
             // The old tables of a finished but unpublished image must not stay behind the new ones or in holes of L1,
             // nor space that was reserved.
             try file.truncate(to: layout.dataEnd * clusterSize)
@@ -37,7 +40,7 @@ extension QCOW2 {
             let header = QCOW2.header(
                 capacity: capacity, l1Entries: l1Entries, l1Offset: layout.l1 * clusterSize,
                 refcountOffset: layout.refcountTable * clusterSize, refcountClusters: layout.refcountTableClusters,
-                compression: compression)
+                compression: compression, geometry: geometry)
             try file.write(header, at: 0)
             try file.synchronize()
         }
@@ -45,9 +48,12 @@ extension QCOW2 {
         private func l2TableCount(_ placements: [ChunkPlacement]) -> UInt64 {
             var count: UInt64 = 0
             var last: UInt64?
-            for placement in placements where placement.index / chunksPerL2 != last {
-                count += 1
-                last = placement.index / chunksPerL2
+            for placement in placements {
+                geometry.forEachCluster(placement, capacity: capacity) { cluster, _, _ in
+                    guard cluster / geometry.entriesPerL2 != last else { return }
+                    count += 1
+                    last = cluster / geometry.entriesPerL2
+                }
             }
             return count
         }
@@ -74,12 +80,12 @@ extension QCOW2 {
             }
             var table: UInt64?
             for placement in placements {
-                if let table, table != placement.index / chunksPerL2 { try flush(table: table) }
-                table = placement.index / chunksPerL2
-                let first = Int(placement.index % chunksPerL2) * Chunk.clusters
-                placement.forEachCluster { cluster, offset, compressed in
+                try geometry.forEachCluster(placement, capacity: capacity) { cluster, offset, compressed in
+                    let number = cluster / geometry.entriesPerL2
+                    if let table, table != number { try flush(table: table) }
+                    table = number
                     let entry = compressed.map { QCOW2.compressedEntry(offset, $0) } ?? (offset | copied)
-                    l2.storeBigEndian(entry, at: (first + cluster) * 8)
+                    l2.storeBigEndian(entry, at: Int(cluster % geometry.entriesPerL2) * 8)
                 }
             }
             if let table { try flush(table: table) }
@@ -89,6 +95,7 @@ extension QCOW2 {
         private func writeRefcounts(
             _ placements: [ChunkPlacement], _ layout: Layout, _ step: (UInt64) throws -> Void
         ) throws {
+            let countsPerRefcountBlock = geometry.countsPerRefcountBlock
             let order = placements.indices.sorted { placements[$0].hostOffset < placements[$1].hostOffset }
             var next = 0
             for block in 0..<layout.refcountBlockCount {
@@ -103,7 +110,7 @@ extension QCOW2 {
                     let placement = placements[order[next]]
                     guard placement.hostOffset / clusterSize < covered.upperBound else { break }
                     var end: UInt64 = 0
-                    placement.forEachCluster { _, offset, compressed in
+                    geometry.forEachCluster(placement, capacity: capacity) { _, offset, compressed in
                         // A reader fetches whole sectors.
                         let last = compressed.map { (offset + UInt64($0) - 1) | 511 } ?? (offset + clusterSize - 1)
                         count(offset / clusterSize..<last / clusterSize + 1)
@@ -135,7 +142,7 @@ extension QCOW2 {
         let refcountTableClusters: UInt64
         let total: UInt64
 
-        init(dataEnd: UInt64, l2Tables: UInt64, l1Clusters: UInt64) {
+        init(dataEnd: UInt64, l2Tables: UInt64, l1Clusters: UInt64, geometry: Geometry = .standard) {
             self.dataEnd = dataEnd
             l2 = dataEnd
             l1 = l2 + l2Tables
@@ -145,8 +152,8 @@ extension QCOW2 {
             var table: UInt64 = 1
             while true {
                 let total = refcountBlocks + blocks + table
-                let needed = (total + countsPerRefcountBlock - 1) / countsPerRefcountBlock
-                let neededTable = (needed * 8 + clusterSize - 1) / clusterSize
+                let needed = (total + geometry.countsPerRefcountBlock - 1) / geometry.countsPerRefcountBlock
+                let neededTable = geometry.clusters(needed * 8)
                 if needed <= blocks, neededTable <= table { break }
                 blocks = max(blocks, needed)
                 table = max(table, neededTable)
@@ -161,12 +168,14 @@ extension QCOW2 {
 
 extension ChunkPlacement {
     /// Calls `body` with each stored cluster's number in the chunk, its byte in the image, and its compressed size.
-    func forEachCluster(_ body: (_ cluster: Int, _ offset: UInt64, _ compressed: Int?) -> Void) {
+    func forEachCluster(
+        _ body: (_ cluster: Int, _ offset: UInt64, _ compressed: Int?) throws -> Void
+    ) rethrows {
         var offset = hostOffset
         var index = 0
         for cluster in 0..<Chunk.clusters where bitmap >> UInt64(cluster) & 1 == 1 {
             let size = sizes.isEmpty ? nil : Int(sizes[index]) * 2
-            body(cluster, offset, size)
+            try body(cluster, offset, size)
             offset += UInt64(size ?? Chunk.clusterSize)
             index += 1
         }

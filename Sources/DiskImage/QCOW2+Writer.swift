@@ -10,9 +10,13 @@ extension QCOW2 {
         package let format = TargetFormat.qcow2
         package let capacity: UInt64
         let image: ImageFile
+        private let geometry: Geometry
+        /// In units of the geometry's.
         private let allocator = Mutex(Allocator())
 
-        package init(_ path: String, capacity: UInt64) throws {
+        package init(_ path: String, capacity: UInt64, geometry: Geometry = .standard) throws {
+            try geometry.require(capacity, path: path)
+            self.geometry = geometry
             image = try ImageFile(path)
             self.capacity = capacity
         }
@@ -21,9 +25,10 @@ extension QCOW2 {
             _ chunk: Chunk, bitmap: UInt64, from buffer: UnsafeMutableRawBufferPointer
         ) throws -> ChunkPlacement {
             zero(UnsafeMutableRawBufferPointer(rebasing: buffer[chunk.count...]))
-            let count = UInt64(bitmap.nonzeroBitCount)
-            let offset = allocator.withLock { $0.allocate(count) } * clusterSize
-            image.reserve(upTo: offset + count * clusterSize, step: min(reserveStep, capacity))
+            let bitmap = geometry.whole(bitmap)
+            let bytes = UInt64(bitmap.nonzeroBitCount * Chunk.clusterSize)
+            let offset = allocator.withLock { $0.allocate(bytes / geometry.unit) } * geometry.unit
+            image.reserve(upTo: offset + bytes, step: min(reserveStep, capacity))
             try image.write(Packing.runs(of: UnsafeRawBufferPointer(buffer), bitmap), at: offset)
             return ChunkPlacement(index: chunk.index, hostOffset: offset, bitmap: bitmap)
         }
@@ -40,22 +45,25 @@ extension QCOW2 {
         package func adopt(_ placements: [ChunkPlacement]) throws -> [ChunkPlacement] {
             let size = try image.file.size
             let plausible = placements.filter {
-                let count = UInt64($0.clusterCount) * clusterSize
-                return $0.hostOffset > 0 && $0.hostOffset % clusterSize == 0 && size >= count
-                    && $0.hostOffset <= size - count
+                let count = $0.storedBytes
+                return $0.hostOffset > 0 && $0.hostOffset % geometry.unit == 0 && size >= count
+                    && $0.hostOffset <= size - count && geometry.whole($0.bitmap) == $0.bitmap
             }
-            let runs = plausible.map { (start: $0.hostOffset / clusterSize, count: UInt64($0.clusterCount)) }
+            let runs = plausible.map { (start: $0.hostOffset / geometry.unit, count: $0.storedBytes / geometry.unit) }
             return allocator.withLock { $0.adopt(runs) }.map { plausible[$0] }
         }
 
         package func release(_ chunk: Chunk, at placement: ChunkPlacement) {
-            allocator.withLock { $0.release(placement.hostOffset / clusterSize, UInt64(placement.clusterCount)) }
+            allocator.withLock {
+                $0.release(placement.hostOffset / geometry.unit, placement.storedBytes / geometry.unit)
+            }
         }
 
         package func finish(
             _ placements: [ChunkPlacement], step: (_ done: UInt64, _ total: UInt64) throws -> Void
         ) throws {
-            try Tables(image.file, capacity: capacity, dataEnd: allocator.withLock { $0.end })
+            let end = allocator.withLock { $0.end } * geometry.unit / geometry.clusterSize
+            try Tables(image.file, capacity: capacity, dataEnd: end, geometry: geometry)
                 .write(placements, compression: nil, step: step)
         }
     }

@@ -42,6 +42,10 @@ struct DiskConvertCommand: AsyncParsableCommand {
     @Option(help: "Compress the clusters of a qcow2 image: zstd or zlib[:level].")
     var compress: CompressionArgument?
 
+    @Option(
+        help: ArgumentHelp("Clusters of a qcow2 image: 512 to 2M, powers of two (default: 64K).", valueName: "bytes"))
+    var clusterSize: ByteCountArgument?
+
     @Option(help: ArgumentHelp("Converting threads (default: twice the processors, and 2).", valueName: "n"))
     var jobs: Int?
 
@@ -72,6 +76,17 @@ struct DiskConvertCommand: AsyncParsableCommand {
     var json = false
 
     func validate() throws {
+        if let clusterSize {
+            guard (try? QCOW2.Geometry(clusterSize: clusterSize.bytes)) != nil else {
+                throw ValidationError("--cluster-size takes powers of two from 512 to 2M")
+            }
+            if output == .raw || output == nil && DiskPlace.isVolume(target) {
+                throw ValidationError("--cluster-size goes with -O qcow2")
+            }
+            if compress != nil && clusterSize.bytes != 64 << 10 {
+                throw ValidationError("compressed clusters have 64K: --compress doesn't go with --cluster-size")
+            }
+        }
         if compress != nil && output == .raw { throw ValidationError("--compress goes with -O qcow2") }
         if compress != nil && output == nil && DiskPlace.isVolume(target) {
             throw ValidationError("--compress makes qcow2 images, a device or an export holds a raw one")
@@ -144,6 +159,7 @@ struct DiskConvertCommand: AsyncParsableCommand {
         var options = DiskConversion.Options()
         options.threads = jobs
         options.compression = compress?.compression
+        options.geometry = try clusterSize.map { try QCOW2.Geometry(clusterSize: $0.bytes) } ?? .standard
         options.checksum = checksum
         options.rateLimit = rate.map { RateLimit(bytesPerSecond: $0.bytes) }
         let origin: DiskConversion.Source
