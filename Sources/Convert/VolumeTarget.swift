@@ -1,4 +1,4 @@
-import DiskImage
+package import DiskImage
 import Glibc
 import HostKit
 import MigrationModel
@@ -22,7 +22,7 @@ struct VolumeTarget: Sendable {
         return Array(text.utf8) + [UInt8](repeating: 0, count: Self.markSize - text.utf8.count)
     }
 
-    static func isMarked(_ volume: any Volume) throws -> Bool {
+    fileprivate static func isMarked(_ volume: any Volume) throws -> Bool {
         guard volume.size >= UInt64(markSize) else { return false }
         return try volume.read(at: 0, count: markSize).starts(with: title.utf8)
     }
@@ -95,3 +95,6 @@ struct VolumeTarget: Sendable {
         try volume.flush()
     }
 }
+
+/// Whether an interrupted conversion left its mark on a volume.
+package func isUnfinished(_ volume: any Volume) throws -> Bool { try VolumeTarget.isMarked(volume) }

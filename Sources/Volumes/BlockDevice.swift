@@ -11,26 +11,34 @@ package final class BlockDevice: Volume {
     package let size: UInt64
     package let blockSize: Int
     package let isDirect = true
+    /// Who uses it, for people; nil unless it was opened for a look.
+    package let use: String?
     private let file: File
+
+    /// For a look only: claims nothing, and what is in use can be looked at as well.
+    package init(reading path: String) throws {
+        name = path
+        let resolved = try Files.canonical(path)
+        guard Self.isDevice(resolved) else { throw Self.notADevice(path) }
+        use = try BlockDeviceUse.find(resolved)
+        file = try File(resolved, O_RDONLY)
+        (size, blockSize) = try Self.measure(file)
+    }
 
     /// Throws `failedPrecondition` when something uses the device or one of its partitions, or it is read-only. Changes
     /// nothing.
     package init(_ path: String) throws {
         name = path
         let resolved = try Files.canonical(path)
-        guard Self.isDevice(resolved) else {
-            throw MigrationError(.invalidArgument, "\(path): not a block device")
-        }
+        guard Self.isDevice(resolved) else { throw Self.notADevice(path) }
+        use = nil
         if let use = try BlockDeviceUse.find(resolved) { throw Self.inUse(path, use) }
         do {
             file = try File(resolved, O_RDWR | O_EXCL | flotilla_o_direct())
         } catch  where errno == EBUSY {
             throw Self.inUse(path, "the kernel has it in use (another mount, swap, a RAID, another conversion)")
         }
-        let (size, blockSize) = (
-            flotilla_device_size(file.descriptor), flotilla_device_block_size(file.descriptor)
-        )
-        guard size >= 0, blockSize > 0 else { throw systemError("ask for the size of", path) }
+        (size, blockSize) = try Self.measure(file)
         guard flotilla_device_is_read_only(file.descriptor) == 0 else {
             throw MigrationError(
                 .failedPrecondition, "\(path) is read-only", hint: "blockdev --setrw makes it writable")
@@ -38,7 +46,16 @@ package final class BlockDevice: Volume {
         guard blockSize <= Chunk.clusterSize else {
             throw MigrationError(.unimplemented, "\(path): blocks of \(blockSize) bytes are too large")
         }
-        (self.size, self.blockSize) = (UInt64(size), Int(blockSize))
+    }
+
+    private static func measure(_ file: File) throws -> (UInt64, Int) {
+        let (size, blockSize) = (flotilla_device_size(file.descriptor), flotilla_device_block_size(file.descriptor))
+        guard size >= 0, blockSize > 0 else { throw systemError("ask for the size of", file.path) }
+        return (UInt64(size), Int(blockSize))
+    }
+
+    private static func notADevice(_ path: String) -> MigrationError {
+        MigrationError(.invalidArgument, "\(path): not a block device")
     }
 
     package static func isDevice(_ path: String) -> Bool {

@@ -1,3 +1,4 @@
+package import Convert
 package import Deploy
 import FlotillaProtocol
 import HostKit
@@ -17,6 +18,8 @@ package struct WorkerConfiguration: Sendable {
     package var stateDirectory: String
     package var names: Names
     package var transport: BusServerTransport.Settings
+    /// Shared by all conversions of this worker: together they read no faster.
+    package var rateLimit: RateLimit?
 
     package init(
         host: String, libvirtURI: String, pools: [PoolFolder], sourceFolders: [String], stateDirectory: String,

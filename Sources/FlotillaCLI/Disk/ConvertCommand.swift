@@ -119,8 +119,12 @@ struct DiskConvertCommand: AsyncParsableCommand {
                 let report = try convert(to: target, work, view, stop)
                 try Files.remove(work)
                 return report
-            } catch let error as MigrationError where isStream || !error.keepsCheckpoint {
-                try? Files.remove(work)
+            } catch var error as MigrationError {
+                if isStream || !error.keepsCheckpoint {
+                    try? Files.remove(work)
+                } else if error.code == .cancelled {
+                    error.hint = "continue with the same command and --resume; \(work) has what that needs"
+                }
                 throw error
             }
         }

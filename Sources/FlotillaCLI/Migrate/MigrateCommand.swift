@@ -70,6 +70,9 @@ struct MigrateCommand: AsyncParsableCommand {
     @Option(help: ArgumentHelp("Seconds to wait for that proof.", valueName: "seconds"))
     var verifyTimeout: UInt32 = 300
 
+    @Option(help: ArgumentHelp("Read all disks together no faster than this per second; K, M, G.", valueName: "bytes"))
+    var rate: ByteCountArgument?
+
     @Flag(help: "Print one JSON object per event.")
     var json = false
 
@@ -103,7 +106,7 @@ struct MigrateCommand: AsyncParsableCommand {
         let run = MigrateRun(
             requests: requests, libvirtURI: host, pool: requests.first?.pool ?? pool,
             stateDirectory: try stateFolder(state),
-            isDryRun: dryRun, output: OutputStyle(json: json), verbose: verbose)
+            isDryRun: dryRun, output: OutputStyle(json: json), verbose: verbose, rate: rate?.bytes)
         let exit = try await run.run()
         if exit != .done { throw ExitCode(exit.rawValue) }
     }
