@@ -53,7 +53,7 @@ package final class HTTPSource: ByteSource {
         }
         let response = try transfer.start((position, nil), validator: validator)
         guard response.status == 206, response.range?.lowerBound == position, response.validator == validator,
-            response.total == total ?? nil || response.total == nil
+            (total ?? nil) == nil || response.total == total ?? nil
         else { throw lost("the server can't go on at byte \(position), or has other content by now") }
         isOpen = true
     }

@@ -10,25 +10,29 @@ struct DiskConvertCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "convert", abstract: "Converts one disk image to qcow2 or raw.",
         discussion: """
-            SRC is a VMDK of any kind, given by its descriptor if it has one, a raw disk (with -f raw), or anything
+            SRC is a VMDK of any kind, given by its descriptor if it has one, a raw disk (with -f raw), or anything \
             qemu-img reads; - reads a streamOptimized VMDK from standard input. It is only read.
 
-            SRC may be a URL, http or https: a streamOptimized VMDK is converted while it downloads and nothing is kept
-            of it; a raw disk (with -f raw) is read in ranges by all threads. Names and passwords come from ~/.netrc.
+            SRC may be a URL, http or https: a streamOptimized VMDK is converted while it downloads and nothing is \
+            kept of it; a raw disk (with -f raw) is read in ranges by all threads. Names and passwords come from \
+            ~/.netrc.
 
-            DST appears when it is complete and on stable storage, and never replaces a file. Until then the work is in
-            DST.flotilla; after an interruption the same command with --resume continues there.
+            DST appears when it is complete and on stable storage, and never replaces a file. Until then the work is \
+            in DST.flotilla; after an interruption the same command with --resume continues there.
 
-            DST may be a block device or an NBD export (nbd://host/export, nbds://, nbd+unix:///export?socket=PATH),
-            which then holds the raw disk and zeros behind it. A device in use is refused, and so is anything with a file system, partition table, RAID, LVM or LUKS signature, unless --force is given.
-            Its first 4 MiB are written last: until then a text there says that the image is unfinished. What
-            --resume needs is kept in the state folder.
+            DST may be a block device or an NBD export (nbd://HOST/EXPORT, nbds://, nbd+unix:///EXPORT?socket=PATH), \
+            which then holds the raw disk and zeros behind it. A device in use is refused, and so is anything with a \
+            file system, partition table, RAID, LVM or LUKS signature, unless --force is given. The first 4 MiB are \
+            written last: until then a text there says that the image is unfinished. What --resume needs is kept in \
+            the state folder.
             """)
 
-    @Argument(help: ArgumentHelp("The image to convert, or -.", valueName: "src"), completion: .file())
+    @Argument(help: ArgumentHelp("The image to convert, its URL, or -.", valueName: "src"), completion: .file())
     var source: String
 
-    @Argument(help: ArgumentHelp("The image to make.", valueName: "dst"), completion: .file())
+    @Argument(
+        help: ArgumentHelp("The image to make, or a device or NBD export to write.", valueName: "dst"),
+        completion: .file())
     var target: String
 
     @Option(name: .shortAndLong, help: ArgumentHelp("SRC's format (default: by content).", valueName: "format"))
@@ -68,7 +72,10 @@ struct DiskConvertCommand: AsyncParsableCommand {
 
     @Option(
         help: ArgumentHelp(
-            "Folder that keeps what --resume needs of a device (default: /var/lib/flotilla, or ~/.local/state/flotilla).",
+            """
+            Folder that keeps what --resume needs when DST is no file (default: /var/lib/flotilla, or \
+            ~/.local/state/flotilla).
+            """,
             valueName: "dir"), completion: .directory)
     var state: String?
 
