@@ -68,7 +68,7 @@ package struct HTTPDisk: DiskSource {
             guard offset < disk.size else { return .zero }
             let wanted = Int(min(UInt64(buffer.count), disk.size - offset))
             var done = 0
-            var retries = Retries()
+            var retries = Retries(disk.location, disk.stop)
             while done < wanted {
                 let part = UnsafeMutableRawBufferPointer(rebasing: buffer[done..<wanted])
                 do {
@@ -77,7 +77,7 @@ package struct HTTPDisk: DiskSource {
                         retries.succeeded()
                     }
                 } catch let interruption as HTTPTransfer.Interrupted {
-                    try retries.failed(disk.location.name, interruption, disk.stop)
+                    try retries.failed(interruption)
                 }
             }
             let rest = UnsafeMutableRawBufferPointer(rebasing: buffer[wanted...])

@@ -7,6 +7,8 @@ package struct HTTPLocation: Sendable {
     package let name: String
     /// PEM file of authorities that are trusted instead of the system's.
     let authorities: String?
+    /// How often a failing server is asked again before it is given up: 8 times take 51 s.
+    package var retries = 8
 
     package static func isOne(_ text: String) -> Bool {
         let scheme = text.prefix { $0 != ":" }.lowercased()

@@ -7,9 +7,8 @@ import MigrationModel
 package final class HTTPSource: ByteSource {
     package var name: String { location.name }
     private let location: HTTPLocation
-    private let stop: StopFlag
     private let transfer: HTTPTransfer
-    private var retries = Retries()
+    private var retries: Retries
     /// nil before the first answer.
     private var total: UInt64??
     private var validator: String?
@@ -18,8 +17,8 @@ package final class HTTPSource: ByteSource {
 
     package init(_ location: HTTPLocation, stop: StopFlag) throws {
         self.location = location
-        self.stop = stop
         transfer = try HTTPTransfer(location, stop)
+        retries = Retries(location, stop)
     }
 
     package func read(into buffer: UnsafeMutableRawBufferPointer) throws -> Int {
@@ -38,7 +37,7 @@ package final class HTTPSource: ByteSource {
                 // What never answered is more likely misspelt than overloaded.
                 guard total != nil else { throw MigrationError(.unavailable, "\(name): \(interruption.reason)") }
                 guard validator != nil || position == 0 else { throw lost(interruption.reason) }
-                try retries.failed(name, interruption, stop)
+                try retries.failed(interruption)
             }
         }
     }

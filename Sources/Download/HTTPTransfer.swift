@@ -25,6 +25,8 @@ final class HTTPTransfer {
     private var headers: UnsafeMutablePointer<curl_slist>?
     private var isRunning = false
     private var isPaused = false
+    /// Why the transfer ended early; thrown once the bytes that came before are read.
+    private var failure: (any Error)?
     private var response = HTTPResponse()
     /// Body bytes that wait for the reader: `buffer[first..<end]`.
     private let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: room, alignment: 4096)
@@ -114,7 +116,7 @@ final class HTTPTransfer {
     /// - Throws: `Interrupted` where trying again makes sense.
     func start(_ range: (from: UInt64, through: UInt64?)?, validator: String?) throws -> HTTPResponse {
         halt()
-        (first, end, isPaused, response) = (0, 0, false, HTTPResponse())
+        (first, end, isPaused, failure, response) = (0, 0, false, nil, HTTPResponse())
         errorText[0] = 0
         curl_slist_free_all(headers)
         headers = nil
@@ -127,6 +129,7 @@ final class HTTPTransfer {
         }
         isRunning = true
         while !response.isComplete, isRunning { try advance() }
+        if !response.isComplete, let failure { throw failure }
         try requireSuccess()
         return response
     }
@@ -141,6 +144,7 @@ final class HTTPTransfer {
             }
             try advance()
         }
+        if first == end, let failure { throw failure }
         let count = min(target.count, end - first)
         target.copyMemory(from: UnsafeRawBufferPointer(rebasing: buffer[first..<first + count]))
         first += count
@@ -157,7 +161,7 @@ final class HTTPTransfer {
         if running == 0 {
             let result = flotilla_curl_ended(multi)
             halt()
-            if result != Int32(CURLE_OK.rawValue) { throw failure(CURLcode(UInt32(max(0, result)))) }
+            if result != Int32(CURLE_OK.rawValue) { failure = error(CURLcode(UInt32(max(0, result)))) }
         } else if first == end, !isPaused {
             curl_multi_poll(multi, nil, 0, 100, nil)
         }
@@ -168,7 +172,7 @@ final class HTTPTransfer {
         isRunning = false
     }
 
-    private func failure(_ result: CURLcode) -> any Error {
+    private func error(_ result: CURLcode) -> any Error {
         let detail = String(cString: errorText)
         let text = detail.isEmpty ? String(cString: curl_easy_strerror(result)) : detail
         switch result {
@@ -201,18 +205,25 @@ final class HTTPTransfer {
     }
 }
 
-/// How often and how long to wait for a server that fails: six times in a row, 0.2 s to 6.4 s.
+/// Waits between attempts at a server that fails: 0.2 s, then twice as long each time.
 struct Retries {
+    private let location: HTTPLocation
+    private let stop: StopFlag
     private var failures = 0
+
+    init(_ location: HTTPLocation, _ stop: StopFlag) {
+        self.location = location
+        self.stop = stop
+    }
 
     /// Counts afresh: there was progress.
     mutating func succeeded() { failures = 0 }
 
     /// Waits, or throws when it was the last time.
-    mutating func failed(_ name: String, _ interruption: HTTPTransfer.Interrupted, _ stop: StopFlag) throws {
-        guard failures < 6 else {
+    mutating func failed(_ interruption: HTTPTransfer.Interrupted) throws {
+        guard failures < location.retries else {
             throw MigrationError(
-                .unavailable, "\(name): \(interruption.reason)", hint: "look at the server, then try again")
+                .unavailable, "\(location.name): \(interruption.reason)", hint: "look at the server, then try again")
         }
         let until = ContinuousClock.now + .milliseconds(200 << failures)
         failures += 1

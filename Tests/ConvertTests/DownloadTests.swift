@@ -22,11 +22,12 @@ import Testing
     private func conversion(_ path: String, raw: Bool, authorities: String? = nil, base: String? = nil) throws
         -> DiskConversion
     {
-        let location = try HTTPLocation("\(base ?? server.base)/\(path)", authorities: authorities)
+        var location = try HTTPLocation("\(base ?? server.base)/\(path)", authorities: authorities)
+        location.retries = 2
         let source: DiskConversion.Source =
             raw
-            ? .disk(name: location.name) { try HTTPDisk(location, stop: $0) }
-            : .stream(DiskConversion.Stream(name: location.name) { try HTTPSource(location, stop: $0) })
+            ? .disk(name: location.name) { [location] in try HTTPDisk(location, stop: $0) }
+            : .stream(DiskConversion.Stream(name: location.name) { [location] in try HTTPSource(location, stop: $0) })
         var options = DiskConversion.Options()
         options.checkpointBytes = 1
         return DiskConversion(
