@@ -146,7 +146,7 @@ import Volumes
         try judge(device)
     }
 
-    @Test func oneInUseIsRefused() throws {
+    @Test func oneInUseIsRefused() async throws {
         let device = try device(16 << 20)
         func refusal() throws -> String {
             let error = try #require(failure { _ = try BlockDevice(device.path) })
@@ -157,6 +157,26 @@ import Volumes
             let other = try BlockDevice(device.path)
             defer { withExtendedLifetime(other) {} }
             #expect(try refusal().contains("the kernel has it in use"))
+        }
+        do {
+            // Without a claim, as QEMU opens them; a reader doesn't matter.
+            let program = try Daemon(
+                "sh", "-c", "exec sleep 600 3<>'\(device.path)'", output: folder.file("said"))
+            defer { withExtendedLifetime(program) {} }
+            let said: Bool? = try await eventually {
+                let message = failure { _ = try BlockDevice(device.path) }?.message
+                return message?.contains("sleep (process \(program.pid)) has") == true ? true : nil
+            }
+            #expect(said == true)
+            #expect(try BlockDevice(reading: device.path).use?.contains("sleep") == true)
+        }
+        do {
+            let program = try Daemon(
+                "sh", "-c", "exec 3<'\(device.path)'; touch '\(folder.file("open"))'; exec sleep 600",
+                output: folder.file("said"))
+            defer { withExtendedLifetime(program) {} }
+            try await program.waits(for: folder.file("open"))
+            _ = try BlockDevice(device.path)
         }
         try run("mkfs.ext4", "-q", device.path)
         let point = folder.file("mounted here")
