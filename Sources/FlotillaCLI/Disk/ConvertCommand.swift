@@ -67,8 +67,14 @@ struct DiskConvertCommand: AsyncParsableCommand {
     func run() async throws {
         let target = try absolute(target)
         let work = "\(target).flotilla"
-        if Files.exists(target) && !(resume && Files.exists(work)) {
-            throw MigrationError(.alreadyExists, "\(target) exists", hint: "move it away or choose another name")
+        // Without its log nothing proves that the target is an earlier run's; the log goes first when a run cleans up.
+        if Files.exists(target) && !(resume && Files.exists("\(work)/disk.checkpoint")) {
+            if resume { try Files.removeDirectoryIfEmpty(work) }
+            throw MigrationError(
+                .alreadyExists, "\(target) exists",
+                hint: resume
+                    ? "if an earlier run finished it, 'flotilla disk verify' says so; else move it away"
+                    : "move it away or choose another name")
         }
         if Files.exists(work) && !resume {
             throw MigrationError(
