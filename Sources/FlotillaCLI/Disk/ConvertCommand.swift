@@ -154,8 +154,14 @@ struct DiskConvertCommand: AsyncParsableCommand {
     }
 
     private func refuseLeftovers(_ place: DiskPlace, _ work: String) throws {
-        if case .file(let path) = place, Files.exists(path), !(resume && Files.exists(work)) {
-            throw MigrationError(.alreadyExists, "\(path) exists", hint: "move it away or choose another name")
+        // Without its log nothing proves that the file is an earlier run's; the log goes first when a run cleans up.
+        if case .file(let path) = place, Files.exists(path), !(resume && Files.exists("\(work)/disk.checkpoint")) {
+            if resume { try Files.removeDirectoryIfEmpty(work) }
+            throw MigrationError(
+                .alreadyExists, "\(path) exists",
+                hint: resume
+                    ? "if an earlier run finished it, 'flotilla disk verify' says so; else move it away"
+                    : "move it away or choose another name")
         }
         if Files.exists(work) && !resume {
             throw MigrationError(
