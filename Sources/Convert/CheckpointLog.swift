@@ -11,7 +11,7 @@ import Synchronization
 /// time: the file is locked while open.
 final class CheckpointLog: Sendable {
     static let recordSize = 64
-    private static let magic: UInt64 = 0x3150_4B43_4154_4C46  // "FLTACKP1"
+    private static let magic: UInt64 = 0x3250_4B43_4154_4C46  // "FLTACKP2"
 
     private enum Kind: UInt32 {
         case chunk = 1, source = 2, finished = 3

@@ -162,7 +162,7 @@ final class ConversionRun: Sendable {
                     scan.filled(chunk.count)
                 }
             }
-            try store(work.ticket, chunk, content, scan, buffer)
+            try store(work.ticket, chunk, content, &scan, buffer)
         }
     }
 
@@ -178,7 +178,7 @@ final class ConversionRun: Sendable {
     }
 
     private func store(
-        _ ticket: UInt64, _ chunk: Chunk, _ content: ChunkContent, _ scan: ChunkScan,
+        _ ticket: UInt64, _ chunk: Chunk, _ content: ChunkContent, _ scan: inout ChunkScan,
         _ buffer: UnsafeMutableRawBufferPointer
     ) throws {
         guard content == .data else {
