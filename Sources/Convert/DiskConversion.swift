@@ -173,12 +173,12 @@ package struct DiskConversion: Sendable {
         let binding = CheckpointLog.Binding(
             region: source, format: sourceFormat, capacity: capacity, files: disk?.files, target: targetFormat,
             options: options)
-        let (records, notice) = try prepare(log, binding)
+        let notice = try prepare(log, binding)
         let writer = try targetFormat.writer(partialPath, capacity: capacity, compression: options.compression)
         Failpoint.convertImageCreated.hit()
 
         let conversion = try ConversionRun(
-            disk, feed, writer, log, records: records, options: options, stop: stop)
+            disk, feed, writer, log, options: options, stop: stop)
         let outcome = try conversion.run(progress)
 
         try requireUnchanged(disk?.files ?? [])
@@ -266,18 +266,18 @@ package struct DiskConversion: Sendable {
     /// Decides whether an interrupted run can be continued, and clears the ground if not.
     private func prepare(
         _ log: CheckpointLog, _ binding: CheckpointLog.Binding
-    ) throws -> ([CheckpointLog.ChunkRecord], Notice) {
+    ) throws -> Notice {
         let contents = try log.read()
         if let contents, contents.binding == binding, Files.exists(partialPath) {
             try log.cutTornTail()
-            return (contents.chunks, .resumed)
+            return .resumed
         }
         // A header alone promises nothing: the run died before it created its image.
-        let promised = contents.map { $0.binding != binding || !$0.chunks.isEmpty } ?? log.isUnreadable
+        let promised = contents.map { $0.binding != binding || $0.hasChunks } ?? log.isUnreadable
         let leftOvers = promised || Files.exists(partialPath)
         try Files.remove(partialPath)
         try log.start(binding)
-        return ([], leftOvers ? .restarted : .fresh)
+        return leftOvers ? .restarted : .fresh
     }
 
     private func requireUnchanged(_ files: [SourceFile]) throws {

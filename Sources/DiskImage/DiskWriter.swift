@@ -19,15 +19,16 @@ package protocol DiskWriter: Sendable {
     /// bytes). Returns false when the file is too short to hold it.
     func read(_ chunk: Chunk, at placement: ChunkPlacement, into buffer: UnsafeMutableRawBufferPointer) throws -> Bool
 
-    /// Takes over chunks that an interrupted run wrote, oldest first; returns those whose place is plausible and
-    /// theirs alone. None has an empty bitmap. Called once, before any other thread uses the writer.
-    func adopt(_ placements: [ChunkPlacement]) throws -> [ChunkPlacement]
+    /// Takes over a chunk that an interrupted run wrote; returns false when its place isn't plausible, or that of one
+    /// taken over before. The bitmap isn't empty. Called for the newest chunk first, before any other thread uses the
+    /// writer.
+    func adopt(_ placement: ChunkPlacement) throws -> Bool
 
     /// Gives up the place of an adopted chunk whose content turned out wrong.
     func release(_ chunk: Chunk, at placement: ChunkPlacement) throws
 
-    /// Writes the metadata for exactly these chunks, sorted by index, and syncs. All other threads are done.
-    func finish(_ placements: [ChunkPlacement]) throws
+    /// Writes the metadata for exactly these chunks and syncs. All other threads are done.
+    func finish(_ placements: any ChunkPlacements) throws
 }
 
 /// Where a chunk's non-zero clusters lie in an image.

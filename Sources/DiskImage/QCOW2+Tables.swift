@@ -15,11 +15,10 @@ extension QCOW2 {
             self.dataEnd = dataEnd
         }
 
-        /// - Parameter placements: sorted by index, none with an empty bitmap.
-        func write(_ placements: [ChunkPlacement], compression: Compression?) throws {
+        func write(_ placements: any ChunkPlacements, compression: Compression?) throws {
             let l1Entries = max(1, (capacity + clusterSize * entriesPerL2 - 1) / (clusterSize * entriesPerL2))
             let layout = Layout(
-                dataEnd: dataEnd, l2Tables: l2TableCount(placements),
+                dataEnd: dataEnd, l2Tables: try l2TableCount(placements),
                 l1Clusters: (l1Entries * 8 + clusterSize - 1) / clusterSize)
             // The old tables of a finished but unpublished image must not stay behind the new ones or in holes of L1,
             // nor space that was reserved.
@@ -36,17 +35,17 @@ extension QCOW2 {
             try file.synchronize()
         }
 
-        private func l2TableCount(_ placements: [ChunkPlacement]) -> UInt64 {
+        private func l2TableCount(_ placements: any ChunkPlacements) throws -> UInt64 {
             var count: UInt64 = 0
             var last: UInt64?
-            for placement in placements where placement.index / chunksPerL2 != last {
-                count += 1
+            try placements.forEach { placement in
+                if placement.index / chunksPerL2 != last { count += 1 }
                 last = placement.index / chunksPerL2
             }
             return count
         }
 
-        private func writeL2AndL1(_ placements: [ChunkPlacement], _ layout: Layout) throws {
+        private func writeL2AndL1(_ placements: any ChunkPlacements, _ layout: Layout) throws {
             var place = layout.l2
             var l2 = [UInt8](repeating: 0, count: Int(clusterSize))
             var l1 = l2
@@ -64,7 +63,7 @@ extension QCOW2 {
                 place += 1
             }
             var table: UInt64?
-            for placement in placements {
+            try placements.forEach { placement in
                 if let table, table != placement.index / chunksPerL2 { try flush(table: table) }
                 table = placement.index / chunksPerL2
                 let first = Int(placement.index % chunksPerL2) * Chunk.clusters
@@ -77,33 +76,18 @@ extension QCOW2 {
             if let l1Page { try file.write(l1, at: (layout.l1 + l1Page) * clusterSize) }
         }
 
-        private func writeRefcounts(_ placements: [ChunkPlacement], _ layout: Layout) throws {
-            let order = placements.indices.sorted { placements[$0].hostOffset < placements[$1].hostOffset }
-            var next = 0
-            for block in 0..<layout.refcountBlockCount {
-                let covered = block * countsPerRefcountBlock..<(block + 1) * countsPerRefcountBlock
-                var counts = [UInt16](repeating: 0, count: Int(countsPerRefcountBlock))
-                func count(_ range: Range<UInt64>) {
-                    for cluster in range.clamped(to: covered) { counts[Int(cluster - covered.lowerBound)] += 1 }
+        private func writeRefcounts(_ placements: any ChunkPlacements, _ layout: Layout) throws {
+            var refcounts = Refcounts(file, start: layout.refcountBlocks)
+            try refcounts.add(0..<1)
+            try placements.forEach { placement in
+                try placement.forEachCluster { _, offset, compressed in
+                    // A reader fetches whole sectors.
+                    let last = compressed.map { (offset + UInt64($0) - 1) | 511 } ?? (offset + clusterSize - 1)
+                    try refcounts.add(offset / clusterSize..<last / clusterSize + 1)
                 }
-                count(0..<1)
-                count(layout.dataEnd..<layout.total)
-                while next < order.count {
-                    let placement = placements[order[next]]
-                    guard placement.hostOffset / clusterSize < covered.upperBound else { break }
-                    var end: UInt64 = 0
-                    placement.forEachCluster { _, offset, compressed in
-                        // A reader fetches whole sectors.
-                        let last = compressed.map { (offset + UInt64($0) - 1) | 511 } ?? (offset + clusterSize - 1)
-                        count(offset / clusterSize..<last / clusterSize + 1)
-                        end = last / clusterSize + 1
-                    }
-                    if end > covered.upperBound { break }
-                    next += 1
-                }
-                for index in counts.indices { counts[index] = counts[index].bigEndian }
-                try counts.withUnsafeBytes { try file.write($0, at: (layout.refcountBlocks + block) * clusterSize) }
             }
+            try refcounts.add(layout.dataEnd..<layout.total)
+            try refcounts.finish()
             var table = [UInt8](repeating: 0, count: Int(layout.refcountTableClusters * clusterSize))
             for block in 0..<layout.refcountBlockCount {
                 table.storeBigEndian((layout.refcountBlocks + block) * clusterSize, at: Int(block * 8))
@@ -149,12 +133,14 @@ extension QCOW2 {
 
 extension ChunkPlacement {
     /// Calls `body` with each stored cluster's number in the chunk, its byte in the image, and its compressed size.
-    func forEachCluster(_ body: (_ cluster: Int, _ offset: UInt64, _ compressed: Int?) -> Void) {
+    func forEachCluster(
+        _ body: (_ cluster: Int, _ offset: UInt64, _ compressed: Int?) throws -> Void
+    ) rethrows {
         var offset = hostOffset
         var index = 0
         for cluster in 0..<Chunk.clusters where bitmap >> UInt64(cluster) & 1 == 1 {
             let size = sizes.isEmpty ? nil : Int(sizes[index]) * 2
-            body(cluster, offset, size)
+            try body(cluster, offset, size)
             offset += UInt64(size ?? Chunk.clusterSize)
             index += 1
         }

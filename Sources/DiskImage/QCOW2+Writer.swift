@@ -37,22 +37,18 @@ extension QCOW2 {
             return true
         }
 
-        package func adopt(_ placements: [ChunkPlacement]) throws -> [ChunkPlacement] {
+        package func adopt(_ placement: ChunkPlacement) throws -> Bool {
             let size = try image.file.size
-            let plausible = placements.filter {
-                let count = UInt64($0.clusterCount) * clusterSize
-                return $0.hostOffset > 0 && $0.hostOffset % clusterSize == 0 && size >= count
-                    && $0.hostOffset <= size - count
-            }
-            let runs = plausible.map { (start: $0.hostOffset / clusterSize, count: UInt64($0.clusterCount)) }
-            return allocator.withLock { $0.adopt(runs) }.map { plausible[$0] }
+            let (offset, count) = (placement.hostOffset, UInt64(placement.clusterCount) * clusterSize)
+            guard offset > 0, offset % clusterSize == 0, size >= count, offset <= size - count else { return false }
+            return allocator.withLock { $0.adopt(offset / clusterSize, count / clusterSize) }
         }
 
         package func release(_ chunk: Chunk, at placement: ChunkPlacement) {
             allocator.withLock { $0.release(placement.hostOffset / clusterSize, UInt64(placement.clusterCount)) }
         }
 
-        package func finish(_ placements: [ChunkPlacement]) throws {
+        package func finish(_ placements: any ChunkPlacements) throws {
             try Tables(image.file, capacity: capacity, dataEnd: allocator.withLock { $0.end })
                 .write(placements, compression: nil)
         }
