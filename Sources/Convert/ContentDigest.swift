@@ -3,8 +3,8 @@ package import HostKit
 
 /// A digest of what the guest sees, the same for every image format and however sparse the image is.
 ///
-/// A tree of SHA-256: of blocks of 64 KiB (the disk's last one may be shorter), of the 64 block digests of each chunk of
-/// 4 MiB, of all chunk digests; always the digests' 32 bytes one after the other. In Python, over a raw image:
+/// A tree of SHA-256: of blocks of 64 KiB (the disk's last one may be shorter), of the 64 block digests of each chunk
+/// of 4 MiB, of all chunk digests; always the digests' 32 bytes one after the other. In Python, over a raw image:
 ///
 ///     import hashlib, sys
 ///     sha256 = lambda data: hashlib.sha256(data).digest()

@@ -40,7 +40,7 @@ package struct DiskConversion: Sendable {
         /// the source's files one after the other; for a VMDK with extents beside it the descriptor comes first.
         package var expectedDigests: [Digest.Algorithm: String] = [:]
         /// Converting threads; nil means twice the machine's processors and 2, since some always wait for their
-        /// writes. One more reads or hashes the source.
+        /// writes, but no more than 16: each takes up to 13 MiB. One more reads or hashes the source.
         package var threads: Int?
         /// `none` leaves out the digests of source and content that nobody expects.
         package var checksum = Checksum.sha256
@@ -55,7 +55,7 @@ package struct DiskConversion: Sendable {
 
         package init() {}
 
-        var threadCount: Int { max(2, threads ?? 2 * max(1, Int(sysconf(Int32(_SC_NPROCESSORS_ONLN)))) + 2) }
+        var threadCount: Int { max(2, threads ?? min(16, 2 * max(1, Int(sysconf(Int32(_SC_NPROCESSORS_ONLN)))) + 2)) }
     }
 
     package enum Checksum: String, Sendable, CaseIterable {

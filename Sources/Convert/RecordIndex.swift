@@ -1,5 +1,5 @@
-/// Where in a log each chunk's latest record lies. 4 bytes per chunk, kept in pages of 128 chunks that appear with their
-/// first record: 1 MiB for a full disk of 1 TiB, about 70 MiB for one of 62 TiB.
+/// Where in a log each chunk's latest record lies. 4 bytes per chunk, kept in pages of 128 chunks that appear with
+/// their first record: 1 MiB for a full disk of 1 TiB, about 70 MiB for one of 62 TiB.
 struct RecordIndex {
     private static let pageSize: UInt64 = 128
     private static let confirmed: UInt32 = 1 << 31

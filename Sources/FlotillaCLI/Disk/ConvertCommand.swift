@@ -31,7 +31,7 @@ struct DiskConvertCommand: AsyncParsableCommand {
     @Option(help: "Compress the clusters of a qcow2 image: zstd or zlib[:level].")
     var compress: CompressionArgument?
 
-    @Option(help: ArgumentHelp("Converting threads (default: twice the processors, and 2).", valueName: "n"))
+    @Option(help: ArgumentHelp("Converting threads (default: twice the processors and 2, at most 16).", valueName: "n"))
     var jobs: Int?
 
     @Option(help: ArgumentHelp("Read no faster than this many bytes per second; K, M, G.", valueName: "bytes"))
