@@ -28,7 +28,7 @@ test: ## build everything with warnings as errors and run all tests
 	FLOTILLA_TEST_GUEST=$(GUEST) FLOTILLA_TEST_BIN=$$(swift build --show-bin-path)/flotilla \
 		swift test --skip-build --no-parallel
 
-bench-disk: build ## compare disk conversion with qemu-img and a bare C loop (about 20 GB, half an hour)
+bench-disk: build ## compare disk conversion with qemu-img and a bare C loop (about 45 GB, 25 minutes)
 	Tests/benchmarks/disk/run
 
 format: ## format all Swift code
