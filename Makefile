@@ -49,7 +49,7 @@ FUZZ_SECONDS ?= 60
 fuzz: ## fuzz the VMDK readers for FUZZ_SECONDS (60)
 	Tests/fuzz/run --seconds $(FUZZ_SECONDS)
 
-bench-disk: build ## compare disk conversion with qemu-img and a bare C loop (about 20 GB, half an hour)
+bench-disk: build ## compare disk conversion with qemu-img and a bare C loop (about 45 GB, 25 minutes)
 	Tests/benchmarks/disk/run
 
 format: ## format all Swift code

@@ -49,13 +49,14 @@ let package = Package(
         system("CLibvirt", "libvirt", apt: "libvirt-dev"),
         .systemLibrary(name: "CLinux"),
         system("CNBD", "libnbd", apt: "libnbd-dev"),
+        .target(name: "CSHA256"),
         system("CZstd", "libzstd", apt: "libzstd-dev"),
         system("COpenSSL", "libcrypto", apt: "libssl-dev"),
         system("CXML", "libxml-2.0", apt: "libxml2-dev"),
 
         module("MigrationModel"),
         module("FlotillaProtocol", ["MigrationModel", protobuf, grpc, grpcProtobuf]),
-        module("HostKit", ["MigrationModel", "CLinux", "COpenSSL"]),
+        module("HostKit", ["MigrationModel", "CLinux", "COpenSSL", "CSHA256"]),
         module("Messaging", ["MigrationModel", "FlotillaProtocol", "HostKit", grpc, grpcProtobuf, protobuf, logging]),
 
         module("DiskImage", ["MigrationModel", "HostKit", "CDeflate", "CLinux", "CZstd"]),

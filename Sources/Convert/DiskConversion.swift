@@ -63,7 +63,7 @@ package struct DiskConversion: Sendable {
         /// the source's files one after the other; for a VMDK with extents beside it the descriptor comes first.
         package var expectedDigests: [Digest.Algorithm: String] = [:]
         /// Converting threads; nil means twice the machine's processors and 2, since some always wait for their
-        /// writes. One more reads or hashes the source.
+        /// writes, but no more than 16: each takes up to 13 MiB. One more reads or hashes the source.
         package var threads: Int?
         /// `none` leaves out the digests of source and content that nobody expects.
         package var checksum = Checksum.sha256
@@ -80,7 +80,7 @@ package struct DiskConversion: Sendable {
 
         package init() {}
 
-        var threadCount: Int { max(2, threads ?? 2 * max(1, Int(sysconf(Int32(_SC_NPROCESSORS_ONLN)))) + 2) }
+        var threadCount: Int { max(2, threads ?? min(16, 2 * max(1, Int(sysconf(Int32(_SC_NPROCESSORS_ONLN)))) + 2)) }
     }
 
     package enum Checksum: String, Sendable, CaseIterable {
@@ -219,12 +219,12 @@ package struct DiskConversion: Sendable {
         let binding = CheckpointLog.Binding(
             region: source, format: sourceFormat, capacity: capacity, identity: disk?.identity, target: targetFormat,
             volume: volume, options: options)
-        let (records, notice) = try prepare(log, binding)
+        let notice = try prepare(log, binding)
         let writer = try makeWriter(capacity)
         Failpoint.convertImageCreated.hit()
 
         let conversion = try ConversionRun(
-            disk, feed, writer, log, records: records, options: options, stop: stop)
+            disk, feed, writer, log, options: options, stop: stop)
         let outcome = try conversion.run(progress)
 
         try disk?.requireUnchanged()
@@ -283,21 +283,21 @@ package struct DiskConversion: Sendable {
     /// Decides whether an interrupted run can be continued, and clears the ground if not.
     private func prepare(
         _ log: CheckpointLog, _ binding: CheckpointLog.Binding
-    ) throws -> ([CheckpointLog.ChunkRecord], Notice) {
+    ) throws -> Notice {
         let contents = try log.read()
         let place = volume.map { self.place($0, binding) }
         try place?.requireRoom(binding.capacity)
         if let contents, contents.binding == binding, try place?.isUnfinished ?? Files.exists(partialPath) {
             try log.cutTornTail()
-            return (contents.chunks, .resumed)
+            return .resumed
         }
         // A header alone promises nothing: the run died before it created its image.
-        let promised = contents.map { $0.binding != binding || !$0.chunks.isEmpty } ?? log.isUnreadable
+        let promised = contents.map { $0.binding != binding || $0.hasChunks } ?? log.isUnreadable
         let leftOvers = promised || Files.exists(partialPath)
         if !overwrites { try place?.requireEmpty() }
         try Files.remove(partialPath)
         try log.start(binding)
         try place?.begin()
-        return ([], leftOvers ? .restarted : .fresh)
+        return leftOvers ? .restarted : .fresh
     }
 }

@@ -26,17 +26,18 @@ package protocol DiskWriter: Sendable {
     /// Everything written so far is on stable storage when this returns.
     func synchronizeData() throws
 
-    /// Takes over chunks that an interrupted run wrote, oldest first; returns those whose place is plausible and
-    /// theirs alone. None has an empty bitmap. Called once, before any other thread uses the writer.
-    func adopt(_ placements: [ChunkPlacement]) throws -> [ChunkPlacement]
+    /// Takes over a chunk that an interrupted run wrote; returns false when its place isn't plausible, or that of one
+    /// taken over before. The bitmap isn't empty. Called for the newest chunk first, before any other thread uses the
+    /// writer.
+    func adopt(_ placement: ChunkPlacement) throws -> Bool
 
     /// Gives up the place of an adopted chunk whose content turned out wrong.
     func release(_ chunk: Chunk, at placement: ChunkPlacement) throws
 
-    /// Writes the metadata for exactly these chunks, sorted by index, and syncs. All other threads are done.
+    /// Writes the metadata for exactly these chunks and syncs. All other threads are done.
     ///
     /// - Parameter step: called often, with how much of what takes long is done, in bytes; throws to stop.
-    func finish(_ placements: [ChunkPlacement], step: (_ done: UInt64, _ total: UInt64) throws -> Void) throws
+    func finish(_ placements: any ChunkPlacements, step: (_ done: UInt64, _ total: UInt64) throws -> Void) throws
 }
 
 /// A writer whose image is a file of its own.

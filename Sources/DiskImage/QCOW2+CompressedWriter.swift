@@ -76,17 +76,14 @@ extension QCOW2 {
             return true
         }
 
-        package func adopt(_ placements: [ChunkPlacement]) throws -> [ChunkPlacement] {
+        package func adopt(_ placement: ChunkPlacement) throws -> Bool {
             let size = try image.file.size
-            let plausible = placements.filter {
-                let count = $0.units * Self.unit
-                return $0.sizes.count == $0.clusterCount
-                    && $0.sizes.allSatisfy { Int($0) * 2 <= ClusterCodec.bound + 1 }
-                    && $0.hostOffset >= clusterSize && $0.hostOffset % Self.unit == 0 && size >= count
-                    && $0.hostOffset <= size - count
-            }
-            let runs = plausible.map { (start: $0.hostOffset / Self.unit, count: $0.units) }
-            return allocator.withLock { $0.adopt(runs) }.map { plausible[$0] }
+            let (offset, count) = (placement.hostOffset, placement.units * Self.unit)
+            guard placement.sizes.count == placement.clusterCount,
+                placement.sizes.allSatisfy({ Int($0) * 2 <= ClusterCodec.bound + 1 }),
+                offset >= clusterSize, offset % Self.unit == 0, size >= count, offset <= size - count
+            else { return false }
+            return allocator.withLock { $0.adopt(offset / Self.unit, placement.units) }
         }
 
         package func release(_ chunk: Chunk, at placement: ChunkPlacement) {
@@ -94,7 +91,7 @@ extension QCOW2 {
         }
 
         package func finish(
-            _ placements: [ChunkPlacement], step: (_ done: UInt64, _ total: UInt64) throws -> Void
+            _ placements: any ChunkPlacements, step: (_ done: UInt64, _ total: UInt64) throws -> Void
         ) throws {
             let end = allocator.withLock { $0.end } * Self.unit
             try Tables(image.file, capacity: capacity, dataEnd: (end + clusterSize - 1) / clusterSize)

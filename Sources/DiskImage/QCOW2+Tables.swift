@@ -18,17 +18,15 @@ extension QCOW2 {
             self.geometry = geometry
         }
 
-        /// - Parameters:
-        ///   - placements: sorted by index, none with an empty bitmap.
-        ///   - step: told the bytes of tables written; throws to stop.
+        /// - Parameter step: told the bytes of tables written; throws to stop.
         func write(
-            _ placements: [ChunkPlacement], compression: Compression?,
+            _ placements: any ChunkPlacements, compression: Compression?,
             step: (_ done: UInt64, _ total: UInt64) throws -> Void
         ) throws {
             let l1Entries = geometry.l1Entries(capacity)
+            let l2Tables = try l2TableCount(placements) { try step(0, capacity) }
             let layout = Layout(
-                dataEnd: dataEnd, l2Tables: l2TableCount(placements), l1Clusters: geometry.clusters(l1Entries * 8),
-                geometry: geometry)
+                dataEnd: dataEnd, l2Tables: l2Tables, l1Clusters: geometry.clusters(l1Entries * 8), geometry: geometry)
             // The old tables of a finished but unpublished image must not stay behind the new ones or in holes of L1,
             // nor space that was reserved.
             try file.truncate(to: layout.dataEnd * clusterSize)
@@ -45,10 +43,13 @@ extension QCOW2 {
             try file.synchronize()
         }
 
-        private func l2TableCount(_ placements: [ChunkPlacement]) -> UInt64 {
+        private func l2TableCount(
+            _ placements: any ChunkPlacements, _ step: () throws -> Void
+        ) throws -> UInt64 {
             var count: UInt64 = 0
             var last: UInt64?
-            for placement in placements {
+            try placements.forEach { placement in
+                try step()
                 geometry.forEachCluster(placement, capacity: capacity) { cluster, _, _ in
                     guard cluster / geometry.entriesPerL2 != last else { return }
                     count += 1
@@ -59,7 +60,7 @@ extension QCOW2 {
         }
 
         private func writeL2AndL1(
-            _ placements: [ChunkPlacement], _ layout: Layout, _ step: (UInt64) throws -> Void
+            _ placements: any ChunkPlacements, _ layout: Layout, _ step: (UInt64) throws -> Void
         ) throws {
             var place = layout.l2
             var l2 = [UInt8](repeating: 0, count: Int(clusterSize))
@@ -79,7 +80,8 @@ extension QCOW2 {
                 try step((place - layout.dataEnd) * clusterSize)
             }
             var table: UInt64?
-            for placement in placements {
+            try placements.forEach { placement in
+                try step((place - layout.dataEnd) * clusterSize)
                 try geometry.forEachCluster(placement, capacity: capacity) { cluster, offset, compressed in
                     let number = cluster / geometry.entriesPerL2
                     if let table, table != number { try flush(table: table) }
@@ -93,36 +95,20 @@ extension QCOW2 {
         }
 
         private func writeRefcounts(
-            _ placements: [ChunkPlacement], _ layout: Layout, _ step: (UInt64) throws -> Void
+            _ placements: any ChunkPlacements, _ layout: Layout, _ step: (UInt64) throws -> Void
         ) throws {
-            let countsPerRefcountBlock = geometry.countsPerRefcountBlock
-            let order = placements.indices.sorted { placements[$0].hostOffset < placements[$1].hostOffset }
-            var next = 0
-            for block in 0..<layout.refcountBlockCount {
-                let covered = block * countsPerRefcountBlock..<(block + 1) * countsPerRefcountBlock
-                var counts = [UInt16](repeating: 0, count: Int(countsPerRefcountBlock))
-                func count(_ range: Range<UInt64>) {
-                    for cluster in range.clamped(to: covered) { counts[Int(cluster - covered.lowerBound)] += 1 }
+            var refcounts = Refcounts(file, start: layout.refcountBlocks, geometry: geometry)
+            try refcounts.add(0..<1)
+            try placements.forEach { placement in
+                try step((layout.refcountBlocks - layout.dataEnd + refcounts.writtenBlocks) * clusterSize)
+                try geometry.forEachCluster(placement, capacity: capacity) { _, offset, compressed in
+                    // A reader fetches whole sectors.
+                    let last = compressed.map { (offset + UInt64($0) - 1) | 511 } ?? (offset + clusterSize - 1)
+                    try refcounts.add(offset / clusterSize..<last / clusterSize + 1)
                 }
-                count(0..<1)
-                count(layout.dataEnd..<layout.total)
-                while next < order.count {
-                    let placement = placements[order[next]]
-                    guard placement.hostOffset / clusterSize < covered.upperBound else { break }
-                    var end: UInt64 = 0
-                    geometry.forEachCluster(placement, capacity: capacity) { _, offset, compressed in
-                        // A reader fetches whole sectors.
-                        let last = compressed.map { (offset + UInt64($0) - 1) | 511 } ?? (offset + clusterSize - 1)
-                        count(offset / clusterSize..<last / clusterSize + 1)
-                        end = last / clusterSize + 1
-                    }
-                    if end > covered.upperBound { break }
-                    next += 1
-                }
-                for index in counts.indices { counts[index] = counts[index].bigEndian }
-                try counts.withUnsafeBytes { try file.write($0, at: (layout.refcountBlocks + block) * clusterSize) }
-                try step((layout.refcountBlocks + block - layout.dataEnd) * clusterSize)
             }
+            try refcounts.add(layout.dataEnd..<layout.total)
+            try refcounts.finish()
             var table = [UInt8](repeating: 0, count: Int(layout.refcountTableClusters * clusterSize))
             for block in 0..<layout.refcountBlockCount {
                 table.storeBigEndian((layout.refcountBlocks + block) * clusterSize, at: Int(block * 8))

@@ -42,15 +42,13 @@ extension QCOW2 {
             return true
         }
 
-        package func adopt(_ placements: [ChunkPlacement]) throws -> [ChunkPlacement] {
+        package func adopt(_ placement: ChunkPlacement) throws -> Bool {
             let size = try image.file.size
-            let plausible = placements.filter {
-                let count = $0.storedBytes
-                return $0.hostOffset > 0 && $0.hostOffset % geometry.unit == 0 && size >= count
-                    && $0.hostOffset <= size - count && geometry.whole($0.bitmap) == $0.bitmap
-            }
-            let runs = plausible.map { (start: $0.hostOffset / geometry.unit, count: $0.storedBytes / geometry.unit) }
-            return allocator.withLock { $0.adopt(runs) }.map { plausible[$0] }
+            let (offset, count) = (placement.hostOffset, placement.storedBytes)
+            guard offset > 0, offset % geometry.unit == 0, size >= count, offset <= size - count,
+                geometry.whole(placement.bitmap) == placement.bitmap
+            else { return false }
+            return allocator.withLock { $0.adopt(offset / geometry.unit, count / geometry.unit) }
         }
 
         package func release(_ chunk: Chunk, at placement: ChunkPlacement) {
@@ -60,7 +58,7 @@ extension QCOW2 {
         }
 
         package func finish(
-            _ placements: [ChunkPlacement], step: (_ done: UInt64, _ total: UInt64) throws -> Void
+            _ placements: any ChunkPlacements, step: (_ done: UInt64, _ total: UInt64) throws -> Void
         ) throws {
             let end = allocator.withLock { $0.end } * geometry.unit / geometry.clusterSize
             try Tables(image.file, capacity: capacity, dataEnd: end, geometry: geometry)

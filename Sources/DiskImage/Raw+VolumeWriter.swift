@@ -70,17 +70,20 @@ extension Raw {
         }
 
         /// All but the first chunk, which only the process that made it has.
-        package func adopt(_ placements: [ChunkPlacement]) -> [ChunkPlacement] {
-            placements.filter { $0.index > 0 && $0.hostOffset == $0.index * UInt64(Chunk.size) }
+        package func adopt(_ placement: ChunkPlacement) -> Bool {
+            placement.index > 0 && placement.hostOffset == placement.index * UInt64(Chunk.size)
         }
 
         package func release(_ chunk: Chunk, at placement: ChunkPlacement) {}
 
         package func finish(
-            _ placements: [ChunkPlacement], step: (_ done: UInt64, _ total: UInt64) throws -> Void
+            _ placements: any ChunkPlacements, step: (_ done: UInt64, _ total: UInt64) throws -> Void
         ) throws {
             var total: UInt64 = 0
-            forEachHole(placements) { total += UInt64($0.count) }
+            try forEachHole(placements) {
+                total += UInt64($0.count)
+                try step(0, volume.size)
+            }
             var done: UInt64 = 0
             var zeroing = Zeroing()
             try forEachHole(placements) {
@@ -96,14 +99,15 @@ extension Raw {
 
         /// Goes through what no chunk covers, from the second on to the volume's end, in ascending order.
         private func forEachHole(
-            _ placements: [ChunkPlacement], _ body: (Range<UInt64>) throws -> Void
-        ) rethrows {
+            _ placements: any ChunkPlacements, _ body: (Range<UInt64>) throws -> Void
+        ) throws {
             var position = min(UInt64(Chunk.size), volume.size)
             func data(_ start: UInt64, _ end: UInt64) throws {
                 if start > position { try body(position..<start) }
                 position = max(position, end)
             }
-            for placement in placements where placement.index > 0 {
+            try placements.forEach { placement in
+                guard placement.index > 0 else { return }
                 let chunk = Chunk(index: placement.index, capacity: capacity)
                 for cluster in 0..<Chunk.clusters where placement.bitmap >> UInt64(cluster) & 1 == 1 {
                     let start = cluster * Chunk.clusterSize

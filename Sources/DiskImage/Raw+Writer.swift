@@ -37,8 +37,8 @@ extension Raw {
             return try image.read(at: chunk.offset, into: part) == chunk.count
         }
 
-        package func adopt(_ placements: [ChunkPlacement]) -> [ChunkPlacement] {
-            placements.filter { $0.hostOffset == $0.index * UInt64(Chunk.size) }
+        package func adopt(_ placement: ChunkPlacement) -> Bool {
+            placement.hostOffset == placement.index * UInt64(Chunk.size)
         }
 
         /// Overwrites the chunk with zeros: its clusters that should be holes may be what is wrong with it.
@@ -47,7 +47,7 @@ extension Raw {
         }
 
         package func finish(
-            _ placements: [ChunkPlacement], step: (_ done: UInt64, _ total: UInt64) throws -> Void
+            _ placements: any ChunkPlacements, step: (_ done: UInt64, _ total: UInt64) throws -> Void
         ) throws { try image.file.synchronize() }
     }
 }

@@ -93,14 +93,18 @@ func documentedDigest(_ raw: String) throws -> String {
     let total = Digest()
     var offset: UInt64 = 0
     let size = try file.size
-    let zeros = Digest.hash(.sha256, [UInt8](repeating: 0, count: 4 << 20))
+    func digest(_ chunk: [UInt8]) -> [UInt8] {
+        let blocks = stride(from: 0, to: chunk.count, by: 65536).map { Array(chunk[$0...].prefix(65536)) }
+        return Digest.hash(.sha256, blocks.flatMap { Digest.hash(.sha256, $0) })
+    }
+    let zeros = digest([UInt8](repeating: 0, count: 4 << 20))
     while offset < size {
         let count = min(4 << 20, size - offset)
         let data = lseek(file.descriptor, Int(offset), 3)
         if count == 4 << 20, data < 0 || UInt64(data) >= offset + count {
             total.update(zeros)
         } else {
-            total.update(Digest.hash(.sha256, try file.readExactly(at: offset, count: Int(count))))
+            total.update(digest(try file.readExactly(at: offset, count: Int(count))))
         }
         offset += count
     }

@@ -31,14 +31,20 @@ let fuzzers: [Target] =
 let package = Package(
     name: "flotilla-fuzz",
     targets: [
+        .systemLibrary(name: "CBlkid", pkgConfig: "blkid"),
+        .systemLibrary(name: "CCurl", pkgConfig: "libcurl"),
         .systemLibrary(name: "CDeflate", pkgConfig: "libdeflate"),
         .systemLibrary(name: "CLinux"),
+        .systemLibrary(name: "CNBD", pkgConfig: "libnbd"),
+        .target(name: "CSHA256"),
         .systemLibrary(name: "CZstd", pkgConfig: "libzstd"),
         .systemLibrary(name: "COpenSSL", pkgConfig: "libcrypto"),
         module("MigrationModel"),
-        module("HostKit", ["MigrationModel", "CLinux", "COpenSSL"]),
+        module("HostKit", ["MigrationModel", "CLinux", "COpenSSL", "CSHA256"]),
         module("DiskImage", ["MigrationModel", "HostKit", "CDeflate", "CLinux", "CZstd"]),
         module("Convert", ["MigrationModel", "HostKit", "DiskImage"]),
+        module("Download", ["MigrationModel", "HostKit", "DiskImage", "CCurl"]),
+        module("Volumes", ["MigrationModel", "HostKit", "DiskImage", "CBlkid", "CLinux", "CNBD"]),
         .target(name: "MutexForTSan"),
         .target(
             name: "TestKit", dependencies: ["MigrationModel", "HostKit", "MutexForTSan"],
@@ -47,7 +53,8 @@ let package = Package(
             name: "DiskImageTests", dependencies: ["DiskImage", "HostKit", "MigrationModel", "TestKit"],
             swiftSettings: settings),
         .testTarget(
-            name: "ConvertTests", dependencies: ["Convert", "DiskImage", "HostKit", "MigrationModel", "TestKit"],
+            name: "ConvertTests",
+            dependencies: ["Convert", "DiskImage", "Download", "HostKit", "MigrationModel", "TestKit", "Volumes"],
             swiftSettings: settings),
     ] + fuzzers,
     swiftLanguageModes: [.v6]

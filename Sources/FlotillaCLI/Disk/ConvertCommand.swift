@@ -50,7 +50,7 @@ struct DiskConvertCommand: AsyncParsableCommand {
         help: ArgumentHelp("Clusters of a qcow2 image: 512 to 2M, powers of two (default: 64K).", valueName: "bytes"))
     var clusterSize: ByteCountArgument?
 
-    @Option(help: ArgumentHelp("Converting threads (default: twice the processors, and 2).", valueName: "n"))
+    @Option(help: ArgumentHelp("Converting threads (default: twice the processors and 2, at most 16).", valueName: "n"))
     var jobs: Int?
 
     @Option(help: ArgumentHelp("Read no faster than this many bytes per second; K, M, G.", valueName: "bytes"))
