@@ -6,7 +6,8 @@ SHELL := bash
 GUEST := $(CURDIR)/.demo/guest
 SWIFT_SOURCES = $(shell find Sources Tests -name '*.swift' -not -path 'Sources/FlotillaProtocol/Generated/*') Package.swift
 
-.PHONY: help setup build demo demo-fleet test test-faults bench-disk format lint protos protos-check clean
+.PHONY: help setup build demo demo-fleet test test-disk test-asan test-tsan test-kill test-faults fuzz bench-disk format lint \
+	protos protos-check clean
 
 help: ## list these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
@@ -34,7 +35,28 @@ test: ## build everything with warnings as errors and run all tests
 test-faults: ## break a fleet in every way we know and check what is left; FAULTS="case…" chooses
 	Tests/faults/run $(FAULTS)
 
-bench-disk: build ## compare disk conversion with qemu-img and a bare C loop (about 20 GB, half an hour)
+SEEDS ?= 200
+test-disk: ## run the disk engine's tests at length: the full format matrix, SEEDS (200) random disks
+	FLOTILLA_MATRIX=full FLOTILLA_SEEDS=$(SEEDS) \
+		swift test --package-path Tests/fuzz --scratch-path .build/disk --no-parallel
+
+test-asan: ## run the disk engine's tests under AddressSanitizer
+	LSAN_OPTIONS=suppressions=$(CURDIR)/Tests/fuzz/lsan.supp:print_suppressions=0 \
+		swift test --package-path Tests/fuzz --scratch-path .build/address --sanitize address --no-parallel
+
+test-tsan: ## run the disk engine's tests under ThreadSanitizer
+	swift test --package-path Tests/fuzz --scratch-path .build/thread --sanitize thread --no-parallel
+
+KILLS ?= 50
+test-kill: ## kill disk conversions KILLS (50) times at random moments and continue them
+	swift build --product flotilla
+	Tests/kill/run --kills $(KILLS) $$(swift build --show-bin-path)/flotilla
+
+FUZZ_SECONDS ?= 60
+fuzz: ## fuzz the VMDK readers for FUZZ_SECONDS (60)
+	Tests/fuzz/run --seconds $(FUZZ_SECONDS)
+
+bench-disk: build ## compare disk conversion with qemu-img and a bare C loop (about 45 GB, 25 minutes)
 	Tests/benchmarks/disk/run
 
 format: ## format all Swift code

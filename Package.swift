@@ -53,17 +53,21 @@ let package = Package(
         .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
     ],
     targets: [
+        system("CBlkid", "blkid", apt: "libblkid-dev"),
+        system("CCurl", "libcurl", apt: "libcurl4-openssl-dev"),
         system("CDeflate", "libdeflate", apt: "libdeflate-dev"),
         system("CLibvirt", "libvirt", apt: "libvirt-dev"),
         .systemLibrary(name: "CLinux"),
+        system("CNBD", "libnbd", apt: "libnbd-dev"),
         system("CRabbitMQ", "librabbitmq", apt: "librabbitmq-dev"),
+        .target(name: "CSHA256"),
         system("CZstd", "libzstd", apt: "libzstd-dev"),
         system("COpenSSL", "libcrypto", apt: "libssl-dev"),
         system("CXML", "libxml-2.0", apt: "libxml2-dev"),
 
         module("MigrationModel"),
         module("FlotillaProtocol", ["MigrationModel", protobuf, grpc, grpcProtobuf]),
-        module("HostKit", ["MigrationModel", "CLinux", "COpenSSL"]),
+        module("HostKit", ["MigrationModel", "CLinux", "COpenSSL", "CSHA256"]),
         module("Messaging", ["MigrationModel", "FlotillaProtocol", "HostKit", grpc, grpcProtobuf, protobuf, logging]),
         module("MessagingAMQP", ["MigrationModel", "HostKit", "Messaging", "CRabbitMQ"]),
         module(
@@ -72,6 +76,8 @@ let package = Package(
         module("DiskImage", ["MigrationModel", "HostKit", "CDeflate", "CLinux", "CZstd"]),
         module("Export", ["MigrationModel", "FlotillaProtocol", "HostKit", "CXML", protobuf]),
         module("Convert", ["MigrationModel", "HostKit", "DiskImage"]),
+        module("Download", ["MigrationModel", "HostKit", "DiskImage", "CCurl"]),
+        module("Volumes", ["MigrationModel", "HostKit", "DiskImage", "CBlkid", "CLinux", "CNBD"]),
         module("Passthrough", ["MigrationModel", "FlotillaProtocol", "HostKit", protobuf]),
         module(
             "Deploy", ["MigrationModel", "FlotillaProtocol", "HostKit", "Passthrough", "CLibvirt", "CXML", protobuf]),
@@ -93,7 +99,7 @@ let package = Package(
             "FlotillaCLI",
             [
                 "MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", "MessagingAMQP", "Enrollment", "Export",
-                "DiskImage", "Convert", "Passthrough", "Deploy", "Worker", "Coordinator",
+                "DiskImage", "Convert", "Download", "Volumes", "Passthrough", "Deploy", "Worker", "Coordinator",
                 grpc, grpcHTTP2, grpcInProcess, grpcProtobuf, protobuf, logging, yaml, arguments,
             ]),
         .executableTarget(name: "flotilla", dependencies: ["FlotillaCLI"], swiftSettings: settings),
@@ -109,7 +115,8 @@ let package = Package(
             "MessagingAMQPTests", ["MessagingAMQP", "CRabbitMQ", "Messaging", "HostKit", "MigrationModel", "TestKit"]),
         tests("EnrollmentTests", ["Enrollment", "Messaging", "HostKit", "MigrationModel", "TestKit"]),
         tests("DiskImageTests", ["DiskImage", "HostKit", "MigrationModel", "TestKit"]),
-        tests("ConvertTests", ["Convert", "DiskImage", "HostKit", "MigrationModel", "TestKit"]),
+        tests(
+            "ConvertTests", ["Convert", "DiskImage", "Download", "HostKit", "MigrationModel", "TestKit", "Volumes"]),
         tests("ExportTests", ["Export", "FlotillaProtocol", "HostKit", "MigrationModel", "TestKit", protobuf]),
         tests(
             "PassthroughTests", ["Passthrough", "FlotillaProtocol", "HostKit", "MigrationModel", protobuf],

@@ -36,3 +36,37 @@ static inline int flotilla_fallocate(int fd, long long offset, long long length)
 }
 // O_DIRECT, which glibc hides behind _GNU_SOURCE and which differs between architectures.
 static inline int flotilla_o_direct(void) { return __O_DIRECT; }
+
+#include <linux/fs.h>
+#include <sys/ioctl.h>
+
+// Block devices: BLKGETSIZE64, BLKSSZGET and BLKROGET answer -1 when they fail.
+static inline long long flotilla_device_size(int fd) {
+    unsigned long long size = 0;
+    return ioctl(fd, BLKGETSIZE64, &size) == 0 ? (long long)size : -1;
+}
+static inline int flotilla_device_block_size(int fd) {
+    int size = 0;
+    return ioctl(fd, BLKSSZGET, &size) == 0 ? size : -1;
+}
+static inline int flotilla_device_is_read_only(int fd) {
+    int answer = 0;
+    return ioctl(fd, BLKROGET, &answer) == 0 ? answer : -1;
+}
+// fallocate(2) with FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE (3): zeros by giving the space back, or EOPNOTSUPP.
+static inline int flotilla_punch_hole(int fd, unsigned long long offset, unsigned long long length) {
+    return (int)syscall(SYS_fallocate, fd, 3, offset, length);
+}
+// BLKZEROOUT: zeros, written if the device can do no better.
+static inline int flotilla_device_zero(int fd, unsigned long long offset, unsigned long long length) {
+    unsigned long long range[2] = {offset, length};
+    return ioctl(fd, BLKZEROOUT, &range);
+}
+static inline unsigned int flotilla_major(unsigned long long device) {
+    return (unsigned int)((device >> 32 & 0xfffff000u) | (device >> 8 & 0xfffu));
+}
+static inline unsigned int flotilla_minor(unsigned long long device) {
+    return (unsigned int)((device >> 12 & 0xffffff00u) | (device & 0xffu));
+}
+// memfd_create(2): a file in memory without a name.
+static inline int flotilla_memory_file(const char *name) { return (int)syscall(SYS_memfd_create, name, 1U); }

@@ -11,7 +11,7 @@ import Synchronization
 /// time: the file is locked while open.
 final class CheckpointLog: Sendable {
     static let recordSize = 64
-    private static let magic: UInt64 = 0x3150_4B43_4154_4C46  // "FLTACKP1"
+    private static let magic: UInt64 = 0x3250_4B43_4154_4C46  // "FLTACKP2"
 
     private enum Kind: UInt32 {
         case chunk = 1, source = 2, finished = 3
@@ -20,6 +20,7 @@ final class CheckpointLog: Sendable {
     }
 
     private static let sizesPerRecord = 28
+    private static let sizeRecordsPerChunk = (Chunk.clusters + sizesPerRecord - 1) / sizesPerRecord
 
     /// Which conversion a log belongs to.
     struct Binding: Equatable {
@@ -34,10 +35,12 @@ final class CheckpointLog: Sendable {
             self.digest = digest
         }
 
-        /// - Parameter files: nil for a stream, which is like no other.
+        /// - Parameters:
+        ///   - identity: of the source's content; nil for a stream, which is like no other.
+        ///   - volume: what is written instead of a file.
         init(
-            region: FileRegion, format: DiskFormat, capacity: UInt64, files: [SourceFile]?, target: TargetFormat,
-            options: DiskConversion.Options
+            region: FileRegion, format: DiskFormat, capacity: UInt64, identity: [String]?, target: TargetFormat,
+            volume: (any Volume)?, options: DiskConversion.Options
         ) {
             let digest = Digest()
             func add(_ text: String) { digest.update(Array(text.utf8) + [0]) }
@@ -45,11 +48,10 @@ final class CheckpointLog: Sendable {
             add("\(region.offset) \(region.length.map(String.init) ?? "-") \(format.rawValue) \(capacity)")
             add("\(target.rawValue) \(Chunk.size) \(options.checksum.rawValue)")
             add(options.compression?.description ?? "-")
-            if files == nil { add("stream \(UInt64.random(in: 0 ... .max)) \(UInt64.random(in: 0 ... .max))") }
-            for file in files ?? [] {
-                let id = file.identity
-                add(file.path)
-                add("\(file.offset) \(file.length) \(id.inode) \(id.size) \(id.modifiedNanoseconds)")
+            add("\(options.geometry.clusterSize)")
+            if let volume { add("volume \(volume.name) \(volume.size)") }
+            for line in identity ?? ["stream \(UInt64.random(in: 0 ... .max)) \(UInt64.random(in: 0 ... .max))"] {
+                add(line)
             }
             self.init(target: target, capacity: capacity, digest: digest.finalize())
         }
@@ -91,8 +93,7 @@ final class CheckpointLog: Sendable {
 
     struct Contents {
         let binding: Binding
-        /// In the order they were written; a chunk may occur again, the later record counts.
-        var chunks: [ChunkRecord] = []
+        var hasChunks = false
         var finished: Finished?
     }
 
@@ -100,6 +101,8 @@ final class CheckpointLog: Sendable {
         /// Where the next record goes.
         var end: UInt64 = 0
         var isUnreadable = false
+        /// Of a chunk that occurs again the later record counts.
+        var index = RecordIndex()
     }
 
     private let file: File
@@ -135,8 +138,12 @@ final class CheckpointLog: Sendable {
                     digest: Array(header[32..<64])))
             state.isUnreadable = false
             state.end = UInt64(Self.recordSize)
+            state.index = RecordIndex()
+            let total = Chunk.total(capacity: min(contents.binding.capacity, Chunk.maximumCapacity))
             var source: (bytes: UInt64, digest: [UInt8]?)?
-            var sizes: [UInt16] = []
+            // Behind the last complete record; a chunk's begins with its sizes.
+            var start = state.end
+            defer { state.end = start }
             while let bytes = try record(at: state.end, size) {
                 let (first, second, third) = (
                     bytes.span.bytes.word(8), bytes.span.bytes.word(16), bytes.span.bytes.word(24)
@@ -144,17 +151,18 @@ final class CheckpointLog: Sendable {
                 let digest = Array(bytes[32..<64])
                 switch Kind(rawValue: bytes.littleEndian(0)) {
                 case .chunk:
-                    let placement = ChunkPlacement(
-                        index: first, hostOffset: second, bitmap: third,
-                        sizes: Array(sizes.prefix(third.nonzeroBitCount)))
-                    sizes = []
-                    contents.chunks.append(ChunkRecord(placement: placement, digest: digest))
-                case .sizes:
-                    for index in 0..<Self.sizesPerRecord {
-                        sizes.append(UInt16(bytes[8 + index * 2]) | UInt16(bytes[9 + index * 2]) << 8)
+                    let count = (state.end - start) / UInt64(Self.recordSize)
+                    if first < total, count <= Self.sizeRecordsPerChunk {
+                        state.index.set(first, position: start / UInt64(Self.recordSize), isConfirmed: false)
+                        contents.hasChunks = true
                     }
-                case .source: source = (first, second == 1 ? digest : nil)
+                    start = state.end + UInt64(Self.recordSize)
+                case .sizes: break
+                case .source:
+                    source = (first, second == 1 ? digest : nil)
+                    start = state.end + UInt64(Self.recordSize)
                 case .finished:
+                    start = state.end + UInt64(Self.recordSize)
                     contents.finished = source.map {
                         Finished(
                             inode: first, imageSize: second, sourceBytes: $0.bytes, sourceSHA256: $0.digest,
@@ -168,7 +176,69 @@ final class CheckpointLog: Sendable {
         }
     }
 
-    /// After `read`: removes what follows the last valid record.
+    // MARK: Chunks
+
+    /// The latest record of a chunk: what `read` found, or what was appended. nil when there is none, or one that was
+    /// forgotten.
+    func record(of chunk: UInt64) throws -> ChunkRecord? {
+        try state.withLock { $0.index.position(of: chunk) }.map { try record(atPosition: $0) }
+    }
+
+    /// After `read`: lets `accept` judge the records whose chunks have a place in the image, the latest first; those it
+    /// refuses are forgotten.
+    func adopt(_ accept: (ChunkPlacement) throws -> Bool) throws {
+        for position in state.withLock({ $0.index.newestFirst() }) {
+            let placement = try record(atPosition: UInt64(position)).placement
+            if placement.bitmap != 0, try !accept(placement) { forget(placement.index) }
+        }
+    }
+
+    /// The image was found to hold what the chunk's record says.
+    func confirm(_ chunk: UInt64) { state.withLock { $0.index.confirm(chunk) } }
+
+    func forget(_ chunk: UInt64) { state.withLock { $0.index.remove(chunk) } }
+
+    /// What was confirmed or appended since `read` or `start`.
+    var placements: some ChunkPlacements { Placements(log: self) }
+
+    private struct Placements: ChunkPlacements {
+        let log: CheckpointLog
+
+        func forEach(_ body: (ChunkPlacement) throws -> Void) throws {
+            try log.state.withLock { $0.index }.forEachConfirmed {
+                let placement = try log.record(atPosition: $0).placement
+                if placement.bitmap != 0 { try body(placement) }
+            }
+        }
+    }
+
+    /// The record that begins with its first cluster sizes at a position, which comes from the index.
+    private func record(atPosition position: UInt64) throws -> ChunkRecord {
+        var sizes: [UInt16] = []
+        let end = state.withLock { $0.end }
+        for offset in 0...UInt64(Self.sizeRecordsPerChunk) {
+            guard let bytes = try record(at: (position + offset) * UInt64(Self.recordSize), end) else { break }
+            switch Kind(rawValue: bytes.littleEndian(0)) {
+            case .sizes:
+                for index in 0..<Self.sizesPerRecord {
+                    sizes.append(UInt16(bytes[8 + index * 2]) | UInt16(bytes[9 + index * 2]) << 8)
+                }
+            case .chunk:
+                let words = bytes.span.bytes
+                let bitmap = words.word(24)
+                let placement = ChunkPlacement(
+                    index: words.word(8), hostOffset: words.word(16), bitmap: bitmap,
+                    sizes: Array(sizes.prefix(bitmap.nonzeroBitCount)))
+                return ChunkRecord(placement: placement, digest: Array(bytes[32..<64]))
+            default: break
+            }
+        }
+        throw MigrationError(
+            .dataLoss, "\(file.path): record \(position) changed while it was in use",
+            hint: "run the same command again: it checks what it finds")
+    }
+
+    /// After `read`: removes what follows the last complete record.
     func cutTornTail() throws {
         try state.withLock { try file.truncate(to: $0.end) }
     }
@@ -186,15 +256,27 @@ final class CheckpointLog: Sendable {
             try file.synchronize()
             try Files.synchronizeDirectory(of: file.path)
             state.end = UInt64(Self.recordSize)
+            state.index = RecordIndex()
         }
     }
 
+    /// Each chunk counts as confirmed.
     func append(_ records: [ChunkRecord]) throws {
-        try append(
-            records.flatMap {
-                sizeRecords($0.placement.sizes)
-                    + record(.chunk, $0.placement.index, $0.placement.hostOffset, $0.placement.bitmap, $0.digest)
-            })
+        var bytes: [UInt8] = []
+        var places: [Int] = []
+        for chunk in records {
+            let placement = chunk.placement
+            places.append(bytes.count)
+            bytes += sizeRecords(placement.sizes)
+            bytes += record(.chunk, placement.index, placement.hostOffset, placement.bitmap, chunk.digest)
+        }
+        let start = try append(bytes)
+        state.withLock { state in
+            for (chunk, place) in zip(records, places) {
+                let position = (start + UInt64(place)) / UInt64(Self.recordSize)
+                state.index.set(chunk.placement.index, position: position, isConfirmed: true)
+            }
+        }
     }
 
     func append(_ finished: Finished) throws {
@@ -204,14 +286,16 @@ final class CheckpointLog: Sendable {
         let end = record(
             .finished, finished.inode, finished.imageSize, finished.contentDigest == nil ? 1 : 0,
             finished.contentDigest ?? [UInt8](repeating: 0, count: 32))
-        try append(source + end)
+        _ = try append(source + end)
     }
 
-    private func append(_ bytes: [UInt8]) throws {
+    /// Returns where it went.
+    private func append(_ bytes: [UInt8]) throws -> UInt64 {
         try state.withLock { state in
             try file.write(bytes, at: state.end)
             try file.synchronizeData()
-            state.end += UInt64(bytes.count)
+            defer { state.end += UInt64(bytes.count) }
+            return state.end
         }
     }
 

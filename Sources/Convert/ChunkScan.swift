@@ -5,14 +5,14 @@ import HostKit
 struct ChunkScan {
     private(set) var bitmap: UInt64 = 0
     private let bytes: UnsafeRawBufferPointer
-    private let digest: Digest?
+    private var digest: ChunkDigest?
     private var checksum: UInt32 = 0
     private var done = 0
 
     /// - Parameter bytes: the chunk's.
     init(_ bytes: UnsafeRawBufferPointer, _ kind: DiskConversion.Checksum) {
         self.bytes = bytes
-        digest = kind == .sha256 ? Digest() : nil
+        digest = kind == .sha256 ? ChunkDigest() : nil
     }
 
     /// The first `end` bytes are final.
@@ -21,15 +21,16 @@ struct ChunkScan {
             let stop = min(done + Chunk.clusterSize, bytes.count)
             guard stop <= end else { return }
             let part = UnsafeRawBufferPointer(rebasing: bytes[done..<stop])
-            if !isZero(part) { bitmap |= 1 << UInt64(done / Chunk.clusterSize) }
-            if let digest { digest.update(part) } else { checksum = crc32(part, checksum) }
+            let isZero = isZero(part)
+            if !isZero { bitmap |= 1 << UInt64(done / Chunk.clusterSize) }
+            if digest == nil { checksum = crc32(part, checksum) } else { digest?.add(part, isZero: isZero) }
             done = stop
         }
     }
 
-    /// 32 bytes: SHA-256, or a CRC-32 where digests aren't wanted and records still need a check.
-    func finish() -> [UInt8] {
-        if let digest { return digest.finalize() }
+    /// 32 bytes: a `ChunkDigest`, or a CRC-32 where digests aren't wanted and records still need a check.
+    mutating func finish() -> [UInt8] {
+        if let digest = digest?.finish() { return digest }
         return (0..<4).map { UInt8(truncatingIfNeeded: checksum >> ($0 * 8)) } + [UInt8](repeating: 0, count: 28)
     }
 }

@@ -3,17 +3,19 @@ package import HostKit
 
 /// A digest of what the guest sees, the same for every image format and however sparse the image is.
 ///
-/// The disk is cut into chunks of 4 MiB, the last one shorter; each chunk's SHA-256 (32 bytes) is taken; the digest is
-/// the SHA-256 of all of them one after the other. In Python, over a raw image:
+/// A tree of SHA-256: of blocks of 64 KiB (the disk's last one may be shorter), of the 64 block digests of each chunk
+/// of 4 MiB, of all chunk digests; always the digests' 32 bytes one after the other. In Python, over a raw image:
 ///
 ///     import hashlib, sys
+///     sha256 = lambda data: hashlib.sha256(data).digest()
 ///     total = hashlib.sha256()
 ///     with open(sys.argv[1], "rb") as disk:
 ///         while chunk := disk.read(4 << 20):
-///             total.update(hashlib.sha256(chunk).digest())
+///             total.update(sha256(b"".join(sha256(chunk[at:at + 65536]) for at in range(0, len(chunk), 65536))))
 ///     print(total.hexdigest())
 ///
-/// Chunks of zeros share one digest, so computing it costs as much as the data, not as the capacity.
+/// Blocks and chunks of zeros have digests known beforehand, so computing it costs as much as the data, not as the
+/// capacity; and blocks don't wait for each other.
 package struct ContentDigest {
     private let total = Digest()
     private let capacity: UInt64
@@ -22,11 +24,7 @@ package struct ContentDigest {
     private let zeroRun: [UInt8]
     private var next: UInt64 = 0
 
-    package static let zeroChunkDigest = digestOfZeros(Chunk.size)
-
-    private static func digestOfZeros(_ count: Int) -> [UInt8] {
-        Digest.hash(.sha256, [UInt8](repeating: 0, count: count))
-    }
+    private static let zeroChunkDigest = ChunkDigest.ofZeros(Chunk.size)
 
     package init(capacity: UInt64) {
         self.capacity = capacity
@@ -46,7 +44,7 @@ package struct ContentDigest {
             let chunk = Chunk(index: data / UInt64(Chunk.size), capacity: disk.capacity)
             let part = UnsafeMutableRawBufferPointer(rebasing: buffer[..<chunk.count])
             if try reader.read(at: chunk.offset, into: part) == .data {
-                content.add(sha256(UnsafeRawBufferPointer(part)), chunk: chunk.index)
+                content.add(ChunkDigest.of(UnsafeRawBufferPointer(part)), chunk: chunk.index)
             }
             position = chunk.offset + UInt64(chunk.count)
         }
@@ -71,7 +69,7 @@ package struct ContentDigest {
             // Only the disk's last chunk can be short.
             let whole = last.count == Chunk.size ? index - next : index - next - 1
             if whole == 0 {
-                total.update(ContentDigest.digestOfZeros(last.count))
+                total.update(ChunkDigest.ofZeros(last.count))
                 next += 1
             } else if whole >= 2048 {
                 total.update(zeroRun)
@@ -82,10 +80,4 @@ package struct ContentDigest {
             }
         }
     }
-}
-
-func sha256(_ bytes: UnsafeRawBufferPointer) -> [UInt8] {
-    let digest = Digest()
-    digest.update(bytes)
-    return digest.finalize()
 }

@@ -16,8 +16,6 @@ final class ConversionRun: Sendable {
 
     private struct State {
         var progress: DiskConversion.Progress
-        /// Every chunk that holds data and is in the image, in any order.
-        var done: [ChunkPlacement] = []
         var content: OrderedDigests
         /// What the log doesn't have yet.
         var pending: [CheckpointLog.ChunkRecord] = []
@@ -28,21 +26,22 @@ final class ConversionRun: Sendable {
 
     private let disk: (any DiskSource)?
     private let writer: any DiskWriter
+    /// Knows every chunk that is in the image, once a checkpoint was taken.
     private let log: CheckpointLog
     private let options: DiskConversion.Options
     private let stop: StopFlag
     private let feed: any ChunkFeed
-    /// What an interrupted run wrote, by chunk.
-    private let recorded: [UInt64: CheckpointLog.ChunkRecord]
     private let state: Mutex<State>
     private let failed = Atomic<Bool>(false)
     /// Held while a checkpoint is taken: records enter the log in the order their data was synced.
     private let checkpointing = Mutex(())
 
-    /// - Parameter disk: nil for a stream that `feed` alone reads.
+    /// - Parameters:
+    ///   - disk: nil for a stream that `feed` alone reads.
+    ///   - log: started, or read and found to be this conversion's.
     init(
         _ disk: (any DiskSource)?, _ feed: any ChunkFeed, _ writer: any DiskWriter, _ log: CheckpointLog,
-        records: [CheckpointLog.ChunkRecord], options: DiskConversion.Options, stop: StopFlag
+        options: DiskConversion.Options, stop: StopFlag
     ) throws {
         self.disk = disk
         self.feed = feed
@@ -51,29 +50,12 @@ final class ConversionRun: Sendable {
         self.options = options
         self.stop = stop
         let capacity = writer.capacity
-        recorded = try ConversionRun.adopt(records, capacity, writer)
+        try log.adopt { try writer.adopt($0) }
         state = Mutex(
             State(
                 progress: DiskConversion.Progress(
                     doneBytes: 0, capacity: capacity, dataBytes: 0, writtenBytes: 0, resumedBytes: 0),
                 content: OrderedDigests(capacity: capacity)))
-    }
-
-    /// The latest record of each chunk, without those whose place in the image can't be theirs.
-    private static func adopt(
-        _ records: [CheckpointLog.ChunkRecord], _ capacity: UInt64, _ writer: any DiskWriter
-    ) throws -> [UInt64: CheckpointLog.ChunkRecord] {
-        let total = Chunk.total(capacity: capacity)
-        var latest: [UInt64: Int] = [:]
-        for (order, record) in records.enumerated() where record.placement.index < total {
-            latest[record.placement.index] = order
-        }
-        let candidates = latest.values.sorted().map { records[$0] }
-        let accepted = try writer.adopt(candidates.map(\.placement).filter { $0.bitmap != 0 })
-        let places = Set(accepted.map(\.index))
-        return Dictionary(
-            candidates.filter { $0.placement.bitmap == 0 || places.contains($0.placement.index) }
-                .map { ($0.placement.index, $0) }, uniquingKeysWith: { $1 })
     }
 
     func run(_ progress: (DiskConversion.Progress) -> Void) throws -> Outcome {
@@ -95,7 +77,7 @@ final class ConversionRun: Sendable {
         attempt { try checkpoint() }
         if let failure = state.withLock({ $0.failure }) { throw failure }
         progress(state.withLock { $0.progress })
-        return try finish()
+        return try finish(progress)
     }
 
     private func start(
@@ -137,16 +119,17 @@ final class ConversionRun: Sendable {
             if work.skipped > 0 { state.withLock { $0.progress.doneBytes += work.skipped } }
             guard let chunk = work.chunk else { return }
             defer { if let block = work.block { feed.recycle(block) } }
-            if let record = recorded[chunk.index] {
+            if let record = try log.record(of: chunk.index) {
                 if try isIntact(record, chunk, buffer) {
+                    log.confirm(chunk.index)
                     state.withLock {
-                        $0.done.append(record.placement)
                         $0.content.add(record.digest, chunk: chunk.index, ticket: work.ticket)
                         $0.progress.resumedBytes += UInt64(chunk.count)
                     }
                     account(chunk, isData: true)
                     continue
                 }
+                log.forget(chunk.index)
                 if record.placement.bitmap != 0 { try writer.release(chunk, at: record.placement) }
             }
             var scan = ChunkScan(UnsafeRawBufferPointer(rebasing: buffer[..<chunk.count]), options.checksum)
@@ -162,7 +145,7 @@ final class ConversionRun: Sendable {
                     scan.filled(chunk.count)
                 }
             }
-            try store(work.ticket, chunk, content, scan, buffer)
+            try store(work.ticket, chunk, content, &scan, buffer)
         }
     }
 
@@ -178,7 +161,7 @@ final class ConversionRun: Sendable {
     }
 
     private func store(
-        _ ticket: UInt64, _ chunk: Chunk, _ content: ChunkContent, _ scan: ChunkScan,
+        _ ticket: UInt64, _ chunk: Chunk, _ content: ChunkContent, _ scan: inout ChunkScan,
         _ buffer: UnsafeMutableRawBufferPointer
     ) throws {
         guard content == .data else {
@@ -194,7 +177,6 @@ final class ConversionRun: Sendable {
         let record = CheckpointLog.ChunkRecord(placement: placement, digest: digest)
         let written = placement.storedBytes
         let pending = state.withLock {
-            $0.done.append(placement)
             $0.content.add(digest, chunk: chunk.index, ticket: ticket)
             $0.pending.append(record)
             $0.pendingBytes += written
@@ -231,19 +213,23 @@ final class ConversionRun: Sendable {
             return state.pending
         }
         guard !records.isEmpty else { return }
-        try writer.image.synchronizeData()
+        try writer.synchronizeData()
         try log.append(records)
         Failpoint.convertCheckpoint.hit()
     }
 
-    private func finish() throws -> Outcome {
-        var placements = state.withLock { state in
-            defer { state.done = [] }
-            return state.done
+    private func finish(_ progress: (DiskConversion.Progress) -> Void) throws -> Outcome {
+        var lastReport = DispatchTime.now()
+        try writer.finish(log.placements) { done, total in
+            try stop.check()
+            guard DispatchTime.now() >= lastReport + .milliseconds(200) else { return }
+            lastReport = .now()
+            progress(
+                state.withLock {
+                    ($0.progress.finishedBytes, $0.progress.finishBytes) = (done, total)
+                    return $0.progress
+                })
         }
-        placements.removeAll { $0.bitmap == 0 }
-        placements.sort { $0.index < $1.index }
-        try writer.finish(placements)
         Failpoint.convertImageFinished.hit()
         let (source, content) = state.withLock { ($0.source, $0.content.finalize()) }
         return Outcome(

@@ -9,7 +9,11 @@ import MigrationModel
 /// its log `<name>.checkpoint`; then it appears under its final name in one step that never replaces a file. The log
 /// stays: it proves, should the process die right after publishing, that the published file is ours. Whoever owns the
 /// work directory deletes it once the result is recorded elsewhere.
+///
+/// On a volume the image grows in its place, marked as unfinished; `<name>.partial` is then the image's first chunk, and
+/// publishing copies that.
 package struct DiskConversion: Sendable {
+    /// The file that holds the disk, or, where it isn't one, whatever names it.
     package let source: FileRegion
     package let sourceFormat: DiskFormat
     package let targetFormat: TargetFormat
@@ -17,10 +21,29 @@ package struct DiskConversion: Sendable {
     package let workDirectory: String
     /// Names the partial image and its checkpoint: "disk0".
     package let name: String
+    /// A volume's name where that is the target.
     package let finalPath: String
     package var options = Options()
-    /// Where the disk's bytes come from instead of the file `source`, which then only names them.
-    package private(set) var stream: Stream?
+    /// Whether a volume may be overwritten that seems to hold something.
+    package var overwrites = false
+    private let origin: Source
+    /// What is written instead of a file.
+    let volume: (any Volume)?
+
+    /// Where a disk comes from.
+    package enum Source: Sendable {
+        case file(FileRegion, DiskFormat)
+        case stream(Stream)
+        /// One that this program finds at a name of its own kind, such as a URL. Opened once, on the thread that
+        /// converts; reads end when the flag is set.
+        case disk(name: String, open: @Sendable (StopFlag) throws -> any DiskSource)
+    }
+
+    package enum Target: Sendable {
+        case file(TargetFormat, path: String)
+        /// Raw. The work directory may be anywhere.
+        case volume(any Volume)
+    }
 
     /// A streamOptimized VMDK that comes once, front to back: a pipe, a download.
     package struct Stream: Sendable {
@@ -40,12 +63,14 @@ package struct DiskConversion: Sendable {
         /// the source's files one after the other; for a VMDK with extents beside it the descriptor comes first.
         package var expectedDigests: [Digest.Algorithm: String] = [:]
         /// Converting threads; nil means twice the machine's processors and 2, since some always wait for their
-        /// writes. One more reads or hashes the source.
+        /// writes, but no more than 16: each takes up to 13 MiB. One more reads or hashes the source.
         package var threads: Int?
         /// `none` leaves out the digests of source and content that nobody expects.
         package var checksum = Checksum.sha256
         /// Compresses the clusters of a qcow2 image.
         package var compression: Compression?
+        /// Of a qcow2 image.
+        package var geometry = QCOW2.Geometry.standard
         /// Shared by the conversions that together must not read faster.
         package var rateLimit: RateLimit?
         /// A checkpoint is due when this many image bytes were written since the last, and at the latest every
@@ -55,7 +80,7 @@ package struct DiskConversion: Sendable {
 
         package init() {}
 
-        var threadCount: Int { max(2, threads ?? 2 * max(1, Int(sysconf(Int32(_SC_NPROCESSORS_ONLN)))) + 2) }
+        var threadCount: Int { max(2, threads ?? min(16, 2 * max(1, Int(sysconf(Int32(_SC_NPROCESSORS_ONLN)))) + 2)) }
     }
 
     package enum Checksum: String, Sendable, CaseIterable {
@@ -73,6 +98,9 @@ package struct DiskConversion: Sendable {
         package var writtenBytes: UInt64
         /// Guest bytes taken over from an interrupted run.
         package var resumedBytes: UInt64
+        /// Of tables or zeros that are written when all data is; both 0 before that, and where it takes no time.
+        package var finishedBytes: UInt64 = 0
+        package var finishBytes: UInt64 = 0
     }
 
     package struct Result: Sendable, Equatable {
@@ -80,7 +108,7 @@ package struct DiskConversion: Sendable {
         package var format: TargetFormat
         /// Guest bytes.
         package var capacity: UInt64
-        /// What the image occupies on disk.
+        /// What the image occupies on disk; a volume's size.
         package var allocatedBytes: UInt64
         /// Length of the source stream.
         package var sourceBytes: UInt64
@@ -106,29 +134,47 @@ package struct DiskConversion: Sendable {
         case alreadyPublished
     }
 
+    /// What an interrupted run left of a stream is thrown away: nothing proves that it came from the same bytes.
+    package init(
+        _ source: Source, to target: Target, workDirectory: String, name: String, options: Options = Options()
+    ) {
+        origin = source
+        (self.source, sourceFormat) =
+            switch source {
+            case .file(let region, let format): (region, format)
+            case .stream(let stream): (FileRegion(path: stream.name), .vmdk)
+            case .disk(let name, _): (FileRegion(path: name), .raw)
+            }
+        (targetFormat, finalPath, volume) =
+            switch target {
+            case .file(let format, let path): (format, path, nil)
+            case .volume(let volume): (.raw, volume.name, volume)
+            }
+        self.workDirectory = workDirectory
+        self.name = name
+        self.options = options
+    }
+
     package init(
         source: FileRegion, sourceFormat: DiskFormat, targetFormat: TargetFormat, workDirectory: String, name: String,
         finalPath: String, options: Options = Options()
     ) {
-        self.source = source
-        self.sourceFormat = sourceFormat
-        self.targetFormat = targetFormat
-        self.workDirectory = workDirectory
-        self.name = name
-        self.finalPath = finalPath
-        self.options = options
+        self.init(
+            .file(source, sourceFormat), to: .file(targetFormat, path: finalPath), workDirectory: workDirectory,
+            name: name, options: options)
     }
 
-    /// Converts a stream. What an interrupted run left is thrown away: nothing proves that it came from the same bytes.
     package init(
         stream: Stream, targetFormat: TargetFormat, workDirectory: String, name: String, finalPath: String,
         options: Options = Options()
     ) {
         self.init(
-            source: FileRegion(path: stream.name), sourceFormat: .vmdk, targetFormat: targetFormat,
-            workDirectory: workDirectory, name: name, finalPath: finalPath, options: options)
-        self.stream = stream
+            .stream(stream), to: .file(targetFormat, path: finalPath), workDirectory: workDirectory, name: name,
+            options: options)
     }
+
+    /// Whether the result is a file, not a volume.
+    package var isFile: Bool { volume == nil }
 
     package var partialPath: String { "\(workDirectory)/\(name).partial" }
     package var checkpointPath: String { "\(workDirectory)/\(name).checkpoint" }
@@ -164,29 +210,45 @@ package struct DiskConversion: Sendable {
         }
         let log = try CheckpointLog(checkpointPath)
         defer { log.unlock() }
-        if Files.exists(finalPath) {
+        if try isPublished(log) {
             _ = try published(log)
             return (.alreadyPublished, nil)
         }
-        let disk = stream == nil ? try sourceFormat.open(source) : nil
+        let disk = try openDisk(stop)
         let (feed, capacity) = try feed(disk, stop)
         let binding = CheckpointLog.Binding(
-            region: source, format: sourceFormat, capacity: capacity, files: disk?.files, target: targetFormat,
-            options: options)
-        let (records, notice) = try prepare(log, binding)
-        let writer = try targetFormat.writer(partialPath, capacity: capacity, compression: options.compression)
+            region: source, format: sourceFormat, capacity: capacity, identity: disk?.identity, target: targetFormat,
+            volume: volume, options: options)
+        let notice = try prepare(log, binding)
+        let writer = try makeWriter(capacity)
         Failpoint.convertImageCreated.hit()
 
         let conversion = try ConversionRun(
-            disk, feed, writer, log, records: records, options: options, stop: stop)
+            disk, feed, writer, log, options: options, stop: stop)
         let outcome = try conversion.run(progress)
 
-        try requireUnchanged(disk?.files ?? [])
+        try disk?.requireUnchanged()
+        let sourceBytes = disk.map { $0.files.isEmpty ? $0.capacity : outcome.source.bytes } ?? outcome.source.bytes
         let finished = CheckpointLog.Finished(
-            image: FileIdentity(try writer.image.file.status()), sourceBytes: outcome.source.bytes,
+            image: try writer.identity, sourceBytes: sourceBytes,
             sourceSHA256: outcome.source.sha256, contentDigest: outcome.contentDigest)
         try log.append(finished)
-        return (notice, writer.image.isDirect)
+        return (notice, writer.isDirect)
+    }
+
+    /// nil for a stream.
+    private func openDisk(_ stop: StopFlag) throws -> (any DiskSource)? {
+        switch origin {
+        case .file: try sourceFormat.open(source)
+        case .disk(_, let open): try open(stop)
+        case .stream: nil
+        }
+    }
+
+    private func makeWriter(_ capacity: UInt64) throws -> any DiskWriter {
+        if let volume { return Raw.VolumeWriter(volume, capacity: capacity, headPath: partialPath) }
+        return try targetFormat.writer(
+            partialPath, capacity: capacity, compression: options.compression, geometry: options.geometry)
     }
 
     /// One that goes front to back where the disk is laid out so, and has just one file.
@@ -195,7 +257,7 @@ package struct DiskConversion: Sendable {
     private func feed(_ disk: (any DiskSource)?, _ stop: StopFlag) throws -> (any ChunkFeed, capacity: UInt64) {
         let blocks = options.threadCount + 2
         guard let disk else {
-            guard let stream,
+            guard case .stream(let stream) = origin,
                 let forward = try ForwardFeed(
                     try stream.open(stop), disk: nil, options: options, blocks: blocks, stop: stop)
             else { throw MigrationError(.internal, "\(source.path): neither a disk nor a stream") }
@@ -207,95 +269,35 @@ package struct DiskConversion: Sendable {
         {
             return (forward, disk.capacity)
         }
+        if disk.files.isEmpty, !options.expectedDigests.isEmpty {
+            throw MigrationError(
+                .unimplemented, "\(source.path): a disk that is read in ranges can't be checked against a digest",
+                hint: "download it and convert the file")
+        }
         let hasher = SourceHasher(
             files: disk.files, name: source.path, expected: options.expectedDigests,
-            isWanted: options.checksum == .sha256)
+            isWanted: options.checksum == .sha256 && !disk.files.isEmpty)
         return (try ChunkQueue(disk, hasher), disk.capacity)
-    }
-
-    /// Gives the completed image its final name. One that has it already is fine.
-    ///
-    /// - Parameter notice: what `convert` returned.
-    package func publish(_ notice: Notice) throws -> Result {
-        let log = try CheckpointLog(checkpointPath)
-        defer { log.unlock() }
-        if Files.exists(finalPath) {
-            let (finished, capacity) = try published(log)
-            return try result(finished, capacity: capacity, notice: .alreadyPublished)
-        }
-        guard let contents = try log.read(), let finished = contents.finished,
-            finished.isImage(try FileIdentity(path: partialPath))
-        else {
-            throw MigrationError(.internal, "\(partialPath) is not complete: it can't become \(finalPath)")
-        }
-        do {
-            try Files.publish(partialPath, as: finalPath)
-        } catch let error as MigrationError where error.code == .alreadyExists {
-            throw taken
-        }
-        Failpoint.convertDiskPublished.hit()
-        return try result(finished, capacity: contents.binding.capacity, notice: notice)
-    }
-
-    /// Takes a published image back under its temporary name, for when the work it belongs to fails as a whole. Does
-    /// nothing unless the final name holds this conversion's own result.
-    package func withdraw() throws {
-        let log = try CheckpointLog(checkpointPath)
-        defer { log.unlock() }
-        guard Files.exists(finalPath), let finished = try log.read()?.finished,
-            finished.isImage(try FileIdentity(path: finalPath))
-        else { return }
-        try Files.publish(finalPath, as: partialPath)
-    }
-
-    private var taken: MigrationError {
-        MigrationError(
-            .alreadyExists, "\(finalPath) exists and isn't this conversion's result",
-            hint: "move it away or choose another target; it was not touched")
-    }
-
-    /// The final name is taken: fine if by this very conversion.
-    private func published(_ log: CheckpointLog) throws -> (CheckpointLog.Finished, capacity: UInt64) {
-        guard let contents = try log.read(), contents.binding.target == targetFormat,
-            let finished = contents.finished, finished.isImage(try FileIdentity(path: finalPath))
-        else { throw taken }
-        try Files.synchronizeDirectory(of: finalPath)
-        return (finished, contents.binding.capacity)
     }
 
     /// Decides whether an interrupted run can be continued, and clears the ground if not.
     private func prepare(
         _ log: CheckpointLog, _ binding: CheckpointLog.Binding
-    ) throws -> ([CheckpointLog.ChunkRecord], Notice) {
+    ) throws -> Notice {
         let contents = try log.read()
-        if let contents, contents.binding == binding, Files.exists(partialPath) {
+        let place = volume.map { self.place($0, binding) }
+        try place?.requireRoom(binding.capacity)
+        if let contents, contents.binding == binding, try place?.isUnfinished ?? Files.exists(partialPath) {
             try log.cutTornTail()
-            return (contents.chunks, .resumed)
+            return .resumed
         }
         // A header alone promises nothing: the run died before it created its image.
-        let promised = contents.map { $0.binding != binding || !$0.chunks.isEmpty } ?? log.isUnreadable
+        let promised = contents.map { $0.binding != binding || $0.hasChunks } ?? log.isUnreadable
         let leftOvers = promised || Files.exists(partialPath)
+        if !overwrites { try place?.requireEmpty() }
         try Files.remove(partialPath)
         try log.start(binding)
-        return ([], leftOvers ? .restarted : .fresh)
-    }
-
-    private func requireUnchanged(_ files: [SourceFile]) throws {
-        for file in files where try FileIdentity(path: file.path) != file.identity {
-            throw MigrationError(
-                .failedPrecondition, "\(file.path) changed while it was converted",
-                hint: "make sure that nothing writes to it, e.g. power the VM off, and run the same command again")
-        }
-    }
-
-    private func result(
-        _ finished: CheckpointLog.Finished, capacity: UInt64, notice: Notice
-    ) throws -> Result {
-        let image = try File(finalPath, O_RDONLY).status()
-        return Result(
-            path: finalPath, format: targetFormat, capacity: capacity,
-            allocatedBytes: UInt64(image.st_blocks) * 512, sourceBytes: finished.sourceBytes,
-            sourceSHA256: finished.sourceSHA256.map { hex($0) }, contentDigest: finished.contentDigest.map { hex($0) },
-            notice: notice)
+        try place?.begin()
+        return leftOvers ? .restarted : .fresh
     }
 }

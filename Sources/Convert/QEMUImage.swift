@@ -61,6 +61,7 @@ package struct QEMUImage: Sendable {
         var arguments = ["convert", "-p", "-f", self.format.rawValue, "-O", format.rawValue]
         if let threads = options.threads { arguments += ["-m", "\(min(max(threads, 1), 16))", "-W"] }
         if let bytesPerSecond { arguments += ["-r", "\(bytesPerSecond)"] }
+        if options.geometry != .standard { arguments += ["-o", "cluster_size=\(options.geometry.clusterSize)"] }
         switch options.compression {
         case .zlib: arguments += ["-c"]
         case .zstd: arguments += ["-c", "-o", "compression_type=zstd"]

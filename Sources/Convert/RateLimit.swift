@@ -23,7 +23,11 @@ package final class RateLimit: Sendable {
         while true {
             let now = DispatchTime.now().uptimeNanoseconds
             if now >= turn { return }
-            try stop.check()
+            if stop.isSet {
+                // What never passes must not make others wait.
+                paid.withLock { $0 -= cost }
+                try stop.check()
+            }
             usleep(UInt32(min(turn - now, 100_000_000) / 1000))
         }
     }

@@ -4,8 +4,9 @@ import MigrationModel
 
 /// How the clusters of a qcow2 image are compressed.
 package enum Compression: Sendable, Equatable, CustomStringConvertible {
-    /// libdeflate's levels, 1 to 12. Every reader of qcow2 knows it.
-    case zlib(level: Int = 6)
+    /// libdeflate's levels, 1 to 12. Every reader of qcow2 knows it. Level 4 costs less than a third of what `qemu-img
+    /// convert -c` does and leaves 5% less, since its window isn't cut to 4 KiB.
+    case zlib(level: Int = 4)
     /// QEMU 5.1 and later.
     case zstd
 

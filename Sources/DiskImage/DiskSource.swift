@@ -9,12 +9,34 @@ package protocol DiskSource: Sendable {
     /// For people: "VMDK streamOptimized", "raw".
     var formatName: String { get }
     /// The files (or parts of files) that hold the disk, in stream order: the descriptor first, then its extents.
+    /// Empty for a disk that is in no file of this host.
     var files: [SourceFile] { get }
+    /// What tells this content of the disk from any other, a line per fact.
+    var identity: [String] { get }
+    /// Throws `failedPrecondition` when the content isn't what it was on opening.
+    func requireUnchanged() throws
     func makeReader() throws -> sending any DiskReader
     /// A reader that goes through the disk's only file front to back, for formats laid out that way; nil for others.
     ///
     /// - Parameter stream: the bytes of that file's region.
     func makeForwardReader(_ stream: any ByteSource) throws -> VMDK.ForwardReader?
+}
+
+extension DiskSource {
+    package var identity: [String] {
+        files.flatMap {
+            let id = $0.identity
+            return [$0.path, "\($0.offset) \($0.length) \(id.inode) \(id.size) \(id.modifiedNanoseconds)"]
+        }
+    }
+
+    package func requireUnchanged() throws {
+        for file in files where try FileIdentity(path: file.path) != file.identity {
+            throw MigrationError(
+                .failedPrecondition, "\(file.path) changed while it was converted",
+                hint: "make sure that nothing writes to it, e.g. power the VM off, and run the same command again")
+        }
+    }
 }
 
 /// One thread's access to a `DiskSource`: owns its descriptors, table caches and decompressor.

@@ -7,10 +7,10 @@ extension QCOW2 {
     /// Writes an image of compressed clusters. Each thread compresses the clusters of its chunk and writes them as one
     /// piece, byte next to byte; pieces begin at multiples of 4 KiB so that they can be written directly. Clusters of
     /// neighbouring pieces share host clusters, whose reference counts say so.
-    package final class CompressedWriter: DiskWriter {
+    package final class CompressedWriter: ImageFileWriter {
         package let format = TargetFormat.qcow2
         package let capacity: UInt64
-        package let image: ImageFile
+        let image: ImageFile
         private let compression: Compression
         /// In units of `ImageFile.alignment`.
         private let allocator = Mutex(Allocator(end: clusterSize / unit))
@@ -76,27 +76,26 @@ extension QCOW2 {
             return true
         }
 
-        package func adopt(_ placements: [ChunkPlacement]) throws -> [ChunkPlacement] {
+        package func adopt(_ placement: ChunkPlacement) throws -> Bool {
             let size = try image.file.size
-            let plausible = placements.filter {
-                let count = $0.units * Self.unit
-                return $0.sizes.count == $0.clusterCount
-                    && $0.sizes.allSatisfy { Int($0) * 2 <= ClusterCodec.bound + 1 }
-                    && $0.hostOffset >= clusterSize && $0.hostOffset % Self.unit == 0 && size >= count
-                    && $0.hostOffset <= size - count
-            }
-            let runs = plausible.map { (start: $0.hostOffset / Self.unit, count: $0.units) }
-            return allocator.withLock { $0.adopt(runs) }.map { plausible[$0] }
+            let (offset, count) = (placement.hostOffset, placement.units * Self.unit)
+            guard placement.sizes.count == placement.clusterCount,
+                placement.sizes.allSatisfy({ Int($0) * 2 <= ClusterCodec.bound + 1 }),
+                offset >= clusterSize, offset % Self.unit == 0, size >= count, offset <= size - count
+            else { return false }
+            return allocator.withLock { $0.adopt(offset / Self.unit, placement.units) }
         }
 
         package func release(_ chunk: Chunk, at placement: ChunkPlacement) {
             allocator.withLock { $0.release(placement.hostOffset / Self.unit, placement.units) }
         }
 
-        package func finish(_ placements: [ChunkPlacement]) throws {
+        package func finish(
+            _ placements: any ChunkPlacements, step: (_ done: UInt64, _ total: UInt64) throws -> Void
+        ) throws {
             let end = allocator.withLock { $0.end } * Self.unit
             try Tables(image.file, capacity: capacity, dataEnd: (end + clusterSize - 1) / clusterSize)
-                .write(placements, compression: compression)
+                .write(placements, compression: compression, step: step)
         }
 
         private func takeCodec() -> ClusterCodec {

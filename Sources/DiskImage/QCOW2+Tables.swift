@@ -7,46 +7,61 @@ extension QCOW2 {
         private let file: File
         private let capacity: UInt64
         private let dataEnd: UInt64
+        private let geometry: Geometry
+        private var clusterSize: UInt64 { geometry.clusterSize }
 
         /// - Parameter dataEnd: the first cluster behind the data.
-        init(_ file: File, capacity: UInt64, dataEnd: UInt64) {
+        init(_ file: File, capacity: UInt64, dataEnd: UInt64, geometry: Geometry = .standard) {
             self.file = file
             self.capacity = capacity
             self.dataEnd = dataEnd
+            self.geometry = geometry
         }
 
-        /// - Parameter placements: sorted by index, none with an empty bitmap.
-        func write(_ placements: [ChunkPlacement], compression: Compression?) throws {
-            let l1Entries = max(1, (capacity + clusterSize * entriesPerL2 - 1) / (clusterSize * entriesPerL2))
+        /// - Parameter step: told the bytes of tables written; throws to stop.
+        func write(
+            _ placements: any ChunkPlacements, compression: Compression?,
+            step: (_ done: UInt64, _ total: UInt64) throws -> Void
+        ) throws {
+            let l1Entries = geometry.l1Entries(capacity)
+            let l2Tables = try l2TableCount(placements) { try step(0, capacity) }
             let layout = Layout(
-                dataEnd: dataEnd, l2Tables: l2TableCount(placements),
-                l1Clusters: (l1Entries * 8 + clusterSize - 1) / clusterSize)
+                dataEnd: dataEnd, l2Tables: l2Tables, l1Clusters: geometry.clusters(l1Entries * 8), geometry: geometry)
             // The old tables of a finished but unpublished image must not stay behind the new ones or in holes of L1,
             // nor space that was reserved.
             try file.truncate(to: layout.dataEnd * clusterSize)
             try file.truncate(to: layout.total * clusterSize)
-            try writeL2AndL1(placements, layout)
-            try writeRefcounts(placements, layout)
+            let total = (layout.total - layout.dataEnd) * clusterSize
+            try writeL2AndL1(placements, layout) { try step($0, total) }
+            try writeRefcounts(placements, layout) { try step($0, total) }
             try file.synchronizeData()
             let header = QCOW2.header(
                 capacity: capacity, l1Entries: l1Entries, l1Offset: layout.l1 * clusterSize,
                 refcountOffset: layout.refcountTable * clusterSize, refcountClusters: layout.refcountTableClusters,
-                compression: compression)
+                compression: compression, geometry: geometry)
             try file.write(header, at: 0)
             try file.synchronize()
         }
 
-        private func l2TableCount(_ placements: [ChunkPlacement]) -> UInt64 {
+        private func l2TableCount(
+            _ placements: any ChunkPlacements, _ step: () throws -> Void
+        ) throws -> UInt64 {
             var count: UInt64 = 0
             var last: UInt64?
-            for placement in placements where placement.index / chunksPerL2 != last {
-                count += 1
-                last = placement.index / chunksPerL2
+            try placements.forEach { placement in
+                try step()
+                geometry.forEachCluster(placement, capacity: capacity) { cluster, _, _ in
+                    guard cluster / geometry.entriesPerL2 != last else { return }
+                    count += 1
+                    last = cluster / geometry.entriesPerL2
+                }
             }
             return count
         }
 
-        private func writeL2AndL1(_ placements: [ChunkPlacement], _ layout: Layout) throws {
+        private func writeL2AndL1(
+            _ placements: any ChunkPlacements, _ layout: Layout, _ step: (UInt64) throws -> Void
+        ) throws {
             var place = layout.l2
             var l2 = [UInt8](repeating: 0, count: Int(clusterSize))
             var l1 = l2
@@ -62,48 +77,38 @@ extension QCOW2 {
                 l1.storeBigEndian(place * clusterSize | copied, at: Int(table * 8 % clusterSize))
                 l2 = [UInt8](repeating: 0, count: Int(clusterSize))
                 place += 1
+                try step((place - layout.dataEnd) * clusterSize)
             }
             var table: UInt64?
-            for placement in placements {
-                if let table, table != placement.index / chunksPerL2 { try flush(table: table) }
-                table = placement.index / chunksPerL2
-                let first = Int(placement.index % chunksPerL2) * Chunk.clusters
-                placement.forEachCluster { cluster, offset, compressed in
+            try placements.forEach { placement in
+                try step((place - layout.dataEnd) * clusterSize)
+                try geometry.forEachCluster(placement, capacity: capacity) { cluster, offset, compressed in
+                    let number = cluster / geometry.entriesPerL2
+                    if let table, table != number { try flush(table: table) }
+                    table = number
                     let entry = compressed.map { QCOW2.compressedEntry(offset, $0) } ?? (offset | copied)
-                    l2.storeBigEndian(entry, at: (first + cluster) * 8)
+                    l2.storeBigEndian(entry, at: Int(cluster % geometry.entriesPerL2) * 8)
                 }
             }
             if let table { try flush(table: table) }
             if let l1Page { try file.write(l1, at: (layout.l1 + l1Page) * clusterSize) }
         }
 
-        private func writeRefcounts(_ placements: [ChunkPlacement], _ layout: Layout) throws {
-            let order = placements.indices.sorted { placements[$0].hostOffset < placements[$1].hostOffset }
-            var next = 0
-            for block in 0..<layout.refcountBlockCount {
-                let covered = block * countsPerRefcountBlock..<(block + 1) * countsPerRefcountBlock
-                var counts = [UInt16](repeating: 0, count: Int(countsPerRefcountBlock))
-                func count(_ range: Range<UInt64>) {
-                    for cluster in range.clamped(to: covered) { counts[Int(cluster - covered.lowerBound)] += 1 }
+        private func writeRefcounts(
+            _ placements: any ChunkPlacements, _ layout: Layout, _ step: (UInt64) throws -> Void
+        ) throws {
+            var refcounts = Refcounts(file, start: layout.refcountBlocks, geometry: geometry)
+            try refcounts.add(0..<1)
+            try placements.forEach { placement in
+                try step((layout.refcountBlocks - layout.dataEnd + refcounts.writtenBlocks) * clusterSize)
+                try geometry.forEachCluster(placement, capacity: capacity) { _, offset, compressed in
+                    // A reader fetches whole sectors.
+                    let last = compressed.map { (offset + UInt64($0) - 1) | 511 } ?? (offset + clusterSize - 1)
+                    try refcounts.add(offset / clusterSize..<last / clusterSize + 1)
                 }
-                count(0..<1)
-                count(layout.dataEnd..<layout.total)
-                while next < order.count {
-                    let placement = placements[order[next]]
-                    guard placement.hostOffset / clusterSize < covered.upperBound else { break }
-                    var end: UInt64 = 0
-                    placement.forEachCluster { _, offset, compressed in
-                        // A reader fetches whole sectors.
-                        let last = compressed.map { (offset + UInt64($0) - 1) | 511 } ?? (offset + clusterSize - 1)
-                        count(offset / clusterSize..<last / clusterSize + 1)
-                        end = last / clusterSize + 1
-                    }
-                    if end > covered.upperBound { break }
-                    next += 1
-                }
-                for index in counts.indices { counts[index] = counts[index].bigEndian }
-                try counts.withUnsafeBytes { try file.write($0, at: (layout.refcountBlocks + block) * clusterSize) }
             }
+            try refcounts.add(layout.dataEnd..<layout.total)
+            try refcounts.finish()
             var table = [UInt8](repeating: 0, count: Int(layout.refcountTableClusters * clusterSize))
             for block in 0..<layout.refcountBlockCount {
                 table.storeBigEndian((layout.refcountBlocks + block) * clusterSize, at: Int(block * 8))
@@ -123,7 +128,7 @@ extension QCOW2 {
         let refcountTableClusters: UInt64
         let total: UInt64
 
-        init(dataEnd: UInt64, l2Tables: UInt64, l1Clusters: UInt64) {
+        init(dataEnd: UInt64, l2Tables: UInt64, l1Clusters: UInt64, geometry: Geometry = .standard) {
             self.dataEnd = dataEnd
             l2 = dataEnd
             l1 = l2 + l2Tables
@@ -133,8 +138,8 @@ extension QCOW2 {
             var table: UInt64 = 1
             while true {
                 let total = refcountBlocks + blocks + table
-                let needed = (total + countsPerRefcountBlock - 1) / countsPerRefcountBlock
-                let neededTable = (needed * 8 + clusterSize - 1) / clusterSize
+                let needed = (total + geometry.countsPerRefcountBlock - 1) / geometry.countsPerRefcountBlock
+                let neededTable = geometry.clusters(needed * 8)
                 if needed <= blocks, neededTable <= table { break }
                 blocks = max(blocks, needed)
                 table = max(table, neededTable)
@@ -149,12 +154,14 @@ extension QCOW2 {
 
 extension ChunkPlacement {
     /// Calls `body` with each stored cluster's number in the chunk, its byte in the image, and its compressed size.
-    func forEachCluster(_ body: (_ cluster: Int, _ offset: UInt64, _ compressed: Int?) -> Void) {
+    func forEachCluster(
+        _ body: (_ cluster: Int, _ offset: UInt64, _ compressed: Int?) throws -> Void
+    ) rethrows {
         var offset = hostOffset
         var index = 0
         for cluster in 0..<Chunk.clusters where bitmap >> UInt64(cluster) & 1 == 1 {
             let size = sizes.isEmpty ? nil : Int(sizes[index]) * 2
-            body(cluster, offset, size)
+            try body(cluster, offset, size)
             offset += UInt64(size ?? Chunk.clusterSize)
             index += 1
         }

@@ -6,13 +6,17 @@ import Synchronization
 extension QCOW2 {
     /// Writes an image. Holds no tables while data comes in; `finish` builds them from the placements, one cluster at
     /// a time.
-    package final class Writer: DiskWriter {
+    package final class Writer: ImageFileWriter {
         package let format = TargetFormat.qcow2
         package let capacity: UInt64
-        package let image: ImageFile
+        let image: ImageFile
+        private let geometry: Geometry
+        /// In units of the geometry's.
         private let allocator = Mutex(Allocator())
 
-        package init(_ path: String, capacity: UInt64) throws {
+        package init(_ path: String, capacity: UInt64, geometry: Geometry = .standard) throws {
+            try geometry.require(capacity, path: path)
+            self.geometry = geometry
             image = try ImageFile(path)
             self.capacity = capacity
         }
@@ -21,9 +25,10 @@ extension QCOW2 {
             _ chunk: Chunk, bitmap: UInt64, from buffer: UnsafeMutableRawBufferPointer
         ) throws -> ChunkPlacement {
             zero(UnsafeMutableRawBufferPointer(rebasing: buffer[chunk.count...]))
-            let count = UInt64(bitmap.nonzeroBitCount)
-            let offset = allocator.withLock { $0.allocate(count) } * clusterSize
-            image.reserve(upTo: offset + count * clusterSize, step: min(reserveStep, capacity))
+            let bitmap = geometry.whole(bitmap)
+            let bytes = UInt64(bitmap.nonzeroBitCount * Chunk.clusterSize)
+            let offset = allocator.withLock { $0.allocate(bytes / geometry.unit) } * geometry.unit
+            image.reserve(upTo: offset + bytes, step: min(reserveStep, capacity))
             try image.write(Packing.runs(of: UnsafeRawBufferPointer(buffer), bitmap), at: offset)
             return ChunkPlacement(index: chunk.index, hostOffset: offset, bitmap: bitmap)
         }
@@ -37,24 +42,27 @@ extension QCOW2 {
             return true
         }
 
-        package func adopt(_ placements: [ChunkPlacement]) throws -> [ChunkPlacement] {
+        package func adopt(_ placement: ChunkPlacement) throws -> Bool {
             let size = try image.file.size
-            let plausible = placements.filter {
-                let count = UInt64($0.clusterCount) * clusterSize
-                return $0.hostOffset > 0 && $0.hostOffset % clusterSize == 0 && size >= count
-                    && $0.hostOffset <= size - count
-            }
-            let runs = plausible.map { (start: $0.hostOffset / clusterSize, count: UInt64($0.clusterCount)) }
-            return allocator.withLock { $0.adopt(runs) }.map { plausible[$0] }
+            let (offset, count) = (placement.hostOffset, placement.storedBytes)
+            guard offset > 0, offset % geometry.unit == 0, size >= count, offset <= size - count,
+                geometry.whole(placement.bitmap) == placement.bitmap
+            else { return false }
+            return allocator.withLock { $0.adopt(offset / geometry.unit, count / geometry.unit) }
         }
 
         package func release(_ chunk: Chunk, at placement: ChunkPlacement) {
-            allocator.withLock { $0.release(placement.hostOffset / clusterSize, UInt64(placement.clusterCount)) }
+            allocator.withLock {
+                $0.release(placement.hostOffset / geometry.unit, placement.storedBytes / geometry.unit)
+            }
         }
 
-        package func finish(_ placements: [ChunkPlacement]) throws {
-            try Tables(image.file, capacity: capacity, dataEnd: allocator.withLock { $0.end })
-                .write(placements, compression: nil)
+        package func finish(
+            _ placements: any ChunkPlacements, step: (_ done: UInt64, _ total: UInt64) throws -> Void
+        ) throws {
+            let end = allocator.withLock { $0.end } * geometry.unit / geometry.clusterSize
+            try Tables(image.file, capacity: capacity, dataEnd: end, geometry: geometry)
+                .write(placements, compression: nil, step: step)
         }
     }
 }

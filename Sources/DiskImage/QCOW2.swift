@@ -1,6 +1,6 @@
 /// QEMU's image format, version 3, written only (QEMU docs/interop/qcow2.txt). All numbers are big-endian.
 ///
-/// The file consists of 64 KiB **clusters**. Guest cluster n is found through two levels: entry n / 8192 of the **L1
+/// The file consists of **clusters**, here of 64 KiB; other sizes change the numbers (`Geometry`). Guest cluster n is found through two levels: entry n / 8192 of the **L1
 /// table** points to an **L2 table** (one cluster, 8192 entries, 512 MiB of guest), whose entry n % 8192 points to the
 /// data; 0 means zeros. Bit 63 of both says 'reference count is exactly one', which is so for all but compressed
 /// clusters; those (bit 62) begin at any byte and share host clusters. Every host cluster in use, metadata included, has
@@ -11,9 +11,6 @@
 /// blocks · refcount table. The header is written last: until then the file isn't a qcow2 image.
 package enum QCOW2 {
     static let clusterSize = UInt64(Chunk.clusterSize)
-    static let entriesPerL2: UInt64 = 8192
-    static let chunksPerL2 = entriesPerL2 / UInt64(Chunk.clusters)
-    static let countsPerRefcountBlock: UInt64 = 32768
     static let copied: UInt64 = 1 << 63
     static let headerLength = 104
     /// Bytes allocated ahead of the writers; what is left over goes back in `finish`.
@@ -22,13 +19,13 @@ package enum QCOW2 {
     /// The header of an image without snapshots, backing file, encryption or optional features.
     static func header(
         capacity: UInt64, l1Entries: UInt64, l1Offset: UInt64, refcountOffset: UInt64, refcountClusters: UInt64,
-        compression: Compression?
+        compression: Compression?, geometry: Geometry
     ) -> [UInt8] {
         // The zeros behind the 104 bytes are the end of the header extensions.
-        var bytes = [UInt8](repeating: 0, count: Int(clusterSize))
+        var bytes = [UInt8](repeating: 0, count: Int(geometry.clusterSize))
         bytes.storeBigEndian(0x5146_49FB as UInt32, at: 0)
         bytes.storeBigEndian(3 as UInt32, at: 4)
-        bytes.storeBigEndian(16 as UInt32, at: 20)  // cluster_bits
+        bytes.storeBigEndian(geometry.clusterBits, at: 20)
         bytes.storeBigEndian(capacity, at: 24)
         bytes.storeBigEndian(UInt32(l1Entries), at: 36)
         bytes.storeBigEndian(l1Offset, at: 40)

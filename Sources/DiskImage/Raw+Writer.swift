@@ -4,10 +4,10 @@ import MigrationModel
 
 extension Raw {
     /// Writes non-zero clusters at their guest address; everything else stays a hole.
-    package struct Writer: DiskWriter {
+    package struct Writer: ImageFileWriter {
         package let format = TargetFormat.raw
         package let capacity: UInt64
-        package let image: ImageFile
+        let image: ImageFile
 
         package init(_ path: String, capacity: UInt64) throws {
             image = try ImageFile(path)
@@ -37,8 +37,8 @@ extension Raw {
             return try image.read(at: chunk.offset, into: part) == chunk.count
         }
 
-        package func adopt(_ placements: [ChunkPlacement]) -> [ChunkPlacement] {
-            placements.filter { $0.hostOffset == $0.index * UInt64(Chunk.size) }
+        package func adopt(_ placement: ChunkPlacement) -> Bool {
+            placement.hostOffset == placement.index * UInt64(Chunk.size)
         }
 
         /// Overwrites the chunk with zeros: its clusters that should be holes may be what is wrong with it.
@@ -46,6 +46,8 @@ extension Raw {
             try image.file.write([UInt8](repeating: 0, count: chunk.count), at: chunk.offset)
         }
 
-        package func finish(_ placements: [ChunkPlacement]) throws { try image.file.synchronize() }
+        package func finish(
+            _ placements: any ChunkPlacements, step: (_ done: UInt64, _ total: UInt64) throws -> Void
+        ) throws { try image.file.synchronize() }
     }
 }

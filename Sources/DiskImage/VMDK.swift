@@ -62,7 +62,9 @@ package enum VMDK {
 
     static func isDescriptor(_ start: [UInt8]) -> Bool {
         let text = start.drop { $0 <= 0x20 || $0 == 0xEF || $0 == 0xBB || $0 == 0xBF }
-        return String(decoding: text.prefix(21), as: UTF8.self).lowercased() == "# disk descriptorfile"
+        let line = String(decoding: text.prefix(22), as: UTF8.self).lowercased()
+        // The second spelling is that of VMDKstream, another writer of disks for ESX.
+        return line.hasPrefix("# disk descriptorfile") || line == "# disk descriptor file"
     }
 
     /// Throws for formats that are recognised and not read here, naming them and the way round.

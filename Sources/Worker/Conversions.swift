@@ -9,13 +9,16 @@ import SwiftProtobuf
 
 extension DiskConversion {
     /// The conversion of one captured disk.
-    init(_ disk: Disk, format: TargetFormat, work: String, pool: String, domain: String) throws {
+    init(
+        _ disk: Disk, format: TargetFormat, work: String, pool: String, domain: String, rateLimit: RateLimit?
+    ) throws {
         guard let sourceFormat = DiskFormat(rawValue: disk.source.format) else {
             throw MigrationError(
                 .unimplemented, "\(disk.id): source format \"\(disk.source.format)\" is not read by this version")
         }
         guard isDiskID(disk.id) else { throw MigrationError(.invalidArgument, "\"\(disk.id)\" is not a disk id") }
         var options = Options()
+        options.rateLimit = rateLimit
         for digest in disk.source.expected {
             guard let algorithm = Digest.Algorithm(rawValue: digest.algorithm) else {
                 throw MigrationError(.invalidArgument, "\(disk.id): unknown digest \"\(digest.algorithm)\"")

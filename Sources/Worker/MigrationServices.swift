@@ -79,7 +79,9 @@ struct ConvertHandler: ConvertService.ServiceProtocol {
             let work = WorkDirectory(pool: pool.path, task: call.task)
             let folder = try await blocking("convert") { try work.adopt(fence: call.fence) }
             let conversions = try request.manifest.disks.map {
-                try DiskConversion($0, format: format, work: folder, pool: pool.path, domain: request.domainName)
+                try DiskConversion(
+                    $0, format: format, work: folder, pool: pool.path, domain: request.domainName,
+                    rateLimit: configuration.rateLimit)
             }
             do {
                 // All disks are complete and verified before the first gets its final name.

@@ -1,3 +1,4 @@
+package import Convert
 package import Deploy
 import FlotillaProtocol
 import HostKit
@@ -19,6 +20,8 @@ package struct WorkerConfiguration: Sendable {
     package var transport: BusServerTransport.Settings
     /// How often the coordinator is told what the host is like.
     package var inventoryInterval = Duration.seconds(60)
+    /// Shared by all conversions of this worker: together they read no faster.
+    package var rateLimit: RateLimit?
 
     package init(
         host: String, libvirtURI: String, pools: [PoolFolder], sourceFolders: [String], stateDirectory: String,

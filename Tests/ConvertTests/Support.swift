@@ -14,24 +14,40 @@ extension TemporaryFolder {
 func run(_ arguments: String...) throws { try run(arguments) }
 
 func run(_ arguments: [String]) throws {
-    var pointers: [UnsafeMutablePointer<CChar>?] = arguments.map { strdup($0) }
-    defer { for pointer in pointers { free(pointer) } }
-    pointers.append(nil)
     let output = try File("/tmp/flotilla-output-\(getpid())-\(UInt64.random(in: 0 ... .max))", O_RDWR | O_CREAT)
     defer { try? Files.remove(output.path) }
-    var actions = posix_spawn_file_actions_t()
-    posix_spawn_file_actions_init(&actions)
-    defer { posix_spawn_file_actions_destroy(&actions) }
-    posix_spawn_file_actions_adddup2(&actions, output.descriptor, 1)
-    posix_spawn_file_actions_adddup2(&actions, output.descriptor, 2)
-    var pid: pid_t = 0
-    try #require(posix_spawnp(&pid, arguments[0], &actions, nil, pointers, environ) == 0)
+    let pid = try start(arguments, output: output)
     var status: Int32 = 0
     while waitpid(pid, &status, 0) < 0 { try #require(errno == EINTR) }
     if status != 0 {
         let text = String(decoding: try Files.read(output.path), as: UTF8.self)
         Issue.record("\(arguments.joined(separator: " ")): status \(status)\n\(text)")
     }
+}
+
+/// Starts a program found in PATH; the caller waits for it.
+///
+/// - Parameter output: gets what it prints.
+func start(_ arguments: [String], output: File) throws -> pid_t {
+    var pointers: [UnsafeMutablePointer<CChar>?] = arguments.map { strdup($0) }
+    defer { for pointer in pointers { free(pointer) } }
+    pointers.append(nil)
+    var actions = posix_spawn_file_actions_t()
+    posix_spawn_file_actions_init(&actions)
+    defer { posix_spawn_file_actions_destroy(&actions) }
+    posix_spawn_file_actions_adddup2(&actions, output.descriptor, 1)
+    posix_spawn_file_actions_adddup2(&actions, output.descriptor, 2)
+    // Threads of the test runner block signals; a child must hear them.
+    var attributes = posix_spawnattr_t()
+    posix_spawnattr_init(&attributes)
+    defer { posix_spawnattr_destroy(&attributes) }
+    var none = sigset_t()
+    sigemptyset(&none)
+    posix_spawnattr_setsigmask(&attributes, &none)
+    posix_spawnattr_setflags(&attributes, Int16(POSIX_SPAWN_SETSIGMASK))
+    var pid: pid_t = 0
+    try #require(posix_spawnp(&pid, arguments[0], &actions, &attributes, pointers, environ) == 0)
+    return pid
 }
 
 /// Repeatable pseudo-random numbers (SplitMix64).
@@ -77,14 +93,18 @@ func documentedDigest(_ raw: String) throws -> String {
     let total = Digest()
     var offset: UInt64 = 0
     let size = try file.size
-    let zeros = Digest.hash(.sha256, [UInt8](repeating: 0, count: 4 << 20))
+    func digest(_ chunk: [UInt8]) -> [UInt8] {
+        let blocks = stride(from: 0, to: chunk.count, by: 65536).map { Array(chunk[$0...].prefix(65536)) }
+        return Digest.hash(.sha256, blocks.flatMap { Digest.hash(.sha256, $0) })
+    }
+    let zeros = digest([UInt8](repeating: 0, count: 4 << 20))
     while offset < size {
         let count = min(4 << 20, size - offset)
         let data = lseek(file.descriptor, Int(offset), 3)
         if count == 4 << 20, data < 0 || UInt64(data) >= offset + count {
             total.update(zeros)
         } else {
-            total.update(Digest.hash(.sha256, try file.readExactly(at: offset, count: Int(count))))
+            total.update(digest(try file.readExactly(at: offset, count: Int(count))))
         }
         offset += count
     }

@@ -1,6 +1,7 @@
 import Glibc
 import HostKit
 import MigrationModel
+import TestKit
 import Testing
 
 @testable import DiskImage
@@ -40,10 +41,12 @@ import Testing
         #expect(moved == bytes)
     }
 
-    @Test func newerRunsWinOverOlderOnes() {
+    @Test func runsAreTakenFromGapsFirst() {
         var allocator = QCOW2.Allocator()
-        let kept = allocator.adopt([(10, 5), (1, 3), (12, 2), (20, 1), (2, 9)])
-        #expect(kept.sorted() == [2, 3, 4])
+        // The newest first.
+        let runs: [(UInt64, UInt64)] = [(2, 9), (20, 1), (12, 2), (1, 3), (10, 5)]
+        let accepted = runs.map { allocator.adopt($0.0, $0.1) }
+        #expect(accepted == [true, true, true, false, false])
         #expect(allocator.end == 21)
         // Gaps: 1, 11, 14 to 19.
         #expect(allocator.allocate(6) == 14)
@@ -51,6 +54,31 @@ import Testing
         #expect(allocator.allocate(1) == 1)
         #expect(allocator.allocate(1) == 11)
         #expect(allocator.allocate(1) == 23)
+        allocator.release(12, 3)
+        let others = [(0, 1), (15, 2), (10, 4), (13, 1)].map { allocator.adopt($0.0, $0.1) }
+        #expect(others == [false, false, false, true])
+        let rest = (0..<3).map { _ in allocator.allocate(1) }
+        #expect(rest == [12, 14, 24])
+    }
+
+    /// Counts that come in any order are those of counting in memory, though few blocks fit there.
+    @Test func referencesAreCountedInAnyOrder() throws {
+        let folder = try TemporaryFolder()
+        let file = try File("\(folder.path)/counts", O_RDWR | O_CREAT)
+        try file.truncate(to: 14 << 16)
+        var random = Seeded(state: 5)
+        var refcounts = QCOW2.Refcounts(file, start: 2)
+        var expected = [UInt16](repeating: 0, count: 12 * 32768)
+        for _ in 0..<200 {
+            let start = UInt64.random(in: 0..<12 * 32768 - 70, using: &random)
+            let range = start..<start + UInt64.random(in: 1...70, using: &random)
+            try refcounts.add(range)
+            for cluster in range { expected[Int(cluster)] += 1 }
+        }
+        try refcounts.finish()
+        let bytes = try file.readExactly(at: 2 << 16, count: 12 << 16)
+        let found = (0..<expected.count).map { UInt16(bytes[2 * $0]) << 8 | UInt16(bytes[2 * $0 + 1]) }
+        #expect(found == expected)
     }
 
     @Test func refcountsCoverThemselves() {

@@ -1,6 +1,7 @@
 import ArgumentParser
 import Convert
 import DiskImage
+import Download
 import FoundationEssentials
 import Glibc
 import HostKit
@@ -16,10 +17,28 @@ struct DiskCommand: AsyncParsableCommand {
 enum DiskArgument {
     case own(FileRegion, DiskFormat)
     case foreign(QEMUImage)
+    case web(HTTPLocation, DiskFormat)
+    /// Standard input: a streamOptimized VMDK.
+    case input
 
-    /// - Parameter format: what the person says it is; nil tells it by its content, raw excepted.
-    init(_ path: String, format: DiskFormatArgument?) throws {
-        let path = try absolute(path)
+    /// - Parameters:
+    ///   - format: what the person says it is; nil tells it by its content, raw excepted.
+    ///   - authorities: for a URL.
+    init(_ text: String, format: DiskFormatArgument?, authorities: String? = nil) throws {
+        if text == "-" || HTTPLocation.isOne(text) {
+            switch format {
+            case .foreign(let format)?:
+                throw MigrationError(
+                    .unimplemented, "\(format.rawValue) images are read from files only", hint: "download it first")
+            case .own(.raw)? where text == "-":
+                throw MigrationError(.unimplemented, "standard input takes streamOptimized VMDKs only")
+            case .own(.vmdk)?, .own(.raw)?, nil:
+                let kind: DiskFormat = if case .own(let own)? = format { own } else { .vmdk }
+                self = text == "-" ? .input : .web(try HTTPLocation(text, authorities: authorities), kind)
+            }
+            return
+        }
+        let path = try absolute(text)
         switch format {
         case .own(let format)?: self = .own(FileRegion(path: path), format)
         case .foreign(let format)?: self = .foreign(QEMUImage(path: path, format: format))
@@ -30,6 +49,15 @@ enum DiskArgument {
                 let region = FileRegion(path: path)
                 self = .own(region, try DiskFormat.detect(region))
             }
+        }
+    }
+
+    /// The disk, where this program reads it itself and more than once; nil otherwise.
+    func open(_ stop: StopFlag) throws -> (any DiskSource)? {
+        switch self {
+        case .own(let region, let format): try format.open(region)
+        case .web(let location, .raw): try HTTPDisk(location, stop: stop)
+        case .foreign, .input, .web: nil
         }
     }
 }

@@ -1,3 +1,4 @@
+import Convert
 import Glibc
 import Synchronization
 
@@ -17,6 +18,20 @@ final class DiskProgressView: Sendable {
         self.output = output
         bar = Mutex(ProgressBar(title: title))
     }
+
+    func show(_ progress: DiskConversion.Progress) {
+        // What comes after the data: it takes time where holes must be written.
+        if progress.finishBytes > 0 {
+            bar.withLock {
+                if !$0.title.hasSuffix(Self.finishing) { $0 = ProgressBar(title: $0.title + Self.finishing) }
+            }
+            show(done: progress.finishedBytes, total: progress.finishBytes, written: progress.writtenBytes)
+        } else {
+            show(done: progress.doneBytes, total: progress.capacity, written: progress.writtenBytes)
+        }
+    }
+
+    private static let finishing = " (finishing)"
 
     func show(done: UInt64, total: UInt64, written: UInt64) {
         switch output {

@@ -31,9 +31,8 @@ struct DiskVerifyCommand: AsyncParsableCommand {
     }
 
     private static func difference(_ a: DiskArgument, _ b: DiskArgument, _ stop: StopFlag) throws -> String? {
-        if case .own(let first, let firstFormat) = a, case .own(let second, let secondFormat) = b {
-            return try firstDifference(firstFormat.open(first), secondFormat.open(second), stop: stop)
-                .map { "first at guest byte \($0)" }
+        if let first = try a.open(stop), let second = try b.open(stop) {
+            return try firstDifference(first, second, stop: stop).map { "first at guest byte \($0)" }
         }
         return try QEMUImage.compare(try named(a, stop), try named(b, stop), stop: stop)
     }
@@ -44,6 +43,9 @@ struct DiskVerifyCommand: AsyncParsableCommand {
         case .foreign(let image):
             _ = try image.info(stop: stop)
             return (image.path, image.format.rawValue)
+        case .web, .input:
+            throw MigrationError(
+                .unimplemented, "a stream can't be compared", hint: "download it and compare the file")
         }
     }
 }

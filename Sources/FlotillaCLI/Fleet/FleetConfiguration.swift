@@ -1,3 +1,4 @@
+import Convert
 import Deploy
 import HostKit
 import Messaging
@@ -74,6 +75,7 @@ struct WorkerFile {
         guard worker.transport.heartbeat * 3 <= worker.transport.leaseDuration else {
             throw file.problem("lease", "has to be at least three heartbeats")
         }
+        worker.rateLimit = try file.bytes("rate").map { RateLimit(bytesPerSecond: $0) }
         drain = try file.duration("drain", default: .seconds(300))
         try file.end()
     }

@@ -1,3 +1,4 @@
+import Convert
 import Coordinator
 import Deploy
 import FlotillaProtocol
@@ -24,6 +25,8 @@ struct EmbeddedFleet {
     let logger: Logger
     /// Migrations whose stages run at once.
     var slots = 2
+    /// Of all conversions together.
+    var rateLimit: RateLimit?
 
     /// Runs the fleet around `body`, which talks to it through the coordinator's API and returns, with its value, the
     /// migrations it saw to their ends. `interrupted` returns when the work is to stop early.
@@ -40,13 +43,13 @@ struct EmbeddedFleet {
             store: try SQLiteStore(path: "\(stateDirectory)/flotilla.sqlite"), bus: bus,
             member: members.coordinator, settings: .init(names: names, startsOnlySubmitted: true), logger: logger)
         try await bus.declare(names.topology(hosts: [libvirtURI]))
-        let worker = try Worker(
-            WorkerConfiguration(
-                host: libvirtURI, libvirtURI: libvirtURI, pools: [PoolFolder(name: pool, path: pool)],
-                // The sources are named by the person at this command line, with that person's rights.
-                sourceFolders: ["/"], stateDirectory: stateDirectory, names: names,
-                transport: .init(slots: slots)),
-            bus: bus, member: members.worker, logger: logger)
+        var configuration = WorkerConfiguration(
+            host: libvirtURI, libvirtURI: libvirtURI, pools: [PoolFolder(name: pool, path: pool)],
+            // The sources are named by the person at this command line, with that person's rights.
+            sourceFolders: ["/"], stateDirectory: stateDirectory, names: names,
+            transport: .init(slots: slots))
+        configuration.rateLimit = rateLimit
+        let worker = try Worker(configuration, bus: bus, member: members.worker, logger: logger)
 
         let transport = InProcessTransport()
         let server = GRPCServer(

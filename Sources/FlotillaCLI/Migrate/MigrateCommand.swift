@@ -45,6 +45,9 @@ struct MigrateCommand: AsyncParsableCommand {
     @Option(help: "Name of the domain, when one VM is migrated (default: the VM's name).")
     var name: String?
 
+    @Option(help: ArgumentHelp("Read all disks together no faster than this per second; K, M, G.", valueName: "bytes"))
+    var rate: ByteCountArgument?
+
     @Flag(help: "Print one JSON object per event.")
     var json = false
 
@@ -71,19 +74,10 @@ struct MigrateCommand: AsyncParsableCommand {
         let requests = try requests()
         let run = MigrateRun(
             requests: requests, libvirtURI: host, pool: requests.first?.pool ?? pool,
-            stateDirectory: try stateDirectory(),
-            isDryRun: options.dryRun, output: OutputStyle(json: json), verbose: verbose)
+            stateDirectory: try stateFolder(state),
+            isDryRun: options.dryRun, output: OutputStyle(json: json), verbose: verbose, rate: rate?.bytes)
         let exit = try await run.run()
         if exit != .done { throw ExitCode(exit.rawValue) }
-    }
-
-    private func stateDirectory() throws -> String {
-        if let state { return try absolute(state) }
-        if geteuid() == 0 { return "/var/lib/flotilla" }
-        guard let home = getenv("HOME").map({ String(cString: $0) }) else {
-            throw MigrationError(.failedPrecondition, "HOME is not set", hint: "name a folder with --state")
-        }
-        return getenv("XDG_STATE_HOME").map { "\(String(cString: $0))/flotilla" } ?? "\(home)/.local/state/flotilla"
     }
 
     /// One migration per source and VM.
@@ -107,10 +101,4 @@ struct MigrateCommand: AsyncParsableCommand {
         }
         return requests
     }
-}
-
-/// Against the current directory; nothing of it need exist.
-func absolute(_ path: String) throws -> String {
-    if path.hasPrefix("/") { return path }
-    return path == "." ? try Files.canonical(".") : "\(try Files.canonical("."))/\(path)"
 }

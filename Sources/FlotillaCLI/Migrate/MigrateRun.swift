@@ -1,3 +1,4 @@
+import Convert
 import Coordinator
 import FlotillaProtocol
 import GRPCCore
@@ -17,6 +18,8 @@ struct MigrateRun {
     let isDryRun: Bool
     let output: OutputStyle
     let verbose: Bool
+    /// Bytes per second that all disks together may be read with.
+    let rate: UInt64?
 
     func run() async throws -> Exit {
         let signals = Signals(SIGINT, SIGTERM)
@@ -28,7 +31,9 @@ struct MigrateRun {
         // A dry run leaves no trace, not even records.
         let folder = isDryRun ? try temporaryDirectory() : stateDirectory
         defer { if isDryRun { try? Files.remove(folder) } }
-        let fleet = EmbeddedFleet(libvirtURI: libvirtURI, pool: pool, stateDirectory: folder, logger: logger)
+        let fleet = EmbeddedFleet(
+            libvirtURI: libvirtURI, pool: pool, stateDirectory: folder, logger: logger,
+            rateLimit: rate.map { RateLimit(bytesPerSecond: $0) })
         let view = output.view()
         let migrations = try await fleet.run(interrupted: { await signals.first() }) { client in
             let migrations = try await follow(requests, client, view)

@@ -1,0 +1,235 @@
+import CCurl
+import Glibc
+import HostKit
+import MigrationModel
+
+/// GET requests one after the other over a connection that stays open, their bodies pulled by the reader. libcurl does
+/// the protocol, in this thread and only while `start` or `read` runs. One thread at a time.
+final class HTTPTransfer {
+    /// The connection broke or the server is overloaded: the same request may succeed later.
+    struct Interrupted: Error {
+        let reason: String
+    }
+
+    /// Initialising libcurl isn't safe from several threads.
+    private static let isReady: Bool = curl_global_init(Int(CURL_GLOBAL_ALL)) == CURLE_OK
+    private static let room = 2 << 20
+    /// Seconds without a byte after which a connection counts as broken.
+    private static let patience = 60
+
+    private let location: HTTPLocation
+    private let stop: StopFlag
+    private let easy: UnsafeMutableRawPointer
+    private let multi: UnsafeMutableRawPointer
+    private let errorText: UnsafeMutablePointer<CChar>
+    private var headers: UnsafeMutablePointer<curl_slist>?
+    private var isRunning = false
+    private var isPaused = false
+    /// Why the transfer ended early; thrown once the bytes that came before are read.
+    private var failure: (any Error)?
+    private var response = HTTPResponse()
+    /// Body bytes that wait for the reader: `buffer[first..<end]`.
+    private let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: room, alignment: 4096)
+    private var first = 0
+    private var end = 0
+
+    init(_ location: HTTPLocation, _ stop: StopFlag) throws {
+        guard Self.isReady, let easy = curl_easy_init(), let multi = curl_multi_init() else {
+            throw MigrationError(.resourceExhausted, "\(location.name): libcurl can't be set up")
+        }
+        self.location = location
+        self.stop = stop
+        (self.easy, self.multi) = (easy, UnsafeMutableRawPointer(multi))
+        errorText = .allocate(capacity: Int(CURL_ERROR_SIZE))
+        errorText.initialize(repeating: 0, count: Int(CURL_ERROR_SIZE))
+        try configure()
+    }
+
+    deinit {
+        halt()
+        curl_easy_cleanup(easy)
+        curl_multi_cleanup(multi)
+        curl_slist_free_all(headers)
+        errorText.deallocate()
+        buffer.deallocate()
+    }
+
+    private func configure() throws {
+        let me = Unmanaged.passUnretained(self).toOpaque()
+        let numbers: [(CURLoption, Int)] = [
+            (CURLOPT_NOSIGNAL, 1), (CURLOPT_FOLLOWLOCATION, 1), (CURLOPT_MAXREDIRS, 5), (CURLOPT_SSL_VERIFYPEER, 1),
+            (CURLOPT_SSL_VERIFYHOST, 2), (CURLOPT_CONNECTTIMEOUT, 30), (CURLOPT_LOW_SPEED_LIMIT, 1),
+            (CURLOPT_LOW_SPEED_TIME, Self.patience), (CURLOPT_BUFFERSIZE, 512 << 10), (CURLOPT_TCP_KEEPALIVE, 1),
+            (CURLOPT_HTTP_VERSION, Int(CURL_HTTP_VERSION_1_1)), (CURLOPT_NETRC, Int(CURL_NETRC_OPTIONAL.rawValue)),
+        ]
+        var results = numbers.map { flotilla_curl_set_long(easy, $0, $1) }
+        results.append(flotilla_curl_set_text(easy, CURLOPT_URL, location.url))
+        results.append(flotilla_curl_set_text(easy, CURLOPT_PROTOCOLS_STR, "http,https"))
+        // A disk that began under TLS stays there.
+        let onward = location.url.lowercased().hasPrefix("https") ? "https" : "http,https"
+        results.append(flotilla_curl_set_text(easy, CURLOPT_REDIR_PROTOCOLS_STR, onward))
+        results.append(flotilla_curl_set_text(easy, CURLOPT_USERAGENT, "flotilla/\(version)"))
+        if let authorities = location.authorities {
+            results.append(flotilla_curl_set_text(easy, CURLOPT_CAINFO, authorities))
+            results.append(flotilla_curl_set_text(easy, CURLOPT_CAPATH, nil))
+        }
+        results.append(flotilla_curl_set_pointer(easy, CURLOPT_ERRORBUFFER, errorText))
+        results.append(flotilla_curl_set_pointer(easy, CURLOPT_WRITEDATA, me))
+        results.append(flotilla_curl_set_pointer(easy, CURLOPT_HEADERDATA, me))
+        results.append(
+            flotilla_curl_set_sink(easy, CURLOPT_WRITEFUNCTION) { bytes, _, count, context in
+                guard let bytes, let context else { return 0 }
+                return Unmanaged<HTTPTransfer>.fromOpaque(context).takeUnretainedValue()
+                    .takeBody(UnsafeRawBufferPointer(start: bytes, count: count))
+            })
+        results.append(
+            flotilla_curl_set_sink(easy, CURLOPT_HEADERFUNCTION) { bytes, _, count, context in
+                guard let bytes, let context else { return 0 }
+                let line = String(decoding: UnsafeRawBufferPointer(start: bytes, count: count), as: UTF8.self)
+                Unmanaged<HTTPTransfer>.fromOpaque(context).takeUnretainedValue().response
+                    .take(line: String(line.prefix { !$0.isNewline }))
+                return count
+            })
+        if let failed = results.first(where: { $0 != CURLE_OK }) {
+            throw MigrationError(
+                .internal, "\(location.name): libcurl refuses an option: \(String(cString: curl_easy_strerror(failed)))"
+            )
+        }
+    }
+
+    private func takeBody(_ bytes: UnsafeRawBufferPointer) -> Int {
+        if first == end { (first, end) = (0, 0) }
+        guard bytes.count <= buffer.count - end else {
+            isPaused = true
+            return flotilla_curl_pause
+        }
+        UnsafeMutableRawBufferPointer(rebasing: buffer[end...]).copyMemory(from: bytes)
+        end += bytes.count
+        return bytes.count
+    }
+
+    /// Sends a request, abandoning the one before, and returns once the answer's headers are there.
+    ///
+    /// - Parameters:
+    ///   - range: nil for everything; without an upper bound up to the end.
+    ///   - validator: an answer to a range is wanted only if it still holds.
+    /// - Throws: `Interrupted` where trying again makes sense.
+    func start(_ range: (from: UInt64, through: UInt64?)?, validator: String?) throws -> HTTPResponse {
+        halt()
+        (first, end, isPaused, failure, response) = (0, 0, false, nil, HTTPResponse())
+        errorText[0] = 0
+        curl_slist_free_all(headers)
+        headers = nil
+        let text = range.map { "\($0.from)-\($0.through.map(String.init) ?? "")" }
+        _ = flotilla_curl_set_text(easy, CURLOPT_RANGE, text)
+        if range != nil, let validator { headers = curl_slist_append(nil, "If-Range: \(validator)") }
+        _ = flotilla_curl_set_pointer(easy, CURLOPT_HTTPHEADER, headers)
+        guard curl_multi_add_handle(multi, easy) == CURLM_OK else {
+            throw MigrationError(.internal, "\(location.name): libcurl can't start a transfer")
+        }
+        isRunning = true
+        while !response.isComplete, isRunning { try advance() }
+        if !response.isComplete, let failure { throw failure }
+        try requireSuccess()
+        return response
+    }
+
+    /// Returns 0 at the end of the body.
+    func read(into target: UnsafeMutableRawBufferPointer) throws -> Int {
+        while first == end, isRunning {
+            if isPaused {
+                isPaused = false
+                curl_easy_pause(easy, CURLPAUSE_CONT)
+                if first < end { break }
+            }
+            try advance()
+        }
+        if first == end, let failure { throw failure }
+        let count = min(target.count, end - first)
+        target.copyMemory(from: UnsafeRawBufferPointer(rebasing: buffer[first..<first + count]))
+        first += count
+        return count
+    }
+
+    /// Lets libcurl work until something happened or a tenth of a second went by.
+    private func advance() throws {
+        try stop.check()
+        var running: Int32 = 0
+        guard curl_multi_perform(multi, &running) == CURLM_OK else {
+            throw MigrationError(.internal, "\(location.name): libcurl failed")
+        }
+        if running == 0 {
+            let result = flotilla_curl_ended(multi)
+            halt()
+            if result != Int32(CURLE_OK.rawValue) { failure = error(CURLcode(UInt32(max(0, result)))) }
+        } else if first == end, !isPaused {
+            curl_multi_poll(multi, nil, 0, 100, nil)
+        }
+    }
+
+    private func halt() {
+        if isRunning { curl_multi_remove_handle(multi, easy) }
+        isRunning = false
+    }
+
+    private func error(_ result: CURLcode) -> any Error {
+        let detail = String(cString: errorText)
+        let text = detail.isEmpty ? String(cString: curl_easy_strerror(result)) : detail
+        switch result {
+        case CURLE_PEER_FAILED_VERIFICATION, CURLE_SSL_CACERT_BADFILE:
+            return MigrationError(
+                .unauthenticated, "\(location.name): the server can't be trusted: \(text)",
+                hint: "name its authority's certificate with --cacert FILE; trust is never skipped")
+        case CURLE_COULDNT_RESOLVE_HOST, CURLE_COULDNT_RESOLVE_PROXY, CURLE_COULDNT_CONNECT, CURLE_PARTIAL_FILE,
+            CURLE_OPERATION_TIMEDOUT, CURLE_RECV_ERROR, CURLE_SEND_ERROR, CURLE_GOT_NOTHING, CURLE_SSL_CONNECT_ERROR:
+            return Interrupted(reason: text)
+        default: return MigrationError(.unavailable, "\(location.name): \(text)")
+        }
+    }
+
+    private func requireSuccess() throws {
+        switch response.status {
+        case 200, 206:
+            guard !response.isEncoded else {
+                throw MigrationError(.unimplemented, "\(location.name): the server sends it compressed, unasked")
+            }
+        case 401:
+            throw MigrationError(
+                .unauthenticated, "\(location.name): the server wants a name and a password (401)",
+                hint: "put them into ~/.netrc: machine HOST login USER password PASSWORD")
+        case 403: throw MigrationError(.permissionDenied, "\(location.name): the server forbids it (403)")
+        case 404, 410: throw MigrationError(.notFound, "\(location.name): not on the server (\(response.status))")
+        case 408, 429, 500...599: throw Interrupted(reason: "the server answered \(response.status)")
+        default: throw MigrationError(.unavailable, "\(location.name): the server answered \(response.status)")
+        }
+    }
+}
+
+/// Waits between attempts at a server that fails: 0.2 s, then twice as long each time.
+struct Retries {
+    private let location: HTTPLocation
+    private let stop: StopFlag
+    private var failures = 0
+
+    init(_ location: HTTPLocation, _ stop: StopFlag) {
+        self.location = location
+        self.stop = stop
+    }
+
+    /// Counts afresh: there was progress.
+    mutating func succeeded() { failures = 0 }
+
+    /// Waits, or throws when it was the last time.
+    mutating func failed(_ interruption: HTTPTransfer.Interrupted) throws {
+        guard failures < location.retries else {
+            throw MigrationError(
+                .unavailable, "\(location.name): \(interruption.reason)", hint: "look at the server, then try again")
+        }
+        let until = ContinuousClock.now + .milliseconds(200 << failures)
+        failures += 1
+        while ContinuousClock.now < until {
+            try stop.check()
+            usleep(20_000)
+        }
+    }
+}
