@@ -68,6 +68,9 @@ class Client:
 
     def take(self, event):
         """One CloudEvent. Returns the exit code once all is over. Events may come twice."""
+        if self.arguments.events:
+            with open(self.arguments.events, "a", encoding="utf-8") as file:
+                print(json.dumps(event), file=file)
         kind, subject, data = event["type"], event["subject"], event["data"]
         if kind == "flotilla.request.rejected" and subject == self.request:
             print(f"request rejected: {data.get('message')}", file=sys.stderr)
@@ -102,6 +105,7 @@ def main():
     parser.add_argument("--user", default="client", help="our broker user, one of the coordinator's requesters (client)")
     parser.add_argument("--namespace", default="flotilla")
     parser.add_argument("--timeout", type=float, default=3600, metavar="SECONDS", help="to wait for the ends (3600)")
+    parser.add_argument("--events", metavar="FILE", help="add every CloudEvent to this file, one a line")
     bus.connection_arguments(parser)
     arguments = parser.parse_args()
     with open(arguments.plan, encoding="utf-8") as file:
