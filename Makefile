@@ -6,10 +6,10 @@ SHELL := bash
 GUEST := $(CURDIR)/.demo/guest
 SWIFT_SOURCES = $(shell find Sources Tests -name '*.swift' -not -path 'Sources/FlotillaProtocol/Generated/*') Package.swift
 
-.PHONY: help setup build demo demo-fleet test bench-disk format lint protos protos-check clean
+.PHONY: help setup build demo demo-fleet test test-protocol bench-disk format lint protos protos-check clean
 
 help: ## list these targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
 
 setup: ## install the Debian packages for building and testing
 	deploy/setup --test
@@ -30,6 +30,12 @@ test: ## build everything with warnings as errors and run all tests
 	swift build --build-tests
 	FLOTILLA_TEST_GUEST=$(GUEST) FLOTILLA_TEST_BIN=$$(swift build --show-bin-path)/flotilla \
 		swift test --skip-build --no-parallel
+
+test-protocol: build ## check the protocol's documents, vectors and Python examples with a real fleet
+	deploy/setup --test
+	Tests/testbeds/guest/build --out $(GUEST)
+	protocol/check
+	FLOTILLA=$$(swift build -c release --show-bin-path)/flotilla Tests/testbeds/protocol/run
 
 bench-disk: build ## compare disk conversion with qemu-img and a bare C loop (about 20 GB, half an hour)
 	Tests/benchmarks/disk/run
