@@ -6,11 +6,11 @@ SHELL := bash
 GUEST := $(CURDIR)/.demo/guest
 SWIFT_SOURCES = $(shell find Sources Tests -name '*.swift' -not -path 'Sources/FlotillaProtocol/Generated/*') Package.swift
 
-.PHONY: help setup build demo demo-fleet test test-disk test-asan test-tsan test-kill test-faults fuzz bench-disk format lint \
-	protos protos-check clean
+.PHONY: help setup build demo demo-fleet test test-disk test-asan test-tsan test-kill test-faults test-protocol fuzz \
+	bench-disk format lint protos protos-check clean
 
 help: ## list these targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-20s%s\n", $$1, $$2 }'
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
 
 setup: ## install the Debian packages for building and testing
 	deploy/setup --test
@@ -34,6 +34,13 @@ test: ## build everything with warnings as errors and run all tests
 
 test-faults: ## break a fleet in every way we know and check what is left; FAULTS="case…" chooses
 	Tests/faults/run $(FAULTS)
+
+test-protocol: ## check the protocol's documents, vectors and Python examples with a real fleet
+	deploy/setup --test
+	Tests/testbeds/guest/build --out $(GUEST)
+	swift build --product flotilla
+	protocol/check
+	FLOTILLA=$$(swift build --show-bin-path)/flotilla Tests/testbeds/protocol/run
 
 SEEDS ?= 200
 test-disk: ## run the disk engine's tests at length: the full format matrix, SEEDS (200) random disks

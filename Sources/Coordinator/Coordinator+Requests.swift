@@ -28,8 +28,11 @@ extension Coordinator {
                 throw error
             } catch {
                 let error = error as? MigrationError ?? MigrationError(.invalidArgument, "\(error)")
-                try await decide {
-                    try $0.notify(.answer(to: message.messageID, .failure(error), at: $0.now))
+                // Whoever may not ask is not answered, and without an id nobody could tell what the answer is to.
+                if error.code != .permissionDenied, !message.messageID.isEmpty {
+                    try await decide {
+                        try $0.notify(.answer(to: message.messageID, .failure(error), at: $0.now))
+                    }
                 }
                 try await reject(delivery, from: settings.names.requests, "\(error)")
             }
@@ -95,14 +98,16 @@ extension Coordinator {
                     message.type = "flotilla.\(row.routingKey)"
                     message.messageID = row.id
                     message.contentType = "application/cloudevents+json; charset=utf-8"
-                    do { try await bus.publish(message) } catch let error as MigrationError
-                        where error.code == .unavailable
-                    {
-                        logger.warning("notification not sent yet", metadata: ["error": "\(error)"])
-                        try await Task.sleep(for: settings.tick)
-                        break
-                    } catch let error as MigrationError where error.code == .notFound {
-                        // Nobody listens.
+                    do { try await bus.publish(message) } catch let error as MigrationError {
+                        if error.code == .unavailable {
+                            logger.warning("notification not sent yet", metadata: ["error": "\(error)"])
+                            try await Task.sleep(for: settings.tick)
+                            break
+                        }
+                        // Nobody listens, or one who does takes no more: neither may hold up the others.
+                        if error.code != .notFound {
+                            logger.warning("notification refused", metadata: ["error": "\(error)"])
+                        }
                     }
                     try await store.write { try $0.removeNotification(row.id) }
                 }

@@ -256,7 +256,9 @@ package final class Coordinator: Sendable {
 
     /// Where no repetition helps (too large, or nobody's), the task fails with the reason instead of blocking the rest.
     private func takeBack(_ row: OutboxRecord, _ error: MigrationError) async throws {
-        guard [.invalidArgument, .notFound, .permissionDenied].contains(error.code) else { return }
+        // A host that has just joined gets its queues in a moment; in one process nothing of that kind is on its way.
+        let isFinal: [MigrationError.Code] = [.invalidArgument, .permissionDenied] + (bus.isDurable ? [] : [.notFound])
+        guard isFinal.contains(error.code) else { return }
         try await decide { transitions in
             try transitions.store.markSent(row.id, at: transitions.now)
             guard let task = try transitions.store.task(id: row.identity.task) else { return }
@@ -288,6 +290,9 @@ package final class Coordinator: Sendable {
     /// What a worker says under its own name. Throws the reason for which it can't be believed.
     func verified(_ message: Messaging.Message) throws -> WorkerEvents {
         let issuer = try member.verify(message)
+        guard message.type == EventPublisher.messageType else {
+            throw MigrationError(.invalidArgument, "'\(message.type)' is no type of event")
+        }
         let events: WorkerEvents
         do { events = try WorkerEvents(serializedBytes: message.body) } catch {
             throw MigrationError(.invalidArgument, "its body is no WorkerEvents message")
@@ -320,12 +325,21 @@ package final class Coordinator: Sendable {
         let host = events.host
         var decisions: [TaskEvent] = []
         for event in events.events {
+            // Signs of life are worth something for as long as a lease lasts: old ones must not keep a dead worker alive.
+            let isOld = event.time.moment < .now - settings.policy.leaseDuration
             switch event.event {
+            case .task(let task) where isOld && task.kind == .heartbeat(TaskHeartbeat()): continue
+            case .heartbeat where isOld: continue
             case .task(let task):
                 if case .update(let bytes) = task.kind { try await relay(task, bytes) } else { decisions.append(task) }
             case .inventory(let profile):
                 guard profile.name == host else { continue }
-                try await store.write { try $0.save(profile, at: .now) }
+                try await store.write { store in
+                    if let known = try store.host(host)?.profile, known.capturedAt.moment > profile.capturedAt.moment {
+                        return
+                    }
+                    try store.save(profile, at: .now)
+                }
                 watchers.publish(host: host)
             case .heartbeat: try await noteAlive(host)
             case .rejected(let rejected): try await store.write { try $0.note(rejected, by: host, at: .now) }

@@ -89,6 +89,7 @@ package final class BusServerTransport: ServerTransport {
         await withTaskGroup(of: Void.self) { group in
             group.addTask { for await delivery in control.deliveries { await self.obey(delivery) } }
             group.addTask { await self.heartbeat() }
+            group.addTask { await self.watchLeases() }
             await withDiscardingTaskGroup { calls in
                 for await delivery in tasks.deliveries {
                     calls.addTask { await self.receive(delivery, streamHandler) }
@@ -206,7 +207,7 @@ package final class BusServerTransport: ServerTransport {
     private func take(
         _ call: TaskCall, _ method: MethodDescriptor, _ delivery: Delivery, _ handler: @escaping StreamHandler
     ) async throws {
-        let running = RunningCall(call.identity, leaseUntil: .now + settings.leaseDuration)
+        let running = RunningCall(call.identity, lease: settings.leaseDuration)
         // An older attempt on this host must be out of the way before the new one touches its files.
         while let other = enter(running) {
             guard other.identity.fence < call.identity.fence else { return await settleCopy(delivery, of: call) }
@@ -305,6 +306,9 @@ package final class BusServerTransport: ServerTransport {
         let messages: [ControlMessage]
         do {
             if let isLate = try requireCoordinator(delivery.message) { throw isLate }
+            guard delivery.message.type == "flotilla.v1.ControlMessages" else {
+                throw MigrationError(.invalidArgument, "'\(delivery.message.type)' is no type of control message")
+            }
             messages = try ControlMessages(serializedBytes: delivery.message.body).messages
         } catch {
             return await reject(delivery, from: names.control(of: member.name), "\(error)")
@@ -340,15 +344,10 @@ package final class BusServerTransport: ServerTransport {
         }
     }
 
-    /// Until cancelled: renews leases, stops calls whose lease is about to run out, repeats unanswered questions.
+    /// Until cancelled: renews leases, repeats unanswered questions and results.
     private func heartbeat() async {
         while (try? await Task.sleep(for: settings.heartbeat)) != nil {
             for call in state.withLock({ Array($0.calls.values) }) {
-                // A quarter of the lease is kept to stop in.
-                if call.leaseUntil - settings.leaseDuration / 4 < .now {
-                    call.stop(.lostOwnership("its lease was not renewed"))
-                    continue
-                }
                 let event = TaskEvent(
                     call.identity, sequence: call.nextSequence(asksForLease: true), .heartbeat(TaskHeartbeat()))
                 try? await events.publish(event)
@@ -357,6 +356,16 @@ package final class BusServerTransport: ServerTransport {
             let held = state.withLock { $0.calls.count }
             try? await events.publish(.heartbeat(.with { $0.tasks = UInt32(held) }))
             await republish()
+        }
+    }
+
+    /// Until cancelled: stops calls whose lease is about to run out. Waits for nothing but time, so that a broker that is
+    /// away keeps no call alive.
+    private func watchLeases() async {
+        while (try? await Task.sleep(for: settings.heartbeat / 4)) != nil {
+            for call in state.withLock({ Array($0.calls.values) }) where call.mustStop {
+                call.stop(.lostOwnership("its lease was not renewed"))
+            }
         }
     }
 

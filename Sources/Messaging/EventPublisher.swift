@@ -18,6 +18,9 @@ package final class EventPublisher: Sendable {
         var isSending = false
     }
 
+    /// Property `type` of what it publishes.
+    package static let messageType = "flotilla.v1.WorkerEvents"
+
     /// Results wait in the queue for as long as the coordinator is down.
     private static let validity = Duration.seconds(7 * 24 * 3600)
     /// What an event adds to a message besides its own bytes, at most.
@@ -99,7 +102,7 @@ package final class EventPublisher: Sendable {
         var message = Message(
             exchange: names.events, routingKey: names.eventKey(host: member.name, kind: kind),
             body: try envelope.serializedBytes())
-        message.type = "flotilla.v1.WorkerEvents"
+        message.type = Self.messageType
         message.userID = member.name
         member.sign(&message, for: FleetMember.coordinator, validity: Self.validity)
         try await bus.publish(message)

@@ -22,6 +22,7 @@ final class RunningCall: Sendable {
         var sequence: UInt64 = 0
         /// When the events that a renewal may answer were sent.
         var sent: [UInt64: ContinuousClock.Instant] = [:]
+        var lease: Duration
         var leaseUntil: ContinuousClock.Instant
         var stopReason: StopReason?
         var cancel: [@Sendable () -> Void] = []
@@ -32,13 +33,15 @@ final class RunningCall: Sendable {
 
     private let state: Mutex<State>
 
-    init(_ identity: CallIdentity, leaseUntil: ContinuousClock.Instant) {
+    /// - Parameter lease: how long it may go on without an answer to its first event.
+    init(_ identity: CallIdentity, lease: Duration) {
         self.identity = identity
-        state = Mutex(State(leaseUntil: leaseUntil))
+        state = Mutex(State(lease: lease, leaseUntil: .now + lease))
     }
 
     var stopReason: StopReason? { state.withLock { $0.stopReason } }
-    var leaseUntil: ContinuousClock.Instant { state.withLock { $0.leaseUntil } }
+    /// A quarter of the lease is left: kept to stop in.
+    var mustStop: Bool { state.withLock { $0.leaseUntil - $0.lease / 4 < .now } }
     var pendingPermits: [String] { state.withLock { Array($0.permits.keys) } }
 
     /// Numbers an event, and remembers when it was sent if it asks for a lease.
@@ -55,6 +58,7 @@ final class RunningCall: Sendable {
         state.withLock {
             guard let sent = $0.sent.removeValue(forKey: sequence) else { return }
             $0.sent = $0.sent.filter { $0.key > sequence }
+            $0.lease = ttl
             $0.leaseUntil = max($0.leaseUntil, sent + ttl)
         }
     }

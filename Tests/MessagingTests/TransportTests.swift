@@ -86,6 +86,7 @@ private final class Rig: Sendable {
         var message = Messaging.Message(
             exchange: names.control, routingKey: "kvm1",
             body: try ControlMessages.with { $0.messages = [control] }.serializedBytes())
+        message.type = "flotilla.v1.ControlMessages"
         members.coordinator.sign(&message, for: "kvm1", validity: .seconds(60))
         try await bus.publish(message)
     }
