@@ -50,7 +50,10 @@ final class ConversionRun: Sendable {
         self.options = options
         self.stop = stop
         let capacity = writer.capacity
-        try log.adopt { try writer.adopt($0) }
+        try log.adopt {
+            try stop.check()
+            return try writer.adopt($0)
+        }
         state = Mutex(
             State(
                 progress: DiskConversion.Progress(

@@ -10,6 +10,8 @@ import Testing
 /// as large as they get: 1 TiB, and 8 TiB compressed, with a log of 512 MiB and tables of 1.2 GiB.
 @Suite struct BookkeepingTests {
     private static let isLarge = getenv("FLOTILLA_TEST_LARGE") != nil
+    /// AddressSanitizer holds back what is freed.
+    private static let keepsFreedMemory = dlsym(nil, "__asan_init") != nil
 
     private func kibibytes(_ key: String) throws -> Int {
         let text = String(decoding: try Files.read("/proc/self/status"), as: UTF8.self)
@@ -70,7 +72,7 @@ import Testing
         try writer.finish(resumed.placements) { _, _ in }
         let growth = try kibibytes("VmHWM") - before
         print("\(capacity >> 30) GiB, \(compression?.description ?? "plain"): \(growth / 1024) MiB more at the peak")
-        #expect(growth < 64 << 10)
+        #expect(growth < 64 << 10 || Self.keepsFreedMemory)
         try run("qemu-img", "check", "-f", "qcow2", image)
     }
 
