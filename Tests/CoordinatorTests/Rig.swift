@@ -219,6 +219,11 @@ struct FakeWorker {
 }
 
 extension Rig.Client {
+    /// Of its export.
+    func attempt(of id: String) async throws -> UInt32 {
+        try await getMigration(.with { $0.id = id }).stages[0].attempt
+    }
+
     /// The migration once it has ended.
     func end(_ id: String) async throws -> Migration {
         try await watchMigration(.with { $0.id = id }) { response in
