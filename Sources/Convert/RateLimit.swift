@@ -1,5 +1,4 @@
 import Dispatch
-import Glibc
 package import HostKit
 import Synchronization
 
@@ -13,22 +12,18 @@ package final class RateLimit: Sendable {
     /// - Parameter bytesPerSecond: at least 1.
     package init(bytesPerSecond: UInt64) { nanosecondsPerByte = 1e9 / Double(max(1, bytesPerSecond)) }
 
-    /// Blocks the calling thread until `count` bytes may pass. Throws the flag's reason within a tenth of a second.
+    /// Blocks the calling thread until `count` bytes may pass. Throws the flag's reason as soon as it is set.
     package func take(_ count: Int, stop: StopFlag) throws {
         let cost = UInt64(Double(count) * nanosecondsPerByte)
+        let now = DispatchTime.now().uptimeNanoseconds
         let turn = paid.withLock { paid in
-            paid = max(paid, DispatchTime.now().uptimeNanoseconds) &+ cost
+            paid = max(paid, now) &+ cost
             return paid
         }
-        while true {
-            let now = DispatchTime.now().uptimeNanoseconds
-            if now >= turn { return }
-            if stop.isSet {
-                // What never passes must not make others wait.
-                paid.withLock { $0 -= cost }
-                try stop.check()
-            }
-            usleep(UInt32(min(turn - now, 100_000_000) / 1000))
+        do { try stop.wait(for: .nanoseconds(Int64(clamping: turn - now))) } catch {
+            // What never passes must not make others wait.
+            paid.withLock { $0 -= cost }
+            throw error
         }
     }
 }

@@ -19,12 +19,8 @@ extension Coordinator {
                     try transitions.notify(.answer(to: message.messageID, .success(ids), at: transitions.now))
                 }
                 await delivery.settle(.ack)
-            } catch let error as MigrationError
-                where [.internal, .dataLoss, .resourceExhausted, .unavailable].contains(error.code)
-            {
-                // The store's trouble, not the request's.
-                logger.error("request not handled", metadata: ["error": "\(error)"])
-                await delivery.settle(.requeue)
+            } catch  where Task.isCancelled || error.isOfTheStore {
+                // This process ends; what is not settled comes again, to the next one.
                 throw error
             } catch {
                 let error = error as? MigrationError ?? MigrationError(.invalidArgument, "\(error)")

@@ -48,12 +48,12 @@ package final class Coordinator: Sendable {
     let settings: Settings
     private let submitted = Mutex<Set<String>>([])
     let bus: any MessageBus
-    private let member: FleetMember
+    let member: FleetMember
     let logger: Logger
     let notificationSignal: AsyncStream<Void>
     let notificationContinuation: AsyncStream<Void>.Continuation
-    private let outboxSignal: AsyncStream<Void>
-    private let outboxContinuation: AsyncStream<Void>.Continuation
+    let outboxSignal: AsyncStream<Void>
+    let outboxContinuation: AsyncStream<Void>.Continuation
 
     /// - Parameter member: named `FleetMember.coordinator`.
     package init(
@@ -204,70 +204,6 @@ package final class Coordinator: Sendable {
         }
     }
 
-    private func publishOutbox() async throws {
-        outboxContinuation.yield()
-        for await _ in outboxSignal {
-            while true {
-                let rows = try await store.write { try $0.unsent(limit: 256) }
-                if rows.isEmpty { break }
-                let outcomes = await withTaskGroup { group in
-                    for row in rows { group.addTask { (row, await self.send(row)) } }
-                    return await group.reduce(into: []) { $0.append($1) }
-                }
-                let sent = outcomes.filter { $0.1 == nil }.map { $0.0.id }
-                if !sent.isEmpty {
-                    try await store.write { store in for id in sent { try store.markSent(id, at: .now) } }
-                    Failpoint.coordinatorTaskSent.hit()
-                }
-                for case (let row, let error?) in outcomes { try await takeBack(row, error) }
-                // The bus has tried for long already; what it could not send stays in the outbox.
-                if sent.isEmpty { try await Task.sleep(for: settings.tick) }
-            }
-        }
-    }
-
-    /// Returns the reason for which it could not be sent.
-    private func send(_ row: OutboxRecord) async -> MigrationError? {
-        var call = TaskCall(
-            identity: row.identity, method: row.method, audience: row.host, deadline: row.deadline, body: row.body)
-        call.traceparent = traceparent(row.identity)
-        do {
-            guard row.body.count <= Message.maximumBody else {
-                throw MigrationError(
-                    .invalidArgument,
-                    "\(row.identity): its request has \(row.body.count) bytes, a message holds \(Message.maximumBody)")
-            }
-            try await bus.publish(
-                call.message(settings.names, messageID: row.id, from: member, validity: settings.taskValidity))
-            return nil
-        } catch {
-            logger.error("task not sent", metadata: ["task": "\(row.identity)", "error": "\(error)"])
-            return error as? MigrationError ?? MigrationError(.unavailable, "\(error)")
-        }
-    }
-
-    /// W3C Trace Context: all of a migration's tasks are one trace, each attempt a span.
-    private func traceparent(_ call: CallIdentity) -> String? {
-        let trace = call.task.filter { $0 != "-" }.prefix(32)
-        guard trace.count == 32, trace.allSatisfy(\.isHexDigit) else { return nil }
-        let span = hex(Digest.hash(.sha256, Array("\(call)".utf8)).prefix(8))
-        return "00-\(trace)-\(span)-01"
-    }
-
-    /// Where no repetition helps (too large, or nobody's), the task fails with the reason instead of blocking the rest.
-    private func takeBack(_ row: OutboxRecord, _ error: MigrationError) async throws {
-        // A host that has just joined gets its queues in a moment; in one process nothing of that kind is on its way.
-        let isFinal: [MigrationError.Code] = [.invalidArgument, .permissionDenied] + (bus.isDurable ? [] : [.notFound])
-        guard isFinal.contains(error.code) else { return }
-        try await decide { transitions in
-            try transitions.store.markSent(row.id, at: transitions.now)
-            guard let task = try transitions.store.task(id: row.identity.task) else { return }
-            _ = try transitions.apply(
-                .ended(fence: row.identity.fence, outcome: .failure(code: error.code.rawValue)), to: task,
-                ended: TaskEnded(error))
-        }
-    }
-
     private func consume(_ deliveries: Subscription) async throws {
         for await delivery in deliveries.deliveries {
             let events: WorkerEvents
@@ -278,11 +214,11 @@ package final class Coordinator: Sendable {
             do {
                 try await handle(events)
                 await delivery.settle(.ack)
+            } catch  where Task.isCancelled || error.isOfTheStore {
+                // This process ends; what is not settled comes again, to the next one.
+                throw error
             } catch {
-                logger.error("event not handled", metadata: ["host": "\(events.host)", "error": "\(error)"])
-                await delivery.settle(.requeue)
-                // Without a broker nobody would deliver it later: end, and let the next run continue.
-                if !bus.isDurable { throw error }
+                try await reject(delivery, from: settings.names.coordinatorEvents, "\(error)")
             }
         }
     }
@@ -331,7 +267,7 @@ package final class Coordinator: Sendable {
             case .task(let task) where isOld && task.kind == .heartbeat(TaskHeartbeat()): continue
             case .heartbeat where isOld: continue
             case .task(let task):
-                if case .update(let bytes) = task.kind { try await relay(task, bytes) } else { decisions.append(task) }
+                if case .update(let bytes) = task.kind { try relay(task, bytes) } else { decisions.append(task) }
             case .inventory(let profile):
                 guard profile.name == host else { continue }
                 try await store.write { store in
@@ -363,68 +299,12 @@ package final class Coordinator: Sendable {
             }
         }
     }
-
-    /// Progress goes to those who watch, and is not stored.
-    private func relay(_ event: TaskEvent, _ bytes: some SwiftProtobufContiguousBytes) async throws {
-        guard let dash = event.taskID.lastIndex(of: "-"),
-            let stage = Stage(rawValue: String(event.taskID[event.taskID.index(after: dash)...]))
-        else { return }
-        let migrationID = String(event.taskID[..<dash])
-        guard watchers.hasWatcher(of: migrationID) else { return }
-        let progress: TaskProgress?
-        let step: TaskStep?
-        switch stage {
-        case .export: (progress, step) = try ExportUpdate(serializedBytes: bytes).report
-        case .convert: (progress, step) = try ConvertUpdate(serializedBytes: bytes).report
-        case .deploy: (progress, step) = try DeployUpdate(serializedBytes: bytes).report
-        }
-        var notice = MigrationEvent.with {
-            $0.migrationID = migrationID
-            $0.time = Moment.now.timestamp
-        }
-        if let progress {
-            notice.progress = .with {
-                $0.stage = stage.rawValue
-                $0.progress = progress
-            }
-        } else if let step {
-            notice.step = .with {
-                $0.stage = stage.rawValue
-                $0.step = step
-            }
-        } else {
-            return
-        }
-        watchers.publish(notice)
-    }
 }
 
-extension ExportUpdate {
-    fileprivate var report: (TaskProgress?, TaskStep?) {
-        switch update {
-        case .progress(let progress): (progress, nil)
-        case .step(let step): (nil, step)
-        case .result, nil: (nil, nil)
-        }
-    }
-}
-
-extension ConvertUpdate {
-    fileprivate var report: (TaskProgress?, TaskStep?) {
-        switch update {
-        case .progress(let progress): (progress, nil)
-        case .step(let step): (nil, step)
-        case .result, nil: (nil, nil)
-        }
-    }
-}
-
-extension DeployUpdate {
-    fileprivate var report: (TaskProgress?, TaskStep?) {
-        switch update {
-        case .progress(let progress): (progress, nil)
-        case .step(let step): (nil, step)
-        case .result, nil: (nil, nil)
-        }
+extension Error {
+    /// The database can't be used: no fault of a message, which another process may handle when that is mended.
+    var isOfTheStore: Bool {
+        let codes: [MigrationError.Code] = [.internal, .dataLoss, .resourceExhausted, .unavailable]
+        return (self as? MigrationError).map { codes.contains($0.code) } ?? false
     }
 }

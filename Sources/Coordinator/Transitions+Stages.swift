@@ -1,4 +1,5 @@
 import FlotillaProtocol
+import FoundationEssentials
 import MigrationModel
 import Passthrough
 import SwiftProtobuf
@@ -26,18 +27,18 @@ extension Transitions {
     private mutating func advance(_ migration: inout MigrationRecord, after stage: Stage, _ ended: TaskEnded) throws {
         switch stage {
         case .export:
-            let last = try ExportUpdate(serializedBytes: ended.result)
+            let last: ExportUpdate = try decode(ended.result, stage)
             guard case .result(let result) = last.update else { throw resultMissing(stage) }
             try afterExport(&migration, result.manifest)
         case .convert:
-            let last = try ConvertUpdate(serializedBytes: ended.result)
+            let last: ConvertUpdate = try decode(ended.result, stage)
             guard case .result(let result) = last.update, result.disks.count == migration.manifest?.disks.count else {
                 throw resultMissing(stage)
             }
             migration.manifest?.disks = result.disks
             try startDeploy(&migration, .deploy)
         case .deploy:
-            let last = try DeployUpdate(serializedBytes: ended.result)
+            let last: DeployUpdate = try decode(ended.result, stage)
             guard case .result(let result) = last.update else { throw resultMissing(stage) }
             // A check tells how the domain is now; how it was proved stays.
             if result.proof.isEmpty, migration.hasResult(of: result) {
@@ -51,8 +52,14 @@ extension Transitions {
         }
     }
 
+    private func decode<Update: SwiftProtobuf.Message>(_ result: Data, _ stage: Stage) throws -> Update {
+        do { return try Update(serializedBytes: result) } catch { throw resultMissing(stage) }
+    }
+
     private func resultMissing(_ stage: Stage) -> MigrationError {
-        MigrationError(.internal, "the \(stage.rawValue) task ended well but without a result")
+        MigrationError(
+            .internal, "the \(stage.rawValue) task ended well but without a result that can be read",
+            hint: "are coordinator and worker of the same version?")
     }
 
     private mutating func afterExport(_ migration: inout MigrationRecord, _ captured: Manifest) throws {

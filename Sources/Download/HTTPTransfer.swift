@@ -225,11 +225,7 @@ struct Retries {
             throw MigrationError(
                 .unavailable, "\(location.name): \(interruption.reason)", hint: "look at the server, then try again")
         }
-        let until = ContinuousClock.now + .milliseconds(200 << failures)
-        failures += 1
-        while ContinuousClock.now < until {
-            try stop.check()
-            usleep(20_000)
-        }
+        defer { failures += 1 }
+        try stop.wait(for: .milliseconds(200 << failures))
     }
 }

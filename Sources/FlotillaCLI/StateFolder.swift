@@ -13,6 +13,19 @@ func stateFolder(_ named: String?) throws -> String {
     return "\(home)/.local/state/flotilla"
 }
 
+/// Makes the folder if it isn't there and holds it for this process as long as the result lives.
+///
+/// - Parameter role: a file of this name holds the lock; one process of each role may use the folder.
+func lockStateFolder(_ folder: String, role: String, hint: String) throws -> File {
+    try Files.createDirectories(folder, mode: 0o700)
+    let lock = try File("\(folder)/\(role)", O_RDWR | O_CREAT)
+    guard flock(lock.descriptor, LOCK_EX | LOCK_NB) == 0 else {
+        throw MigrationError(
+            .unavailable, "another flotilla process uses the state folder \(folder)", hint: hint)
+    }
+    return lock
+}
+
 /// Against the current directory; nothing of it need exist.
 func absolute(_ path: String) throws -> String {
     if path.hasPrefix("/") { return path }

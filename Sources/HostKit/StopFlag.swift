@@ -1,3 +1,4 @@
+import Dispatch
 package import MigrationModel
 import Synchronization
 
@@ -5,22 +6,42 @@ import Synchronization
 ///
 /// Blocking code calls `check()` at least every few hundred milliseconds of work.
 package final class StopFlag: Sendable {
+    private struct State {
+        var reason: MigrationError?
+        /// One for each thread that waits.
+        var waiting: [DispatchSemaphore] = []
+    }
+
     private let stopped = Atomic<Bool>(false)
-    private let reason = Mutex<MigrationError?>(nil)
+    private let state = Mutex(State())
 
     package init() {}
 
     package var isSet: Bool { stopped.load(ordering: .relaxed) }
 
     package func set(_ why: MigrationError = MigrationError(.cancelled, "cancelled")) {
-        reason.withLock { if $0 == nil { $0 = why } }
-        stopped.store(true, ordering: .releasing)
+        let waiting = state.withLock { state in
+            if state.reason == nil { state.reason = why }
+            stopped.store(true, ordering: .releasing)
+            return state.waiting
+        }
+        for thread in waiting { thread.signal() }
     }
 
     /// Throws the reason once the flag is set.
     package func check() throws {
         guard stopped.load(ordering: .acquiring) else { return }
-        throw reason.withLock { $0 } ?? MigrationError(.cancelled, "cancelled")
+        throw state.withLock { $0.reason } ?? MigrationError(.cancelled, "cancelled")
+    }
+
+    /// Blocks the calling thread for that long. Throws the reason as soon as the flag is set.
+    package func wait(for duration: Duration) throws {
+        let wakeUp = DispatchSemaphore(value: 0)
+        state.withLock { if $0.reason == nil { $0.waiting.append(wakeUp) } else { wakeUp.signal() } }
+        defer { state.withLock { $0.waiting.removeAll { $0 === wakeUp } } }
+        let (seconds, attoseconds) = duration.components
+        _ = wakeUp.wait(timeout: .now() + .seconds(Int(seconds)) + .nanoseconds(Int(attoseconds / 1_000_000_000)))
+        try check()
     }
 }
 

@@ -68,6 +68,19 @@ package struct BusStatus: Sendable, Equatable {
         }
             + consumers.filter { !$0.isActive }.map { "consumer of \($0.queue): \($0.problem ?? "starting")" }
     }
+
+    /// What claims to be alive and isn't; nil while all is well, and while the bus knows that it has to reconnect.
+    package func pretence(at now: Moment) -> String? {
+        for connection in connections {
+            guard case .connected = connection.state, let heard = connection.lastInbound else { continue }
+            let silence = (now.milliseconds - heard.milliseconds) / 1000
+            if silence > 60 { return "nothing was heard on the \(connection.name) connection for \(silence) s" }
+            if connection.name == "consume", let consumer = consumers.first(where: { !$0.isActive }) {
+                return "nothing consumes \(consumer.queue): \(consumer.problem ?? "not registered")"
+            }
+        }
+        return nil
+    }
 }
 
 /// What a queue holds.

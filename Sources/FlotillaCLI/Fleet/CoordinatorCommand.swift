@@ -28,8 +28,9 @@ struct CoordinatorCommand: AsyncParsableCommand {
         let configuration = try CoordinatorConfiguration(path: config)
         let logger = serviceLogger("coordinator", verbose: verbose)
         let member = try configuration.member()
-        try Files.createDirectories(configuration.stateDirectory, mode: 0o700)
-        let lock = try lockFolder(configuration.stateDirectory, for: "coordinator")
+        let lock = try lockStateFolder(
+            configuration.stateDirectory, role: "coordinator.lock",
+            hint: "stop that one, or give this one a state folder of its own")
         defer { withExtendedLifetime(lock) {} }
         let bus = try AMQPBus(configuration.broker) { logger.note($0) }
         var settings = Coordinator.Settings(names: configuration.names, policy: configuration.policy)

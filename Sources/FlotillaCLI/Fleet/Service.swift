@@ -28,17 +28,6 @@ extension Logger {
     }
 }
 
-/// Holds the folder for this process as long as the result lives.
-func lockFolder(_ folder: String, for role: String) throws -> File {
-    let lock = try File("\(folder)/\(role).lock", O_RDWR | O_CREAT)
-    guard flock(lock.descriptor, LOCK_EX | LOCK_NB) == 0 else {
-        throw MigrationError(
-            .unavailable, "another flotilla \(role) uses the state folder \(folder)",
-            hint: "stop that one, or give this one a state folder of its own")
-    }
-    return lock
-}
-
 /// Ends the process, by throwing, when the bus looks alive but isn't: a consumer that the broker does not have, or a
 /// connection that hears nothing although it should hear heartbeats. While the broker is away the bus reconnects, and
 /// nothing here minds. Tells systemd's watchdog of every look that went well.
@@ -59,21 +48,6 @@ func watchLiveness(of bus: any MessageBus, _ logger: Logger) async throws {
             healthyAt = .now
         }
         ServiceManager.notify("WATCHDOG=1")
-    }
-}
-
-extension BusStatus {
-    /// What claims to be alive and isn't; nil while all is well, and while the bus knows that it has to reconnect.
-    fileprivate func pretence(at now: Moment) -> String? {
-        for connection in connections {
-            guard case .connected = connection.state, let heard = connection.lastInbound else { continue }
-            let silence = (now.milliseconds - heard.milliseconds) / 1000
-            if silence > 60 { return "nothing was heard on the \(connection.name) connection for \(silence) s" }
-            if connection.name == "consume", let consumer = consumers.first(where: { !$0.isActive }) {
-                return "nothing consumes \(consumer.queue): \(consumer.problem ?? "not registered")"
-            }
-        }
-        return nil
     }
 }
 

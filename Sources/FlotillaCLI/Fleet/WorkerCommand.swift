@@ -33,8 +33,9 @@ struct WorkerRunCommand: AsyncParsableCommand {
         let file = try WorkerFile(path: config)
         let logger = serviceLogger("worker", verbose: verbose)
         let member = try file.keys.member(named: file.host)
-        try Files.createDirectories(file.worker.stateDirectory, mode: 0o700)
-        let lock = try lockFolder(file.worker.stateDirectory, for: "worker")
+        let lock = try lockStateFolder(
+            file.worker.stateDirectory, role: "worker.lock",
+            hint: "stop that one, or give this one a state folder of its own")
         defer { withExtendedLifetime(lock) {} }
         let bus = try AMQPBus(file.broker) { logger.note($0) }
         let worker = try Worker(file.worker, bus: bus, member: member, logger: logger)

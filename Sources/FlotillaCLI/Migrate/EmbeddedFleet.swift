@@ -34,7 +34,8 @@ struct EmbeddedFleet {
         interrupted: @escaping @Sendable () async -> Void,
         _ body: @escaping @Sendable (Client) async throws -> (Value, migrations: Set<String>)
     ) async throws -> Value {
-        let lock = try lockState()
+        let lock = try lockStateFolder(
+            stateDirectory, role: "lock", hint: "wait for it to end, or name another folder with --state")
         defer { withExtendedLifetime(lock) {} }
         let bus = InProcessBus()
         let names = Names()
@@ -95,16 +96,5 @@ struct EmbeddedFleet {
             }
             throw MigrationError(.internal, "the embedded fleet ended on its own")
         }
-    }
-
-    private func lockState() throws -> File {
-        try Files.createDirectories(stateDirectory, mode: 0o700)
-        let lock = try File("\(stateDirectory)/lock", O_RDWR | O_CREAT)
-        guard flock(lock.descriptor, LOCK_EX | LOCK_NB) == 0 else {
-            throw MigrationError(
-                .unavailable, "another flotilla process uses the state folder \(stateDirectory)",
-                hint: "wait for it to end, or name another folder with --state")
-        }
-        return lock
     }
 }

@@ -1,0 +1,70 @@
+import FlotillaProtocol
+import HostKit
+import MigrationModel
+import SwiftProtobuf
+
+extension Coordinator {
+    /// Progress goes to those who watch, and is not stored.
+    func relay(_ event: TaskEvent, _ bytes: some SwiftProtobufContiguousBytes) throws {
+        guard let dash = event.taskID.lastIndex(of: "-"),
+            let stage = Stage(rawValue: String(event.taskID[event.taskID.index(after: dash)...]))
+        else { return }
+        let migrationID = String(event.taskID[..<dash])
+        guard watchers.hasWatcher(of: migrationID) else { return }
+        let progress: TaskProgress?
+        let step: TaskStep?
+        switch stage {
+        case .export: (progress, step) = try ExportUpdate(serializedBytes: bytes).report
+        case .convert: (progress, step) = try ConvertUpdate(serializedBytes: bytes).report
+        case .deploy: (progress, step) = try DeployUpdate(serializedBytes: bytes).report
+        }
+        var notice = MigrationEvent.with {
+            $0.migrationID = migrationID
+            $0.time = Moment.now.timestamp
+        }
+        if let progress {
+            notice.progress = .with {
+                $0.stage = stage.rawValue
+                $0.progress = progress
+            }
+        } else if let step {
+            notice.step = .with {
+                $0.stage = stage.rawValue
+                $0.step = step
+            }
+        } else {
+            return
+        }
+        watchers.publish(notice)
+    }
+}
+
+extension ExportUpdate {
+    fileprivate var report: (TaskProgress?, TaskStep?) {
+        switch update {
+        case .progress(let progress): (progress, nil)
+        case .step(let step): (nil, step)
+        case .result, nil: (nil, nil)
+        }
+    }
+}
+
+extension ConvertUpdate {
+    fileprivate var report: (TaskProgress?, TaskStep?) {
+        switch update {
+        case .progress(let progress): (progress, nil)
+        case .step(let step): (nil, step)
+        case .result, nil: (nil, nil)
+        }
+    }
+}
+
+extension DeployUpdate {
+    fileprivate var report: (TaskProgress?, TaskStep?) {
+        switch update {
+        case .progress(let progress): (progress, nil)
+        case .step(let step): (nil, step)
+        case .result, nil: (nil, nil)
+        }
+    }
+}

@@ -1,0 +1,97 @@
+import Coordinator
+import FlotillaProtocol
+import FoundationEssentials
+import GRPCCore
+import Messaging
+import MigrationModel
+import SwiftProtobuf
+import TestKit
+import Testing
+
+/// What the coordinator makes of hosts: whom it believes, who is alive, who gets tasks.
+@Suite(.timeLimit(.minutes(1))) struct HostTests {
+    @Test func forgedEventsReachTheDeadLettersAndChangeNothing() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let migration = try await client.submitMigration(Rig.request)
+            let export = try await worker.take()
+            try await worker.accept(export)
+            try await worker.forge(.ended(.with { $0.code = 15 }), of: export)
+            #expect(try await worker.deadLetter()?.type == "flotilla.v1.WorkerEvents")
+            try await worker.succeed(export, ExportUpdate.with { $0.result.manifest = Rig.manifest })
+            try await worker.work(.convert)
+            try await worker.work(.deploy)
+            #expect(try await client.end(migration.id).state == .done)
+        }
+        let noted = try await SQLiteStore(path: "\(rig.folder.path)/store.sqlite").write { try $0.rejections(limit: 9) }
+        #expect(noted.map(\.member) == ["coordinator"])
+        #expect(noted.first?.rejected.reason.contains("does not believe") == true)
+    }
+
+    /// A worker's nonsense ends its own migration and nothing else.
+    @Test func resultThatCannotBeReadFailsTheMigration() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let migration = try await client.submitMigration(Rig.request)
+            let export = try await worker.take()
+            try await worker.accept(export)
+            try await worker.say(export, .ended(.with { $0.result = Data([0xff, 0xff]) }))
+            let ended = try await client.end(migration.id)
+            #expect(ended.state == .failed)
+            #expect(ended.errorMessage.contains("export") && !ended.errorHint.isEmpty)
+            _ = try await worker.told { if case .stored = $0.kind { true } else { nil } }
+        }
+    }
+
+    /// A message that a queue lost is made up for once its host shows that it lives, and not before.
+    @Test func sentTaskThatNobodyTakesOnIsSentAgain() async throws {
+        var rig = try Rig()
+        rig.acceptanceTimeout = .zero
+        try await rig.process { client, worker in
+            let migration = try await client.submitMigration(Rig.request)
+            let lost = try await worker.take()
+            // Not before the store knows that it was sent.
+            _ = try await eventually {
+                try await worker.heartbeat()
+                return try await client.attempt(of: migration.id) > 1 ? true : nil
+            }
+            // What is said after them is heard after all heartbeats.
+            worker.profile.cpus = 33
+            try await worker.announce()
+            _ = try await eventually { try await client.listHosts(.init()).hosts[0].profile.cpus == 33 ? true : nil }
+            let attempt = try await client.attempt(of: migration.id)
+            #expect(attempt > 1)
+            var again = try await worker.take()
+            while again.identity.attempt < attempt { again = try await worker.take() }
+            #expect(again.identity.task == lost.identity.task)
+            #expect(again.identity.fence > lost.identity.fence)
+            try await worker.accept(again)
+            _ = try await worker.told { if case .lease = $0.kind { true } else { nil } }
+            // What was taken on is not sent a third time.
+            try await worker.heartbeat()
+            try await worker.succeed(again, ExportUpdate.with { $0.result.manifest = Rig.manifest })
+            try await worker.work(.convert)
+        }
+    }
+
+    @Test func drainedHostGetsNoNewTasks() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let migration = try await client.submitMigration(Rig.request)
+            let export = try await worker.take()
+            try await worker.accept(export)
+            let host = try await client.drainHost(.with { $0.name = Rig.host })
+            #expect(host.drained && host.tasks == 1 && host.hasSeenAt)
+            try await worker.succeed(export, ExportUpdate.with { $0.result.manifest = Rig.manifest })
+            _ = try await worker.told { if case .stored = $0.kind { true } else { nil } }
+            #expect(try await client.listHosts(.init()).hosts.map(\.tasks) == [0])
+            let waiting = try await client.getMigration(.with { $0.id = migration.id }).stages
+            #expect(waiting.map(\.state) == ["succeeded", "waiting"])
+            #expect(try await client.drainHost(.with { ($0.name, $0.undrain) = (Rig.host, true) }).drained == false)
+            try await worker.work(.convert)
+        }
+        await #expect(throws: (any Error).self) {
+            try await rig.process { client, _ in _ = try await client.drainHost(.with { $0.name = "nobody" }) }
+        }
+    }
+}
