@@ -119,7 +119,7 @@ let package = Package(
             "ConvertTests", ["Convert", "DiskImage", "Download", "HostKit", "MigrationModel", "TestKit", "Volumes"]),
         tests("ExportTests", ["Export", "FlotillaProtocol", "HostKit", "MigrationModel", "TestKit", protobuf]),
         tests(
-            "PassthroughTests", ["Passthrough", "FlotillaProtocol", "HostKit", "MigrationModel", protobuf],
+            "PassthroughTests", ["Passthrough", "FlotillaProtocol", "HostKit", "MigrationModel", "TestKit", protobuf],
             data: ["Fixtures"]),
         tests(
             "DeployTests", ["Deploy", "Passthrough", "FlotillaProtocol", "HostKit", "MigrationModel", protobuf],

@@ -1,0 +1,121 @@
+package import FlotillaProtocol
+import HostKit
+import MigrationModel
+
+extension GPULedger {
+    /// A libvirt domain and what its definition names.
+    package struct Domain: Sendable {
+        package var name: String
+        /// Empty when no migration made it.
+        package var migration: String
+        package var resources: [GPUResource]
+
+        package init(name: String, migration: String, resources: [GPUResource]) {
+            self.name = name
+            self.migration = migration
+            self.resources = resources
+        }
+    }
+
+    /// Makes the ledger agree with what is: libvirt's word decides over the ledger's. Call at start, before tasks run.
+    ///
+    /// - A device that a domain's definition names becomes that domain's, running or not.
+    /// - A reservation without such a domain is given back (dirty), unless its migration is under way: its domain may be
+    ///   about to be defined.
+    /// - What is gone from sysfs and belongs to no domain is dropped.
+    ///
+    /// - Parameters:
+    ///   - domains: all of this host's, also those that are shut off.
+    ///   - underWay: migrations whose tasks the worker's journal still has.
+    /// - Returns: what was changed or can't be right, for the log.
+    @discardableResult
+    package func reconcile(domains: [Domain], underWay: Set<String>, sysfs: Sysfs = Sysfs()) throws -> [Finding] {
+        try update { book in
+            var findings: [Finding] = []
+            var holder: [String: Domain] = [:]
+            for domain in domains {
+                for resource in domain.resources {
+                    if let other = holder[resource.key], other.name != domain.name {
+                        findings.append(
+                            .warning(
+                                resource.key, "domains \(other.name) and \(domain.name) both have \(resource)",
+                                remedy: "only one of them can start: take it out of the other's definition"))
+                        // Keep it with whom the ledger has, so that two starts of the worker agree.
+                        let known = book.entries.first { $0.resource.key == resource.key }?.owner.domain
+                        guard domain.name == known else { continue }
+                    }
+                    holder[resource.key] = domain
+                    if !resource.isPresent(in: sysfs) {
+                        findings.append(
+                            .warning(
+                                resource.key,
+                                "domain \(domain.name) has \(resource), which this host does not have now",
+                                remedy: "the domain can't start until the device is back or its definition changed"))
+                    }
+                }
+            }
+            findings += book.drop(holder: holder, underWay: underWay, boot: boot, sysfs: sysfs)
+            findings += book.adopt(domains: domains, holder: holder)
+            return findings
+        }
+    }
+}
+
+extension GPULedger.Book {
+    fileprivate mutating func drop(
+        holder: [String: GPULedger.Domain], underWay: Set<String>, boot: String, sysfs: Sysfs
+    ) -> [Finding] {
+        let orphans = Set(
+            entries.filter {
+                holder[$0.resource.key] == nil
+                    && ($0.owner.migration.isEmpty || !underWay.contains($0.owner.migration))
+            }.map(\.resource.key))
+        let gone = entries.filter { orphans.contains($0.resource.key) && !$0.resource.isPresent(in: sysfs) }
+        entries.removeAll { entry in gone.contains { $0.resource.key == entry.resource.key } }
+        let owners = Dictionary(entries.map { ($0.resource.key, $0.owner) }) { first, _ in first }
+        let released = release(boot: boot) { orphans.contains($0.resource.key) }
+        return gone.map { entry in
+            .make(
+                .note, entry.resource.key, "\(entry.resource), last of \(entry.owner), is gone from this host",
+                remedy: "")
+        }
+            + released.map { resource in
+                .make(
+                    .note, resource.key,
+                    "\(resource) was reserved for \(owners[resource.key].map { "\($0)" } ?? "a domain"), which does not "
+                        + "have it: given back", remedy: "")
+            }
+    }
+
+    fileprivate mutating func adopt(domains: [GPULedger.Domain], holder: [String: GPULedger.Domain]) -> [Finding] {
+        var findings: [Finding] = []
+        for domain in domains {
+            for resource in domain.resources where holder[resource.key]?.name == domain.name {
+                let owner = GPUOwner(
+                    domain: domain.name, migration: domain.migration, fence: fences[domain.migration] ?? 0)
+                let index = entries.firstIndex { $0.resource.key == resource.key }
+                if let index, entries[index].state == .reserved, entries[index].owner.isSame(as: owner) { continue }
+                if let index {
+                    findings.append(
+                        .make(
+                            .note, resource.key,
+                            "\(resource) belonged to \(entries[index].owner) by the ledger; \(owner) has it", remedy: ""
+                        ))
+                    entries.remove(at: index)
+                }
+                entries.append(
+                    GPUReservation(
+                        resource: resource, owner: owner, state: .reserved, since: Moment.now.milliseconds))
+            }
+        }
+        return findings
+    }
+}
+
+extension GPUResource {
+    /// The kernel has it now.
+    func isPresent(in sysfs: Sysfs) -> Bool {
+        if let function { return sysfs.exists("bus/pci/devices/\(function)") }
+        return sysfs.exists("bus/mdev/devices/\(mdev ?? "")")
+    }
+}

@@ -1,0 +1,177 @@
+import FoundationEssentials
+import Glibc
+import HostKit
+import MigrationModel
+
+/// Who owns which function and mediated device of this host. One per host, shared by all processes: every change takes
+/// a lock between processes, reads the file, and replaces it atomically, so that of two who race for a device exactly one
+/// gets it, and what was answered survives a crash.
+///
+/// The life of a resource: free -> `reserve` -> reserved -> `release` -> dirty -> `reset` -> free. A mediated device or
+/// vGPU that was destroyed leaves nothing behind: `forget`. Calls block for the disk; `reset` for the device too.
+package struct GPULedger: Sendable {
+    package static let folder = "/var/lib/flotilla/gpu"
+
+    struct Book: Codable {
+        var version = 1
+        var entries: [GPUReservation] = []
+        /// The largest fence seen of each migration: an attempt that is over must not come back.
+        var fences: [String: UInt64] = [:]
+        /// Migrations in the order of their last change, so that old fences can go.
+        var order: [String] = []
+    }
+
+    /// Migrations whose fences are remembered beyond those that own something.
+    private static let remembered = 10_000
+
+    let path: String
+    let boot: String
+
+    /// - Parameters:
+    ///   - folder: made by the first change.
+    ///   - boot: the running kernel's boot id.
+    package init(folder: String = GPULedger.folder, boot: String = bootID()) {
+        path = "\(folder)/ledger.json"
+        self.boot = boot
+    }
+
+    // MARK: - Reading
+
+    /// Every resource that isn't free, by key. Empty when nothing was ever reserved.
+    package func reservations() throws -> [GPUReservation] { try read().entries }
+
+    /// What all attempts of a migration hold.
+    package func reservations(of migration: String) throws -> [GPUReservation] {
+        try reservations().filter { $0.owner.migration == migration && $0.state == .reserved }
+    }
+
+    // MARK: - Changing
+
+    /// Takes all of them or none. Taking again what the same migration holds (or left dirty: it is its own data) is fine.
+    /// What an earlier attempt holds beyond `resources` stays reserved: see `reservations(of:)`.
+    ///
+    /// - Throws: `resourceExhausted` naming who has it, `failedPrecondition` for a device that is dirty, `aborted` for a
+    ///   stale fence.
+    package func reserve(_ resources: [GPUResource], for owner: GPUOwner) throws {
+        try update { book in
+            try book.admit(owner)
+            for resource in resources {
+                for entry in book.entries where entry.resource.overlaps(resource) && !entry.owner.isSame(as: owner) {
+                    let what =
+                        entry.resource == resource ? "\(resource)" : "\(resource) goes with \(entry.resource), which"
+                    if entry.state == .dirty {
+                        throw MigrationError(
+                            .failedPrecondition,
+                            "\(what) still holds what \(entry.owner) left in it: it was not reset since",
+                            hint: "flotilla gpu release --reset \(entry.resource), or reboot the host")
+                    }
+                    throw MigrationError(
+                        .resourceExhausted, "\(what) is reserved for \(entry.owner)",
+                        hint: "choose another device, or undeploy that domain first")
+                }
+            }
+            let now = Moment.now.milliseconds
+            for resource in Set(resources) {
+                book.entries.removeAll { $0.resource.key == resource.key }
+                book.entries.append(
+                    GPUReservation(resource: resource, owner: owner, state: .reserved, since: now))
+            }
+        }
+    }
+
+    /// Gives back what `owner`'s migration holds of these; nil: all of it. What it doesn't hold is left alone. They are
+    /// dirty then. Returns them.
+    ///
+    /// - Throws: `aborted` for a stale fence.
+    @discardableResult
+    package func release(_ resources: [GPUResource]? = nil, of owner: GPUOwner) throws -> [GPUResource] {
+        try update { book in
+            try book.admit(owner)
+            return book.release(boot: boot) { entry in
+                entry.owner.isSame(as: owner)
+                    && resources.map { $0.contains { $0.key == entry.resource.key } } ?? true
+            }
+        }
+    }
+
+    /// Drops resources that no longer exist: a destroyed mediated device, a deleted vGPU. Nothing of theirs is dirty.
+    ///
+    /// - Throws: `aborted` for a stale fence.
+    package func forget(_ resources: [GPUResource], of owner: GPUOwner) throws {
+        try update { book in
+            try book.admit(owner)
+            book.entries.removeAll { entry in
+                entry.owner.isSame(as: owner) && resources.contains { $0.key == entry.resource.key }
+            }
+        }
+    }
+
+    // MARK: - The file
+
+    /// One change, seen by all or by none.
+    func update<Value>(_ body: (inout Book) throws -> Value) throws -> Value {
+        try Files.createDirectories(Files.parent(of: path), mode: 0o700)
+        return try FileLock.holding("\(path).lock") {
+            var book = try read()
+            let value = try body(&book)
+            book.entries.sort { $0.resource < $1.resource }
+            let owning = Set(book.entries.map(\.owner.migration))
+            let surplus = book.order.count - Self.remembered
+            if surplus > 0 {
+                let old = Set(book.order.prefix(surplus)).subtracting(owning)
+                book.order.removeAll(where: old.contains)
+                for migration in old { book.fences[migration] = nil }
+            }
+            let encoder = JSONEncoder()
+            encoder.outputFormatting = [.sortedKeys, .prettyPrinted, .withoutEscapingSlashes]
+            try Files.writeAtomically([UInt8](encoder.encode(book)), to: path)
+            return value
+        }
+    }
+
+    private func read() throws -> Book {
+        guard Files.exists(path) else { return Book() }
+        let bytes = try Files.read(path)
+        guard var book = try? JSONDecoder().decode(Book.self, from: Data(bytes)), book.version == 1 else {
+            throw MigrationError(
+                .dataLoss, "the ledger of reserved devices, \(path), is damaged or of another version",
+                hint: "move it away and restart the worker: it is made again from libvirt's domains")
+        }
+        book.entries.removeAll { $0.state == .dirty && $0.boot != boot }
+        return book
+    }
+}
+
+extension GPULedger.Book {
+    /// Refuses an attempt that a later one has replaced, and remembers the fence of one that is not.
+    mutating func admit(_ owner: GPUOwner) throws {
+        guard !owner.migration.isEmpty else { return }
+        let newest = fences[owner.migration] ?? 0
+        guard owner.fence >= newest else {
+            throw MigrationError(
+                .aborted, "fence \(owner.fence) of \(owner) is stale: \(newest) holds its devices")
+        }
+        fences[owner.migration] = owner.fence
+        order.removeAll { $0 == owner.migration }
+        order.append(owner.migration)
+    }
+
+    /// Makes reserved entries dirty.
+    mutating func release(boot: String, where isChosen: (GPUReservation) -> Bool) -> [GPUResource] {
+        let now = Moment.now.milliseconds
+        var released: [GPUResource] = []
+        for index in entries.indices where entries[index].state == .reserved && isChosen(entries[index]) {
+            entries[index].state = .dirty
+            entries[index].since = now
+            entries[index].boot = boot
+            released.append(entries[index].resource)
+        }
+        return released
+    }
+}
+
+/// The running kernel's id of this boot; empty where procfs is not there.
+package func bootID() -> String {
+    let bytes = (try? Files.read("/proc/sys/kernel/random/boot_id", limit: 4096)) ?? []
+    return String(decoding: bytes.prefix { $0 != 0x0a }, as: UTF8.self)
+}
