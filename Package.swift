@@ -77,6 +77,9 @@ let package = Package(
         module("Export", ["MigrationModel", "FlotillaProtocol", "HostKit", "CXML", protobuf]),
         module("Convert", ["MigrationModel", "HostKit", "DiskImage"]),
         module("Download", ["MigrationModel", "HostKit", "DiskImage", "CCurl"]),
+        module(
+            "VSphere",
+            ["MigrationModel", "FlotillaProtocol", "HostKit", "DiskImage", "Download", "Export", "CXML", protobuf]),
         module("Volumes", ["MigrationModel", "HostKit", "DiskImage", "CBlkid", "CLinux", "CNBD"]),
         module("Passthrough", ["MigrationModel", "FlotillaProtocol", "HostKit", protobuf]),
         module(
@@ -85,8 +88,8 @@ let package = Package(
         module(
             "Worker",
             [
-                "MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", "Export", "Convert", "Passthrough",
-                "Deploy",
+                "MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", "Export", "DiskImage", "Download",
+                "VSphere", "Convert", "Passthrough", "Deploy",
                 grpc, grpcProtobuf, protobuf, logging,
             ]),
         module(
@@ -99,7 +102,8 @@ let package = Package(
             "FlotillaCLI",
             [
                 "MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", "MessagingAMQP", "Enrollment", "Export",
-                "DiskImage", "Convert", "Download", "Volumes", "Passthrough", "Deploy", "Worker", "Coordinator",
+                "DiskImage", "Convert", "Download", "Volumes", "VSphere", "Passthrough", "Deploy", "Worker",
+                "Coordinator",
                 grpc, grpcHTTP2, grpcInProcess, grpcProtobuf, protobuf, logging, yaml, arguments,
             ]),
         .executableTarget(name: "flotilla", dependencies: ["FlotillaCLI"], swiftSettings: settings),
@@ -118,6 +122,9 @@ let package = Package(
         tests(
             "ConvertTests", ["Convert", "DiskImage", "Download", "HostKit", "MigrationModel", "TestKit", "Volumes"]),
         tests("ExportTests", ["Export", "FlotillaProtocol", "HostKit", "MigrationModel", "TestKit", protobuf]),
+        tests(
+            "VSphereTests",
+            ["VSphere", "Download", "DiskImage", "Export", "FlotillaProtocol", "HostKit", "MigrationModel", "TestKit"]),
         tests(
             "PassthroughTests", ["Passthrough", "FlotillaProtocol", "HostKit", "MigrationModel", "TestKit", protobuf],
             data: ["Fixtures"]),

@@ -5,8 +5,13 @@ package struct HTTPLocation: Sendable {
     let url: String
     /// For messages: without what may be a secret.
     package let name: String
-    /// PEM file of authorities that are trusted instead of the system's.
-    let authorities: String?
+    let trust: ServerTrust
+    /// Sent with each request, "Cookie: …"; redirects and `~/.netrc` are then ignored, so that these reach nobody else.
+    let headers: [String]?
+    /// Seconds without a byte after which a connection counts as broken.
+    package var patience = 60
+    /// The next step when the server isn't trusted.
+    package var trustHint = "name its authority's certificate with --cacert FILE; trust is never skipped"
     /// How often a failing server is asked again before it is given up: 8 times take 51 s.
     package var retries = 8
 
@@ -31,6 +36,17 @@ package struct HTTPLocation: Sendable {
                 hint: "put it into ~/.netrc: machine HOST login USER password PASSWORD")
         }
         self.url = url
-        self.authorities = authorities
+        trust = authorities.map { .authorities($0) } ?? .system
+        headers = nil
+    }
+
+    /// - Parameters:
+    ///   - name: for messages; holds nothing secret.
+    ///   - headers: sent with each request.
+    package init(_ url: String, name: String, trust: ServerTrust, headers: [String]) {
+        self.url = url
+        self.name = name
+        self.trust = trust
+        self.headers = headers
     }
 }

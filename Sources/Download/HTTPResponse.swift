@@ -1,6 +1,6 @@
 /// What the headers of an answer say (RFC 9110).
-struct HTTPResponse {
-    private(set) var status = 0
+package struct HTTPResponse {
+    package private(set) var status = 0
     /// Of the whole resource, in bytes, where told.
     private(set) var total: UInt64?
     /// The bytes in a 206.
@@ -10,6 +10,10 @@ struct HTTPResponse {
     private(set) var isEncoded = false
     /// The empty line came: nothing will be added.
     private(set) var isComplete = false
+    /// "text/xml", lower case.
+    package private(set) var mediaType = ""
+    /// "name=value" of each cookie set.
+    package private(set) var cookies: [String] = []
     private var tag: String?
     private var changed: String?
 
@@ -31,6 +35,9 @@ struct HTTPResponse {
         case "content-length" where status == 200: total = UInt64(value)
         case "content-encoding": isEncoded = value.lowercased() != "identity"
         case "content-range": takeRange(value)
+        case "content-type":
+            mediaType = value.lowercased().prefix { $0 != ";" }.filter { !$0.isWhitespace }
+        case "set-cookie" where cookies.count < 16: cookies.append(String(value.prefix { $0 != ";" }))
         default: break
         }
     }

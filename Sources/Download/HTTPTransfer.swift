@@ -1,24 +1,26 @@
 import CCurl
 import Glibc
-import HostKit
+package import HostKit
 import MigrationModel
 
-/// GET requests one after the other over a connection that stays open, their bodies pulled by the reader. libcurl does
-/// the protocol, in this thread and only while `start` or `read` runs. One thread at a time.
-final class HTTPTransfer {
+/// Requests one after the other over a connection that stays open, their bodies pulled by the reader. libcurl does
+/// the protocol, in this thread and only while `start`, `post` or `read` runs. One thread at a time.
+package final class HTTPTransfer: @unchecked Sendable {
     /// The connection broke or the server is overloaded: the same request may succeed later.
-    struct Interrupted: Error {
-        let reason: String
+    package struct Interrupted: Error {
+        package let reason: String
+
+        package init(reason: String) { self.reason = reason }
     }
 
     /// Initialising libcurl isn't safe from several threads.
     private static let isReady: Bool = curl_global_init(Int(CURL_GLOBAL_ALL)) == CURLE_OK
     private static let room = 2 << 20
-    /// Seconds without a byte after which a connection counts as broken.
-    private static let patience = 60
 
     private let location: HTTPLocation
-    private let stop: StopFlag
+    /// Ends what runs when it is set.
+    package var stop: StopFlag
+    private let pin = UnsafeMutablePointer<flotilla_pin>.allocate(capacity: 1)
     private let easy: UnsafeMutableRawPointer
     private let multi: UnsafeMutableRawPointer
     private let errorText: UnsafeMutablePointer<CChar>
@@ -33,13 +35,14 @@ final class HTTPTransfer {
     private var first = 0
     private var end = 0
 
-    init(_ location: HTTPLocation, _ stop: StopFlag) throws {
+    package init(_ location: HTTPLocation, _ stop: StopFlag) throws {
         guard Self.isReady, let easy = curl_easy_init(), let multi = curl_multi_init() else {
             throw MigrationError(.resourceExhausted, "\(location.name): libcurl can't be set up")
         }
         self.location = location
         self.stop = stop
         (self.easy, self.multi) = (easy, UnsafeMutableRawPointer(multi))
+        pin.initialize(to: flotilla_pin())
         errorText = .allocate(capacity: Int(CURL_ERROR_SIZE))
         errorText.initialize(repeating: 0, count: Int(CURL_ERROR_SIZE))
         try configure()
@@ -50,6 +53,7 @@ final class HTTPTransfer {
         curl_easy_cleanup(easy)
         curl_multi_cleanup(multi)
         curl_slist_free_all(headers)
+        pin.deallocate()
         errorText.deallocate()
         buffer.deallocate()
     }
@@ -57,10 +61,12 @@ final class HTTPTransfer {
     private func configure() throws {
         let me = Unmanaged.passUnretained(self).toOpaque()
         let numbers: [(CURLoption, Int)] = [
-            (CURLOPT_NOSIGNAL, 1), (CURLOPT_FOLLOWLOCATION, 1), (CURLOPT_MAXREDIRS, 5), (CURLOPT_SSL_VERIFYPEER, 1),
+            (CURLOPT_NOSIGNAL, 1), (CURLOPT_FOLLOWLOCATION, location.headers == nil ? 1 : 0), (CURLOPT_MAXREDIRS, 5),
+            (CURLOPT_SSL_VERIFYPEER, 1),
             (CURLOPT_SSL_VERIFYHOST, 2), (CURLOPT_CONNECTTIMEOUT, 30), (CURLOPT_LOW_SPEED_LIMIT, 1),
-            (CURLOPT_LOW_SPEED_TIME, Self.patience), (CURLOPT_BUFFERSIZE, 512 << 10), (CURLOPT_TCP_KEEPALIVE, 1),
-            (CURLOPT_HTTP_VERSION, Int(CURL_HTTP_VERSION_1_1)), (CURLOPT_NETRC, Int(CURL_NETRC_OPTIONAL.rawValue)),
+            (CURLOPT_LOW_SPEED_TIME, location.patience), (CURLOPT_BUFFERSIZE, 512 << 10), (CURLOPT_TCP_KEEPALIVE, 1),
+            (CURLOPT_HTTP_VERSION, Int(CURL_HTTP_VERSION_1_1)),
+            (CURLOPT_NETRC, location.headers == nil ? Int(CURL_NETRC_OPTIONAL.rawValue) : 0),
         ]
         var results = numbers.map { flotilla_curl_set_long(easy, $0, $1) }
         results.append(flotilla_curl_set_text(easy, CURLOPT_URL, location.url))
@@ -69,9 +75,15 @@ final class HTTPTransfer {
         let onward = location.url.lowercased().hasPrefix("https") ? "https" : "http,https"
         results.append(flotilla_curl_set_text(easy, CURLOPT_REDIR_PROTOCOLS_STR, onward))
         results.append(flotilla_curl_set_text(easy, CURLOPT_USERAGENT, "flotilla/\(version)"))
-        if let authorities = location.authorities {
-            results.append(flotilla_curl_set_text(easy, CURLOPT_CAINFO, authorities))
+        switch location.trust {
+        case .system: break
+        case .authorities(let file):
+            results.append(flotilla_curl_set_text(easy, CURLOPT_CAINFO, file))
             results.append(flotilla_curl_set_text(easy, CURLOPT_CAPATH, nil))
+        case .fingerprint(let fingerprint):
+            pin.pointee.length = Int32(fingerprint.bytes.count)
+            withUnsafeMutableBytes(of: &pin.pointee.wanted) { $0.copyBytes(from: fingerprint.bytes) }
+            results.append(flotilla_curl_set_pin(easy, pin))
         }
         results.append(flotilla_curl_set_pointer(easy, CURLOPT_ERRORBUFFER, errorText))
         results.append(flotilla_curl_set_pointer(easy, CURLOPT_WRITEDATA, me))
@@ -115,27 +127,58 @@ final class HTTPTransfer {
     ///   - validator: an answer to a range is wanted only if it still holds.
     /// - Throws: `Interrupted` where trying again makes sense.
     func start(_ range: (from: UInt64, through: UInt64?)?, validator: String?) throws -> HTTPResponse {
+        prepare()
+        let text = range.map { "\($0.from)-\($0.through.map(String.init) ?? "")" }
+        _ = flotilla_curl_set_long(easy, CURLOPT_HTTPGET, 1)
+        _ = flotilla_curl_set_text(easy, CURLOPT_RANGE, text)
+        if range != nil, let validator { headers = curl_slist_append(headers, "If-Range: \(validator)") }
+        try awaitHeaders()
+        try requireSuccess()
+        return response
+    }
+
+    /// Sends `body`, abandoning the request before, and returns whatever the server answers once its headers are there.
+    ///
+    /// - Parameter headers: besides the location's.
+    /// - Throws: `Interrupted` when no answer came. The server may have acted all the same.
+    package func post(_ body: [UInt8], headers more: [String]) throws -> HTTPResponse {
+        prepare()
+        for line in more + ["Expect:"] { headers = curl_slist_append(headers, line) }
+        _ = flotilla_curl_set_long(easy, CURLOPT_POST, 1)
+        _ = flotilla_curl_set_text(easy, CURLOPT_RANGE, nil)
+        _ = flotilla_curl_set_long(easy, CURLOPT_POSTFIELDSIZE, body.count)
+        let copied = body.withUnsafeBytes {
+            flotilla_curl_set_pointer(easy, CURLOPT_COPYPOSTFIELDS, UnsafeMutableRawPointer(mutating: $0.baseAddress))
+        }
+        guard copied == CURLE_OK else {
+            throw MigrationError(.resourceExhausted, "\(location.name): no memory for a request")
+        }
+        try awaitHeaders()
+        return response
+    }
+
+    private func prepare() {
         halt()
         (first, end, isPaused, failure, response) = (0, 0, false, nil, HTTPResponse())
         errorText[0] = 0
         curl_slist_free_all(headers)
         headers = nil
-        let text = range.map { "\($0.from)-\($0.through.map(String.init) ?? "")" }
-        _ = flotilla_curl_set_text(easy, CURLOPT_RANGE, text)
-        if range != nil, let validator { headers = curl_slist_append(nil, "If-Range: \(validator)") }
+        for line in location.headers ?? [] { headers = curl_slist_append(headers, line) }
+    }
+
+    private func awaitHeaders() throws {
         _ = flotilla_curl_set_pointer(easy, CURLOPT_HTTPHEADER, headers)
+        pin.pointee.shown = 0
         guard curl_multi_add_handle(multi, easy) == CURLM_OK else {
             throw MigrationError(.internal, "\(location.name): libcurl can't start a transfer")
         }
         isRunning = true
         while !response.isComplete, isRunning { try advance() }
         if !response.isComplete, let failure { throw failure }
-        try requireSuccess()
-        return response
     }
 
     /// Returns 0 at the end of the body.
-    func read(into target: UnsafeMutableRawBufferPointer) throws -> Int {
+    package func read(into target: UnsafeMutableRawBufferPointer) throws -> Int {
         while first == end, isRunning {
             if isPaused {
                 isPaused = false
@@ -175,11 +218,22 @@ final class HTTPTransfer {
     private func error(_ result: CURLcode) -> any Error {
         let detail = String(cString: errorText)
         let text = detail.isEmpty ? String(cString: curl_easy_strerror(result)) : detail
+        if case .fingerprint(let wanted) = location.trust, pin.pointee.shown != 0,
+            result == CURLE_PEER_FAILED_VERIFICATION || result == CURLE_SSL_CONNECT_ERROR
+        {
+            let bytes = withUnsafeBytes(of: pin.pointee.seen) { Array($0.prefix(wanted.algorithm.rawValue)) }
+            let seen = CertificateFingerprint(bytes, wanted.algorithm)
+            if seen != wanted {
+                return MigrationError(
+                    .unauthenticated,
+                    "\(location.name): its certificate's \(wanted.algorithm) fingerprint is \(seen), not \(wanted)",
+                    hint: "find out why before you trust it: nothing was sent to it")
+            }
+        }
         switch result {
         case CURLE_PEER_FAILED_VERIFICATION, CURLE_SSL_CACERT_BADFILE:
             return MigrationError(
-                .unauthenticated, "\(location.name): the server can't be trusted: \(text)",
-                hint: "name its authority's certificate with --cacert FILE; trust is never skipped")
+                .unauthenticated, "\(location.name): the server can't be trusted: \(text)", hint: location.trustHint)
         case CURLE_COULDNT_RESOLVE_HOST, CURLE_COULDNT_RESOLVE_PROXY, CURLE_COULDNT_CONNECT, CURLE_PARTIAL_FILE,
             CURLE_OPERATION_TIMEDOUT, CURLE_RECV_ERROR, CURLE_SEND_ERROR, CURLE_GOT_NOTHING, CURLE_SSL_CONNECT_ERROR:
             return Interrupted(reason: text)

@@ -1,10 +1,10 @@
-import FlotillaProtocol
+package import FlotillaProtocol
 import MigrationModel
 
 /// Lower case with colons, from colons, dashes or none.
 ///
 /// - Throws: `invalidArgument` for text that isn't the address of one Ethernet interface.
-func normalizedMAC(_ text: String, owner: String) throws -> String {
+package func normalizedMAC(_ text: String, owner: String) throws -> String {
     let digits = text.unicodeScalars.filter { $0 != ":" && $0 != "-" }
     let separators = text.unicodeScalars.count - digits.count
     guard digits.count == 12, separators == 5 || separators == 0,
@@ -23,7 +23,7 @@ func normalizedMAC(_ text: String, owner: String) throws -> String {
 
 extension Manifest {
     /// Throws `invalidArgument` when two NICs have one address: a bridge would mix up their frames.
-    func checkDistinctMACs(_ source: String) throws {
+    package func checkDistinctMACs(_ source: String) throws {
         var owners: [String: String] = [:]
         for nic in nics where !nic.mac.isEmpty {
             if let other = owners.updateValue(nic.id, forKey: nic.mac) {

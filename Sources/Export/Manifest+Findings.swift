@@ -1,17 +1,17 @@
-import FlotillaProtocol
+package import FlotillaProtocol
 
 extension Manifest {
-    mutating func note(_ subject: String, _ message: String, remedy: String = "") {
+    package mutating func note(_ subject: String, _ message: String, remedy: String = "") {
         add(.note, subject, message, remedy)
     }
 
     /// Carried with a difference, or not carried.
-    mutating func warn(_ subject: String, _ message: String, remedy: String) {
+    package mutating func warn(_ subject: String, _ message: String, remedy: String) {
         add(.warning, subject, message, remedy)
     }
 
     /// The VM can't be migrated like this.
-    mutating func block(_ subject: String, _ message: String, remedy: String) {
+    package mutating func block(_ subject: String, _ message: String, remedy: String) {
         add(.blocked, subject, message, remedy)
     }
 

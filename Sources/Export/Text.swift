@@ -2,7 +2,7 @@ import MigrationModel
 
 extension String {
     /// Safe to show in a message: control characters replaced, cut to 200 characters.
-    var printable: String {
+    package var printable: String {
         let clean = unicodeScalars.prefix(200).map { scalar in
             scalar.properties.generalCategory == .control ? "\u{FFFD}" : Character(scalar)
         }
@@ -10,7 +10,7 @@ extension String {
     }
 
     /// Without leading and trailing white space.
-    var trimmed: String {
+    package var trimmed: String {
         guard let first = firstIndex(where: { !$0.isWhitespace }),
             let last = lastIndex(where: { !$0.isWhitespace })
         else { return "" }
@@ -18,7 +18,7 @@ extension String {
     }
 
     /// VMware's and OVF's booleans: TRUE, true, yes, on and 1; nil for anything else that isn't their opposite.
-    var asFlag: Bool? {
+    package var asFlag: Bool? {
         switch lowercased() {
         case "true", "yes", "on", "1": true
         case "false", "no", "off", "0": false
@@ -28,7 +28,7 @@ extension String {
 
     /// Digits and `-` of a UUID in its canonical form, from any of "56 4d 6c 0a …-…", with dashes or without; nil
     /// when it does not hold 32 hexadecimal digits.
-    var canonicalUUID: String? {
+    package var canonicalUUID: String? {
         let digits = unicodeScalars.filter { $0 != " " && $0 != "-" && $0 != "{" && $0 != "}" }
         guard digits.count == 32, digits.allSatisfy({ $0.properties.isASCIIHexDigit }) else { return nil }
         var text = ""
@@ -41,7 +41,7 @@ extension String {
 }
 
 /// Product of two sizes, refused by name when it doesn't fit what a file system can address (2^63 - 1).
-func checkedBytes(_ count: UInt64, times unit: UInt64, _ what: @autoclosure () -> String) throws -> UInt64 {
+package func checkedBytes(_ count: UInt64, times unit: UInt64, _ what: @autoclosure () -> String) throws -> UInt64 {
     let (product, overflow) = count.multipliedReportingOverflow(by: unit)
     guard !overflow, product <= UInt64(Int64.max) else {
         throw MigrationError(.invalidArgument, "\(what()): \(count) units of \(unit) bytes exceed 2^63 - 1 bytes")

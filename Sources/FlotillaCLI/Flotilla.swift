@@ -16,7 +16,8 @@ package struct Flotilla: AsyncParsableCommand {
             """,
         version: "flotilla \(version)",
         subcommands: [
-            MigrateCommand.self, DiskCommand.self, CoordinatorCommand.self, WorkerCommand.self, MigrationCommand.self,
+            MigrateCommand.self, InventoryCommand.self, DiskCommand.self, CoordinatorCommand.self, WorkerCommand.self,
+            MigrationCommand.self,
             HostCommand.self, QueueCommand.self, FleetCommand.self, DoctorCommand.self,
         ])
 

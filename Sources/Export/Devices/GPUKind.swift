@@ -1,7 +1,7 @@
-import FlotillaProtocol
+package import FlotillaProtocol
 
 /// Whether a passthrough device is a GPU.
-enum GPUKind {
+package enum GPUKind {
     case gpu
     case other
     /// Neither its class nor its vendor tells.
@@ -14,7 +14,7 @@ enum GPUKind {
     /// VGA, 3D and other display controllers.
     static let displayClasses: Set<UInt32> = [0x0300, 0x0302, 0x0380]
 
-    init(classCode: UInt32, id: PciId) {
+    package init(classCode: UInt32, id: PciId) {
         if classCode != 0 {
             self = Self.displayClasses.contains(classCode) ? .gpu : .other
         } else if id.vendor == Self.nvidia || id.vendor == Self.amd {

@@ -1,11 +1,11 @@
-import FlotillaProtocol
+package import FlotillaProtocol
 import MigrationModel
 
 extension Manifest {
     /// Files each device under GPUs or other devices; none is left out.
     ///
     /// - Throws: `invalidArgument` for more devices than any VM has.
-    mutating func assign(_ groups: [PassthroughKeys]) throws {
+    package mutating func assign(_ groups: [PassthroughKeys]) throws {
         guard groups.count <= 256 else {
             throw MigrationError(.invalidArgument, "VM \(vm.name.printable): has \(groups.count) passthrough devices")
         }
@@ -53,7 +53,7 @@ extension Manifest {
 
     /// Files what else the source's configuration says about GPUs and the hypervisor's visibility. Everything else,
     /// secrets of the guest among it, stays behind.
-    mutating func keepExtraConfiguration(_ key: String, _ value: String) {
+    package mutating func keepExtraConfiguration(_ key: String, _ value: String) {
         let lower = key.lowercased()
         let exact: Set<String> = [
             "hypervisor.cpuid.v0", "vhv.enable", "vvtd.enable", "smbios.reflecthost", "sched.mem.pin",
@@ -66,7 +66,7 @@ extension Manifest {
     }
 
     /// Splits `pciPassthru12.cfg.enable_uvm` into 12 and `cfg.enable_uvm`; nil for other keys.
-    static func passthroughKey(_ key: String) -> (index: Int, key: String)? {
+    package static func passthroughKey(_ key: String) -> (index: Int, key: String)? {
         guard key.lowercased().hasPrefix("pcipassthru"), let dot = key.firstIndex(of: ".") else { return nil }
         let digits = key[..<dot].dropFirst("pciPassthru".count)
         guard !digits.isEmpty, digits.count <= 4, digits.allSatisfy({ $0.isASCII && $0.isNumber }),

@@ -1,10 +1,10 @@
 /// PCI numbers as VMware's configuration files write them. Decoded only when one reading is possible.
-enum PCIText {
+package enum PCIText {
     /// `domain:bus:device.function` in hexadecimal, or nil when the text has no reading or more than one.
     ///
     /// ESXi writes every field in decimal at the widths 5:3:2.1 (`00000:026:01.2` is 0000:1a:01.2); people write
     /// lspci's hexadecimal at 4:2:2.1, or leave the domain out.
-    static func address(_ text: String) -> String? {
+    package static func address(_ text: String) -> String? {
         let dotted = text.split(separator: ".", omittingEmptySubsequences: false)
         guard dotted.count == 2 else { return nil }
         var fields = dotted[0].split(separator: ":", omittingEmptySubsequences: false)
@@ -37,7 +37,7 @@ enum PCIText {
 
     /// A 16-bit id: `0x10de`, four digits of which one is a letter, or a negative decimal (the signed 16-bit number of
     /// vSphere's API). Plain digits could be either base: nil.
-    static func identifier(_ text: String) -> UInt32? {
+    package static func identifier(_ text: String) -> UInt32? {
         let text = text.lowercased()
         if text.hasPrefix("0x") {
             let digits = text.dropFirst(2)
@@ -52,14 +52,14 @@ enum PCIText {
     }
 
     /// A class code of 16 bits; one with its programming interface (24 bits) loses that.
-    static func classCode(_ text: String) -> UInt32? {
+    package static func classCode(_ text: String) -> UInt32? {
         let lower = text.lowercased()
         let digits = lower.hasPrefix("0x") ? lower.dropFirst(2) : lower[...]
         guard (3...6).contains(digits.count), let value = UInt32(digits, radix: 16) else { return nil }
         return digits.count > 4 ? value >> 8 : value
     }
 
-    static func hexadecimal(_ value: some BinaryInteger, _ width: Int) -> String {
+    package static func hexadecimal(_ value: some BinaryInteger, _ width: Int) -> String {
         let digits = String(value, radix: 16)
         return String(repeating: "0", count: max(0, width - digits.count)) + digits
     }

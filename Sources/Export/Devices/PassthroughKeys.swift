@@ -3,19 +3,19 @@ import MigrationModel
 
 /// The `pciPassthruN.*` keys of one device, without that prefix, and what they say. VMX files and the extra
 /// configuration of an OVF share them.
-struct PassthroughKeys {
+package struct PassthroughKeys {
     /// "pciPassthru0", or what the source calls the device.
-    let label: String
+    package let label: String
     /// Lower-case key to value.
     private var values: [String: String] = [:]
     private var written: [(key: String, value: String)] = []
     private var consumed: Set<String> = []
 
-    init(label: String) { self.label = label }
+    package init(label: String) { self.label = label }
 
-    var isEmpty: Bool { written.isEmpty }
+    package var isEmpty: Bool { written.isEmpty }
 
-    mutating func set(_ key: String, _ value: String) {
+    package mutating func set(_ key: String, _ value: String) {
         if values.updateValue(value, forKey: key.lowercased()) != nil {
             written.removeAll { $0.key.lowercased() == key.lowercased() }
         }
@@ -23,8 +23,19 @@ struct PassthroughKeys {
     }
 
     /// Takes over the keys of `other` that are not set yet.
-    mutating func add(_ other: PassthroughKeys) {
+    package mutating func add(_ other: PassthroughKeys) {
         for (key, value) in other.written where values[key.lowercased()] == nil { set(key, value) }
+    }
+
+    /// Without the keys that say which device it is.
+    package var settings: PassthroughKeys {
+        let identity: Set<String> = [
+            "present", "id", "deviceid", "vendorid", "systemid", "subvendorid", "subdeviceid", "revisionid",
+            "class", "devicename", "alloweddevices", "customlabel", "assignedid", "virtualdev", "vgpu",
+        ]
+        var rest = PassthroughKeys(label: label)
+        for (key, value) in written where !identity.contains(key.lowercased()) { rest.set(key, value) }
+        return rest
     }
 
     /// Nil for a device that isn't there (`present = FALSE`) or keys that describe none.
@@ -131,7 +142,7 @@ struct PassthroughKeys {
 
     /// `0x10de:0x20f1`, several separated by commas, semicolons or spaces; subsystem ids and revision may follow.
     private mutating func allowedDevices(_ manifest: inout Manifest) -> [PciId] {
-        guard let text = value("allowedDevices") else { return [] }
+        guard let text = take("allowedDevices") else { return [] }
         var ids: [PciId] = []
         for entry in text.split(whereSeparator: { $0 == "," || $0 == ";" || $0.isWhitespace }).prefix(64) {
             let numbers = entry.split(separator: ":", omittingEmptySubsequences: false)

@@ -1,0 +1,134 @@
+import FlotillaProtocol
+import FoundationEssentials
+import MigrationModel
+import Passthrough
+import SwiftProtobuf
+import Synchronization
+import VSphere
+
+/// Shows an inventory as it is read.
+protocol InventoryReport: Sendable {
+    /// Not called for a file.
+    func begin(_ infrastructure: Infrastructure) throws
+    func add(_ manifest: Manifest) throws
+    func finish() throws
+}
+
+/// One object, written as it grows: 5,000 manifests are never held at once.
+final class JSONInventory: InventoryReport {
+    private let source: String
+    private let state = Mutex((isOpen: false, isEmpty: true))
+
+    init(_ source: String) { self.source = source }
+
+    func begin(_ infrastructure: Infrastructure) throws {
+        let text = try jsonLine(infrastructure)
+        try open(",\(text.dropFirst().dropLast())")
+    }
+
+    private func open(_ more: String = "") throws {
+        guard !state.withLock({ $0.isOpen }) else { return }
+        Console.out("{\"source\":\(try jsonLine(source))\(more),\"vms\":[\n")
+        state.withLock { $0.isOpen = true }
+    }
+
+    func add(_ manifest: Manifest) throws {
+        try open()
+        let text = try manifest.jsonString()
+        let isFirst = state.withLock { state in
+            defer { state.isEmpty = false }
+            return state.isEmpty
+        }
+        Console.out((isFirst ? "" : ",\n") + text)
+    }
+
+    func finish() throws {
+        try open()
+        Console.line("\n]}")
+    }
+}
+
+/// Tables for people, in alphabetical order.
+final class InventoryTables: InventoryReport {
+    private struct State {
+        var infrastructure: Infrastructure?
+        var rows: [[String]] = []
+    }
+
+    private let state = Mutex(State())
+
+    func begin(_ infrastructure: Infrastructure) { state.withLock { $0.infrastructure = infrastructure } }
+
+    func add(_ manifest: Manifest) {
+        let vm = manifest.vm
+        let size = manifest.disks.reduce(0) { $0 &+ $1.capacityBytes }
+        let blocked = manifest.findings.filter { $0.severity == .blocked }.count
+        let row = [
+            vm.name, Self.text(of: vm.powerState), "\(vm.cpu.count)", byteText(vm.memory.bytes),
+            "\(manifest.disks.count) (\(byteText(size)))", Self.list(manifest.nics.map(\.network)),
+            Self.list(manifest.gpus.map(Self.text)), vm.guestFullName.isEmpty ? vm.guestID : vm.guestFullName,
+            blocked == 0 ? "-" : "\(blocked) blocked",
+        ]
+        state.withLock { $0.rows.append(row) }
+    }
+
+    func finish() {
+        let state = state.withLock { $0 }
+        if let found = state.infrastructure {
+            Console.line(found.about.product)
+            section("hosts", ["host", "cluster", "state", "cores", "memory", "GPUs"], found.hosts.map(row))
+            let gpus = found.hosts.flatMap { host in host.gpus.map { row(host, $0) } }
+            section("GPUs", ["host", "address", "GPU", "mode", "memory", "VMs"], gpus)
+            section(
+                "datastores", ["datastore", "type", "size", "free"],
+                found.datastores.map {
+                    [$0.name, $0.kind, byteText($0.capacityBytes), byteText($0.freeBytes)]
+                })
+            section("networks", ["network", "port group"], found.networks.map { [$0.name, $0.key ?? "-"] })
+        }
+        section(
+            "VMs", ["vm", "power", "cpus", "memory", "disks", "networks", "GPUs", "guest", "findings"],
+            state.rows.sorted { $0[0] < $1[0] })
+    }
+
+    private func section(_ title: String, _ head: [String], _ rows: [[String]]) {
+        Console.line("\n\(title) (\(rows.count))")
+        guard !rows.isEmpty else { return }
+        for line in table(head, rows) { Console.line(line) }
+    }
+
+    private func row(_ host: Infrastructure.Host) -> [String] {
+        [
+            host.name, host.cluster.isEmpty ? "-" : host.cluster, host.connectionState, "\(host.cpuCores)",
+            byteText(host.memoryBytes), "\(host.gpus.count)",
+        ]
+    }
+
+    private func row(_ host: Infrastructure.Host, _ gpu: HostGPU) -> [String] {
+        [
+            host.name, gpu.address, gpu.name, gpu.mode.rawValue,
+            gpu.memoryBytes > 0 ? byteText(gpu.memoryBytes) : "-", "\(gpu.virtualMachines.count)",
+        ]
+    }
+
+    private static func list(_ texts: [String]) -> String { texts.isEmpty ? "-" : texts.joined(separator: ", ") }
+
+    private static func text(of state: PowerState) -> String {
+        switch state {
+        case .poweredOn: "on"
+        case .poweredOff: "off"
+        case .suspended: "suspended"
+        default: "unknown"
+        }
+    }
+
+    private static func text(_ gpu: AssignedDevice) -> String {
+        switch gpu.backing {
+        case .vgpu(let backing): "vGPU \(backing.profile)"
+        case .dvx(let backing): "DVX \(backing.deviceClass)"
+        case .dynamic(let backing):
+            "dynamic \(backing.customLabel.isEmpty ? gpu.allowedIDs.map(\.text).joined(separator: "|") : backing.customLabel)"
+        default: gpu.name.isEmpty ? gpu.allowedIDs.map(\.text).joined(separator: "|") : gpu.name
+        }
+    }
+}

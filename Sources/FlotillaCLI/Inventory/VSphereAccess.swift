@@ -1,0 +1,77 @@
+import ArgumentParser
+import Download
+import Glibc
+import HostKit
+import MigrationModel
+import VSphere
+
+/// How to reach the vCenter or ESXi server that a vsphere:// source names.
+struct VSphereAccess: ParsableArguments {
+    @Option(
+        help: ArgumentHelp(
+            "File with the password for a vsphere:// source, readable by its owner only (default: ask on the terminal).",
+            valueName: "file"), completion: .file())
+    var passwordFile: String?
+
+    @Option(
+        help: ArgumentHelp(
+            "Trust these authorities of a vsphere:// source, a PEM file, not the system's.", valueName: "file"),
+        completion: .file())
+    var ca: String?
+
+    @Option(
+        help: ArgumentHelp(
+            "Trust the vsphere:// source whose certificate has this SHA-256 fingerprint.", valueName: "hex"))
+    var fingerprint: String?
+
+    func validate() throws {
+        if ca != nil && fingerprint != nil { throw ValidationError("--ca and --fingerprint exclude each other") }
+        do { _ = try trust() } catch let error as MigrationError { throw ValidationError(error.description) }
+    }
+
+    private func trust() throws -> ServerTrust {
+        if let fingerprint { return .fingerprint(try CertificateFingerprint(fingerprint, .sha256)) }
+        return ca.map { .authorities($0) } ?? .system
+    }
+
+    /// The server of a source. Asks for the password if no file holds it.
+    func server(of url: VSphereURL) throws -> VIMServer {
+        if let ca, !Files.exists(ca) { throw MigrationError(.notFound, "CA file \(ca) is not there") }
+        let trust = try trust()
+        if let passwordFile {
+            _ = try VIMServer.password(inFile: passwordFile)
+            return VIMServer(authority: url.authority, user: url.user, trust: trust, passwordFile: passwordFile)
+        }
+        let password = try askForPassword("Password of \(url.user) at \(url.authority): ")
+        return VIMServer(authority: url.authority, user: url.user, trust: trust) { password }
+    }
+}
+
+/// Asks on the terminal, without echo.
+private func askForPassword(_ prompt: String) throws -> String {
+    let descriptor = open("/dev/tty", O_RDWR | O_CLOEXEC)
+    guard descriptor >= 0 else {
+        throw MigrationError(
+            .invalidArgument, "there is no terminal to ask for a password", hint: "name a file with --password-file")
+    }
+    defer { close(descriptor) }
+    var before = termios()
+    guard tcgetattr(descriptor, &before) == 0 else { throw systemError("read the settings of", "/dev/tty") }
+    var quiet = before
+    quiet.c_lflag &= ~tcflag_t(ECHO)
+    tcsetattr(descriptor, TCSAFLUSH, &quiet)
+    defer {
+        tcsetattr(descriptor, TCSAFLUSH, &before)
+        write(descriptor, "\n", 1)
+    }
+    let clean = prompt.map { $0.isNewline || $0 == "\u{1B}" ? "?" : $0 }
+    let text = Array(String(clean).utf8)
+    write(descriptor, text, text.count)
+    var line: [UInt8] = []
+    var byte: UInt8 = 0
+    while line.count < 1024, read(descriptor, &byte, 1) == 1, byte != UInt8(ascii: "\n") { line.append(byte) }
+    guard !line.isEmpty, let password = String(validating: line, as: UTF8.self) else {
+        throw MigrationError(.invalidArgument, "no password was given")
+    }
+    return password
+}

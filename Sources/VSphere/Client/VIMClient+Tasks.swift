@@ -1,0 +1,60 @@
+import HostKit
+import MigrationModel
+
+extension VIMClient {
+    /// Starts a method that returns a task and waits for its end. When `stop` is set the task is cancelled on the server.
+    ///
+    /// - Returns: the task's result.
+    func run(_ request: VIMRequest, _ subject: String, stop: StopFlag) throws -> VIMNode? {
+        guard let task = try call(request, subject, stop: stop).reference("returnval") else {
+            throw MigrationError(.unavailable, "\(server.authority): \(request.method) of \(subject) returned no task")
+        }
+        var pause = 50
+        do {
+            while true {
+                let info = try properties(["info"], of: task, stop: stop)["info"]
+                switch info?.text("state") {
+                case "success": return info?["result"]
+                case "error":
+                    let fault = info?["error"].map(VIMFault.init(localized:))
+                    throw (fault ?? VIMFault(type: "", message: "")).error(
+                        "\(server.authority): \(request.method) of \(subject)")
+                default: try stop.wait(for: .milliseconds(pause))
+                }
+                pause = min(pause * 2, 2000)
+            }
+        } catch let error as MigrationError {
+            if stop.isSet { _ = try? answer(VIMRequest("CancelTask", on: task), StopFlag()) }
+            throw error
+        }
+    }
+
+    /// A snapshot of the disks without the memory.
+    ///
+    /// - Returns: the snapshot.
+    func createSnapshot(
+        of vm: ObjectReference, named name: String, description: String, quiesce: Bool, stop: StopFlag
+    ) throws -> ObjectReference {
+        let request = VIMRequest(
+            "CreateSnapshot_Task", on: vm,
+            [
+                XML.text("name", name), XML.text("description", description), XML.flag("memory", false),
+                XML.flag("quiesce", quiesce),
+            ], isRepeatable: false)
+        guard let snapshot = try run(request, "VM \(vm.value)", stop: stop)?.reference else {
+            throw MigrationError(.unavailable, "\(server.authority): the snapshot of VM \(vm.value) has no reference")
+        }
+        return snapshot
+    }
+
+    /// Removes one snapshot, not those after it; its changes are merged. One that is gone is fine.
+    func removeSnapshot(_ snapshot: ObjectReference, stop: StopFlag) throws {
+        let request = VIMRequest(
+            "RemoveSnapshot_Task", on: snapshot, [XML.flag("removeChildren", false), XML.flag("consolidate", true)])
+        do { _ = try run(request, "snapshot \(snapshot.value)", stop: stop) } catch let error as MigrationError
+            where error.code == .notFound
+        {
+            return
+        }
+    }
+}
