@@ -18,7 +18,7 @@ package struct Flotilla: AsyncParsableCommand {
         subcommands: [
             MigrateCommand.self, InventoryCommand.self, DiskCommand.self, CoordinatorCommand.self, WorkerCommand.self,
             MigrationCommand.self,
-            HostCommand.self, QueueCommand.self, FleetCommand.self, DoctorCommand.self,
+            HostCommand.self, GPUCommand.self, QueueCommand.self, FleetCommand.self, DoctorCommand.self,
         ])
 
     package init() {}

@@ -22,6 +22,11 @@ package enum Failpoint: String, CaseIterable, Sendable {
     case deployPermitted = "deploy.permitted"
     case deployDefined = "deploy.defined"
     case deployStarted = "deploy.started"
+    /// A journal of drivers was written, sysfs was not yet.
+    case gpuJournaled = "gpu.journaled"
+    /// Before every write to sysfs that moves a driver, and after the last.
+    case gpuStep = "gpu.step"
+    case gpuDone = "gpu.done"
 
     package static let environmentKey = "FLOTILLA_FAILPOINT"
 

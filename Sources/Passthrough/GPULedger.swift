@@ -63,7 +63,9 @@ package struct GPULedger: Sendable {
                         throw MigrationError(
                             .failedPrecondition,
                             "\(what) still holds what \(entry.owner) left in it: it was not reset since",
-                            hint: "flotilla gpu release --reset \(entry.resource), or reboot the host")
+                            hint:
+                                "flotilla gpu release \(entry.resource) resets it where it can be; a reboot does in any case"
+                        )
                     }
                     throw MigrationError(
                         .resourceExhausted, "\(what) is reserved for \(entry.owner)",

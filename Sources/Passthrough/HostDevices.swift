@@ -134,8 +134,7 @@ struct HostDevices {
     func unrelated(_ unit: HostDevice, besides: Set<String>) -> [PciFunction] {
         let inside = Set(unit.addresses)
         return peers(unit).filter {
-            !inside.contains($0.address) && !besides.contains($0.address) && !$0.bridge && !$0.driver.isEmpty
-                && !$0.driver.hasPrefix("vfio")
+            !inside.contains($0.address) && !besides.contains($0.address) && $0.blocksGroup
         }
     }
 }

@@ -54,7 +54,7 @@ private func pciID(_ sysfs: Sysfs, _ folder: String) -> PciId {
 /// of a chipset has a header of type 0 and vfio-pci would take it.
 private func isBridge(_ sysfs: Sysfs, _ folder: String, classCode: UInt32) -> Bool {
     if classCode >> 8 == 0x06 { return true }
-    guard let config = sysfs.bytes("\(folder)/config"), config.count > 0x0e else { return false }
+    guard let config = sysfs.bytes("\(folder)/config", limit: 64), config.count > 0x0e else { return false }
     return config[0x0e] & 0x7f != 0
 }
 

@@ -16,10 +16,11 @@ package struct Sysfs: Sendable {
     /// Names in a directory, sorted; empty when there is none.
     package func list(_ relative: String) -> [String] { (try? Files.list(path(relative))) ?? [] }
 
-    /// At most the first 4096 bytes, which is all an attribute can hold.
-    package func bytes(_ relative: String) -> [UInt8]? {
+    /// At most the first 4096 bytes, which is all an attribute can hold. Less for a device's configuration space: every
+    /// four bytes of it are a transaction on the bus.
+    package func bytes(_ relative: String, limit: Int = 4096) -> [UInt8]? {
         guard let file = try? File(path(relative), O_RDONLY) else { return nil }
-        return try? [UInt8](unsafeUninitializedCapacity: 4096) { buffer, count in
+        return try? [UInt8](unsafeUninitializedCapacity: limit) { buffer, count in
             count = try file.read(at: 0, into: UnsafeMutableRawBufferPointer(buffer))
         }
     }
@@ -34,6 +35,9 @@ package struct Sysfs: Sendable {
         guard let text = text(relative) else { return nil }
         return text.hasPrefix("0x") ? Int64(text.dropFirst(2), radix: 16) : Int64(text)
     }
+
+    /// What a symbolic link points at, usually relative to its own folder.
+    package func linkPath(_ relative: String) -> String? { linkTarget(path(relative)) }
 
     /// The last component of what a symbolic link points at: a device's `driver` gives the driver's name.
     package func linkName(_ relative: String) -> String? {

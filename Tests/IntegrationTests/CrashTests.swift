@@ -7,7 +7,8 @@ import Testing
 extension Integration {
     /// Kill -9 anywhere, run the same command again: one domain, correct disks, no leftovers.
     @Suite(.serialized) struct Crash {
-        @Test(arguments: Failpoint.allCases) func killedAtFailpointThenRunAgain(_ failpoint: Failpoint) throws {
+        @Test(arguments: Failpoint.allCases.filter { !$0.rawValue.hasPrefix("gpu.") })
+        func killedAtFailpointThenRunAgain(_ failpoint: Failpoint) throws {
             let place = try Place()
             defer { try? place.clear() }
             // Only a started domain passes the last one.

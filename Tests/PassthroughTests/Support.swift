@@ -16,15 +16,14 @@ func withFolder<Value>(_ body: (String) throws -> Value) throws -> Value {
 /// The recorded tree of a q35 machine with VT-d on: GPU and audio in a slot, a boot VGA, SR-IOV, a shared group.
 func withRecordedMachine<Value>(_ body: (Sysfs) throws -> Value) throws -> Value {
     try withFolder { folder in
-        let tar = Process()
-        tar.executableURL = URL(filePath: "/usr/bin/tar")
-        let archive = URL(filePath: #filePath).deletingLastPathComponent().appending(path: "Fixtures/sysfs-q35-vtd.tgz")
-        tar.arguments = ["xzf", archive.path, "-C", folder]
-        try tar.run()
-        tar.waitUntilExit()
-        try #require(tar.terminationStatus == 0)
+        try unpackRecordedMachine(to: folder)
         return try body(Sysfs(root: folder))
     }
+}
+
+func unpackRecordedMachine(to folder: String) throws {
+    let archive = URL(filePath: #filePath).deletingLastPathComponent().appending(path: "Fixtures/sysfs-q35-vtd.tgz")
+    try #require(try Program.run("/usr/bin/tar", ["xzf", archive.path, "-C", folder]).status == 0)
 }
 
 func function(

@@ -1,0 +1,37 @@
+import HostKit
+import MigrationModel
+package import Passthrough
+
+extension LibvirtConnection {
+    /// Every domain with the PCI functions and mediated devices its definition names, running or not: two domains with the
+    /// same device could not both start. Blocks.
+    package func deviceOwners(sysfs: Sysfs = Sysfs()) throws -> [GPULedger.Domain] {
+        try domains().compactMap { domain in
+            do {
+                let resources = try assignedResources(domain.xml(), of: domain.name, sysfs: sysfs)
+                return GPULedger.Domain(
+                    name: domain.name, migration: try domain.migrationID() ?? "", resources: resources)
+            } catch let error as MigrationError where error.code == .notFound {
+                return nil  // It was removed while we looked.
+            }
+        }
+    }
+}
+
+/// PCI functions and mediated devices of a domain's hostdevs, NICs from the host included.
+func assignedResources(_ xml: String, of name: String, sysfs: Sysfs) throws -> [GPUResource] {
+    let functions = try assignedAddresses(xml, of: name).compactMap(PciAddress.init).map {
+        GPUResource(function: $0, sysfs: sysfs)
+    }
+    let devices = try XMLTree.parse(xml, of: "the definition of domain \(name)").all("devices", "hostdev")
+    let mediated = devices.filter { $0.attributes["type"] == "mdev" }
+        .flatMap { $0.all("source", "address") }.compactMap { $0.attributes["uuid"] }
+        .map { uuid in
+            // A mediated device lies below its parent in /sys/devices.
+            let path = sysfs.linkPath("bus/mdev/devices/\(uuid.lowercased())") ?? ""
+            let parent = path.split(separator: "/").dropLast().last.flatMap { PciAddress(String($0)) }
+            let physical = parent.flatMap { sysfs.linkName("bus/pci/devices/\($0)/physfn") }.flatMap(PciAddress.init)
+            return GPUResource(mdev: uuid, partOf: [parent, physical].compactMap(\.self))
+        }
+    return functions + mediated
+}

@@ -1,0 +1,81 @@
+import ArgumentParser
+import Deploy
+import Glibc
+import HostKit
+import MigrationModel
+import Passthrough
+
+/// The device tree that a command looks at: this host's, or a recorded one.
+struct GPUHost: ParsableArguments {
+    @Option(help: ArgumentHelp("Look at a recorded device tree instead of this host's.", valueName: "folder"))
+    var sysfsRoot: String?
+
+    @Option(
+        help: ArgumentHelp(
+            "libvirt's URI, whose domains own devices; 'none' does not ask (default: qemu:///system where libvirt runs).",
+            valueName: "uri"))
+    var libvirt: String?
+
+    var sysfs: Sysfs {
+        var root = sysfsRoot ?? "/sys"
+        while root.count > 1 && root.hasSuffix("/") { root.removeLast() }
+        return Sysfs(root: root)
+    }
+
+    /// Of this running host, not of a recorded one.
+    var isLive: Bool { sysfsRoot == nil }
+
+    /// Blocks: asks libvirt, looks at every process. Of a recorded tree only what is in it is known.
+    func observe() throws -> DeviceTree {
+        guard Files.isDirectory(sysfs.path("bus/pci/devices")) else {
+            throw MigrationError(
+                .notFound, "\(sysfs.root) holds no bus/pci/devices",
+                hint: isLive
+                    ? "this machine has no PCI bus, or sysfs is not mounted" : "name the folder that stands for /sys")
+        }
+        guard isLive else { return try DeviceTree(sysfs) }
+        let around = try Surroundings(domains: domains(), ledger: GPULedger())
+        return try DeviceTree(sysfs, around: around, modules: "/lib/modules/\(kernelRelease())")
+    }
+
+    /// Everybody's devices by libvirt. Where no libvirt runs nobody has any; where one runs and does not answer, nothing
+    /// may be assumed.
+    private func domains() throws -> [GPULedger.Domain] {
+        if libvirt == "none" { return [] }
+        let sockets = ["/run/libvirt/virtqemud-sock", "/run/libvirt/libvirt-sock"]
+        guard libvirt != nil || sockets.contains(where: Files.exists) else { return [] }
+        do {
+            return try LibvirtConnection(uri: libvirt ?? "qemu:///system").deviceOwners(sysfs: sysfs)
+        } catch let error as MigrationError {
+            throw MigrationError(
+                error.code, "which domains own which devices is not known: \(error.message)",
+                hint: "start libvirt, name it with --libvirt, or say --libvirt none", cause: error.cause)
+        }
+    }
+}
+
+extension PciAddress: ExpressibleByArgument {
+    package init?(argument: String) {
+        // lspci leaves the domain out.
+        let text = argument.lowercased()
+        self.init(text.filter { $0 == ":" }.count == 1 ? "0000:\(text)" : text)
+    }
+}
+
+/// Runs a handover; one that is refused has changed nothing and ends with the exit code that says so.
+func refusable<Value: Sendable>(_ body: @escaping @Sendable () throws -> Value) async throws -> Value {
+    do {
+        return try await blocking("gpu", body)
+    } catch let error as MigrationError where error.code == .failedPrecondition {
+        Console.complain("flotilla: refused, nothing was changed: \(error.message)")
+        if let hint = error.hint { Console.complain("  \(hint)") }
+        throw ExitCode(Exit.blocked.rawValue)
+    }
+}
+
+/// As root; the kernel would refuse each write by itself, after some had been done.
+func requireRoot() throws {
+    guard geteuid() == 0 else {
+        throw MigrationError(.permissionDenied, "only root can move devices between drivers", hint: "run it with sudo")
+    }
+}

@@ -1,0 +1,26 @@
+import ArgumentParser
+import HostKit
+import Passthrough
+
+struct GPUListCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "list", abstract: "Shows this host's GPUs in their IOMMU groups, and who uses them.",
+        discussion: """
+            A group goes to one virtual machine as a whole; bridges and functions without a driver in it are no obstacle. \
+            Names come from pci.ids (Debian: package pci.ids). MIG is asked of nvidia-smi where NVIDIA's driver runs.
+            """)
+
+    @OptionGroup var host: GPUHost
+    @Flag(help: "Also every other device that could be handed over.") var all = false
+    @Flag(help: "Print JSON.") var json = false
+
+    func run() async throws {
+        let listing = try await blocking("gpu list") { [host, all] in
+            var tree = try host.observe()
+            if host.isLive { readMIG(&tree) }
+            return GPUListing(tree, all: all)
+        }
+        if json { return Console.line(try jsonLine(listing)) }
+        for line in listing.lines { Console.line(line) }
+    }
+}

@@ -1,0 +1,55 @@
+import ArgumentParser
+import HostKit
+import MigrationModel
+import Passthrough
+
+struct GPUReleaseCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "release", abstract: "Gives functions back to the drivers they had before `flotilla gpu bind`.",
+        discussion: """
+            With all that was taken along with them. What a VM left in a device is reset first where the device can be. One \
+            that was bound at boot goes to the driver the kernel picks. Exits 3 when refused: nothing was changed.
+            """)
+
+    @OptionGroup var host: GPUHost
+    @Argument(help: ArgumentHelp("PCI addresses, 0000:3b:00.0 or 3b:00.0.", valueName: "address"))
+    var addresses: [PciAddress]
+    @Flag(help: "Say what would go where, change nothing.") var dryRun = false
+    @Flag(help: "Print JSON.") var json = false
+
+    func validate() throws {
+        if !host.isLive && !dryRun { throw ValidationError("A recorded device tree releases nothing: add --dry-run") }
+    }
+
+    func run() async throws {
+        let (host, addresses) = (host, addresses)
+        let binder = Binder(sysfs: host.sysfs)
+        if dryRun {
+            let plan = try await refusable { try binder.plan(release: addresses, observe: host.observe) }
+            let changes = plan.functions.map {
+                Binder.Change(address: $0.address, from: "vfio-pci", to: $0.driver ?? "the driver the kernel picks")
+            }
+            return try showChanges(changes, json: json, nothing: "not bound: nothing to do")
+        }
+        try requireRoot()
+        let (changes, problem) = try await refusable {
+            let plan = try binder.plan(release: addresses, observe: host.observe)
+            let problem = Self.reset(plan.functions.map(\.address))
+            return (try binder.release(addresses, observe: host.observe), problem)
+        }
+        if let problem { Console.complain("warning: \(problem)") }
+        try showChanges(changes, json: json, nothing: "not bound: nothing to do")
+    }
+
+    /// What is dirty can be reset only while no driver of the host's has it. What can't be reset stays dirty in the ledger.
+    private static func reset(_ addresses: [String]) -> MigrationError? {
+        do {
+            let ledger = GPULedger()
+            let dirty = try ledger.reservations().filter { $0.state == .dirty }.map(\.resource).filter {
+                $0.function.map { addresses.contains($0.description) } ?? false
+            }
+            if !dirty.isEmpty { try ledger.reset(dirty) }
+            return nil
+        } catch { return error as? MigrationError ?? MigrationError(.internal, "\(error)") }
+    }
+}

@@ -1,0 +1,135 @@
+import FlotillaProtocol
+import HostKit
+import MigrationModel
+
+extension Binder {
+    /// What `release` would do, as pairs of a function and the driver it goes back to; nil: whichever the kernel picks.
+    package struct ReleasePlan: Sendable {
+        package var functions: [(address: String, driver: String?)]
+        var records: [BindRecord]
+    }
+
+    package func plan(
+        release addresses: [PciAddress], owner: GPUOwner? = nil, observe: () throws -> DeviceTree
+    ) throws -> ReleasePlan {
+        let tree = try observe()
+        let handover = try Handover(addresses, in: tree)
+        let asked = Set(handover.functions.map(\.function.address))
+        let journaled = try journal.read()
+        // Group members that were taken along go back with the last function they were taken for.
+        let along = journaled.filter { record in
+            !asked.contains(record.address) && !record.requested.isEmpty && record.requested.allSatisfy(asked.contains)
+        }
+        let devices = handover.functions + along.compactMap { PciAddress($0.address).flatMap { tree[$0] } }
+        try refuse(
+            devices.filter { isVfio(driver: $0.function.driver) }.flatMap {
+                useObstacles(of: $0, consent: [.console, .use], owner: owner)
+            })
+
+        let known = Dictionary(journaled.map { ($0.address, $0) }) { first, _ in first }
+        let records: [BindRecord] = devices.compactMap { device in
+            if let record = known[device.function.address] { return record }
+            guard isVfio(driver: device.function.driver) else { return nil }
+            // Bound by somebody else, or at boot: nobody wrote down from which driver, so the kernel shall choose.
+            return BindRecord(
+                address: device.function.address, driver: Self.anyDriver, override: "", phase: .bound,
+                requested: [device.function.address])
+        }
+        return ReleasePlan(
+            functions: records.map { ($0.address, $0.driver == Self.anyDriver ? nil : $0.driver) }, records: records)
+    }
+
+    /// Gives functions, with all that was bound with them, back to the drivers they had. What is with its driver already
+    /// stays. Returns what changed.
+    ///
+    /// - Throws: `failedPrecondition` when it is refused: nothing was changed. Else what failed; the next call of any kind
+    ///   tries again.
+    package func release(
+        _ addresses: [PciAddress], owner: GPUOwner? = nil, observe: () throws -> DeviceTree
+    ) throws -> [Change] {
+        try exclusively {
+            let records = try plan(release: addresses, owner: owner, observe: observe).records
+            guard !records.isEmpty else { return [] }
+            let chosen = Set(records.map(\.address))
+            let others = try journal.read().filter { !chosen.contains($0.address) }.map { record in
+                var record = record
+                record.requested.removeAll(where: chosen.contains)
+                return record
+            }
+            let releasing = records.map { record in
+                var record = record
+                record.phase = .releasing
+                return record
+            }
+            try journal.write(others + releasing)
+            Failpoint.gpuJournaled.hit()
+            let changes = try restore(releasing)
+            Failpoint.gpuDone.hit()
+            return changes
+        }
+    }
+
+    /// Stands in a journal for a driver that nobody knows.
+    static let anyDriver = "?"
+
+    /// Brings every function back to its record, as far as possible, and forgets those that are. Throws the first failure.
+    @discardableResult
+    func restore(_ records: [BindRecord]) throws -> [Change] {
+        var changes: [Change] = []
+        var failures: [String] = []
+        var done: Set<String> = []
+        // Suppliers first: a consumer's driver does not bind before the one it needs.
+        for record in records.sorted(by: { $0.address < $1.address }) {
+            do {
+                let before = driver(of: record.address)
+                try restore(record)
+                done.insert(record.address)
+                let now = driver(of: record.address)
+                if now != before { changes.append(Change(address: record.address, from: before, to: now)) }
+            } catch {
+                failures.append((error as? MigrationError)?.message ?? "\(error)")
+            }
+        }
+        Failpoint.gpuStep.hit()
+        try journal.write(journal.read().filter { !done.contains($0.address) })
+        guard failures.isEmpty else {
+            throw MigrationError(
+                .internal, failures.joined(separator: "; "),
+                hint: "the kernel's log says why: journalctl -k; the next flotilla gpu command tries again")
+        }
+        return changes
+    }
+
+    private func restore(_ record: BindRecord) throws {
+        let address = record.address
+        let folder = "bus/pci/devices/\(address)"
+        guard sysfs.exists(folder) else { return }  // Taken out meanwhile.
+        let original = record.override.isEmpty ? "" : record.override
+        let override = sysfs.text("\(folder)/driver_override").map { $0 == "(null)" ? "" : $0 }
+        // A write without a byte may not clear it; a newline does.
+        if override != original { try step("\(original)\n", to: "\(folder)/driver_override") }
+        let isAny = record.driver == Self.anyDriver
+        if driver(of: address) == record.driver { return }
+        if !driver(of: address).isEmpty && !(isAny && !isVfio(driver: driver(of: address))) {
+            try step("\(address)\n", to: "\(folder)/driver/unbind")
+        }
+        if record.driver.isEmpty {
+            guard driver(of: address).isEmpty else {
+                throw MigrationError(.internal, "\(driver(of: address)) does not let go of \(address)")
+            }
+            return
+        }
+        try step("\(address)\n", to: "bus/pci/drivers_probe")
+        if isAny || driver(of: address) == record.driver { return }
+        // Another driver came first, or the device's id was given to vfio-pci: ask for its own by name.
+        if !driver(of: address).isEmpty { try step("\(address)\n", to: "\(folder)/driver/unbind") }
+        if sysfs.exists("bus/pci/drivers/\(record.driver)/bind") {
+            try? step("\(address)\n", to: "bus/pci/drivers/\(record.driver)/bind")
+        }
+        guard driver(of: address) == record.driver else {
+            let now = driver(of: address)
+            throw MigrationError(
+                .internal, "\(address) did not go back to \(record.driver): \(now.isEmpty ? "no driver" : now) has it")
+        }
+    }
+}

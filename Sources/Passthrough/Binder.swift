@@ -1,0 +1,202 @@
+import FlotillaProtocol
+import HostKit
+import MigrationModel
+
+/// Takes functions from their drivers for vfio-pci and gives them back.
+///
+/// Every call holds a lock between processes and first finishes what a crash left: a bind under way is undone, a release
+/// under way completed. The journal with the original drivers is on disk before the first write to sysfs. sysfs reports
+/// no error when a driver refuses a device, so every step is judged by reading the `driver` link back. Blocks; unbinding
+/// a driver takes as long as that driver wants.
+package struct Binder: Sendable {
+    /// A function whose driver was changed. Empty for none.
+    package struct Change: Sendable, Encodable, Equatable {
+        package var address: String
+        package var from: String
+        package var to: String
+
+        package init(address: String, from: String, to: String) {
+            self.address = address
+            self.from = from
+            self.to = to
+        }
+    }
+
+    /// What a bind would do.
+    package struct Plan: Sendable {
+        package var handover: Handover
+        /// Attribute and text of every write to sysfs, in order.
+        package var writes: [(attribute: String, text: String)]
+        package var loadsDriver: Bool
+    }
+
+    static let driver = "vfio-pci"
+
+    let sysfs: Sysfs
+    let kernel: any SysfsWriter
+    let journal: BindJournal
+    private let lock: String
+    private let loadDriver: @Sendable () throws -> Void
+
+    /// - Parameters:
+    ///   - folder: of the journal and the lock, made when missing.
+    ///   - loadDriver: makes `bus/pci/drivers/vfio-pci` appear.
+    package init(
+        sysfs: Sysfs = Sysfs(), kernel: (any SysfsWriter)? = nil, folder: String = GPULedger.folder,
+        boot: String = bootID(), loadDriver: @escaping @Sendable () throws -> Void = loadVfioDriver
+    ) {
+        self.sysfs = sysfs
+        self.kernel = kernel ?? KernelWriter(sysfs)
+        journal = BindJournal(path: "\(folder)/bindings.json", boot: boot)
+        lock = "\(folder)/bind.lock"
+        self.loadDriver = loadDriver
+    }
+
+    /// What `bind` would do; changes nothing. Throws what `bind` would refuse with.
+    package func plan(
+        bind addresses: [PciAddress], consent: Consent = [], owner: GPUOwner? = nil, observe: () throws -> DeviceTree
+    ) throws -> Plan {
+        let handover = try Handover(binding: addresses, in: observe(), consent: consent, owner: owner)
+        let steps = handover.all.filter { !isVfio(driver: $0.function.driver) }
+        return Plan(
+            handover: handover, writes: bindWrites(steps),
+            loadsDriver: !steps.isEmpty && !sysfs.exists("bus/pci/drivers/\(Self.driver)"))
+    }
+
+    /// Binds the functions, their slots' other functions and their consumers to vfio-pci: all of them, or, on any
+    /// failure, none. Those that are bound already stay. Returns what changed.
+    ///
+    /// - Parameters:
+    ///   - owner: for whom; its own domain and reservations are no obstacle.
+    ///   - observe: looks at the host, under the lock.
+    /// - Throws: `failedPrecondition` when it is refused: nothing was changed. Anything else when it failed: every function
+    ///   is back with its driver, or the message says which is not.
+    package func bind(
+        _ addresses: [PciAddress], consent: Consent = [], owner: GPUOwner? = nil, observe: () throws -> DeviceTree
+    ) throws -> [Change] {
+        try exclusively {
+            let plan = try plan(bind: addresses, consent: consent, owner: owner, observe: observe)
+            let steps = plan.handover.all.filter { !isVfio(driver: $0.function.driver) }
+            let slots = plan.handover.requested.map(\.description)
+            let before = try journal.read()
+            let involved = Set(plan.handover.all.map(\.function.address))
+            if let stuck = before.first(where: { $0.phase != .bound && involved.contains($0.address) }) {
+                throw MigrationError(
+                    .failedPrecondition,
+                    "\(stuck.address) is on its way back to \(stuck.driver) since an earlier command, which failed",
+                    hint: "flotilla gpu release \(stuck.address) says why")
+            }
+            guard !steps.isEmpty else {
+                try claim(involved, for: slots)
+                return []
+            }
+            if plan.loadsDriver { try loadDriver() }
+            let records = steps.map {
+                BindRecord(
+                    address: $0.function.address, driver: $0.function.driver, override: $0.driverOverride,
+                    phase: .binding, requested: slots)
+            }
+            try journal.write(before.filter { !records.map(\.address).contains($0.address) } + records)
+            Failpoint.gpuJournaled.hit()
+            do {
+                for write in plan.writes { try step(write.text, to: write.attribute) }
+                Failpoint.gpuStep.hit()
+                for record in records { try requireBound(record) }
+                try claim(involved, for: slots)
+            } catch {
+                let cause = error as? MigrationError ?? MigrationError(.internal, "\(error)")
+                try undo(records, because: cause)
+            }
+            Failpoint.gpuDone.hit()
+            return records.map { Change(address: $0.address, from: $0.driver, to: Self.driver) }
+        }
+    }
+
+    /// Finishes what a crash left. Every other call does it first; the worker calls it at start.
+    ///
+    /// - Throws: what failed; the next call tries again.
+    @discardableResult
+    package func recover() throws -> [Change] {
+        try exclusively {
+            let stuck = try journal.read().filter { $0.phase != .bound }
+            return stuck.isEmpty ? [] : try restore(stuck)
+        }
+    }
+
+    // MARK: -
+
+    func exclusively(_ body: () throws -> [Change]) throws -> [Change] {
+        try Files.createDirectories(Files.parent(of: lock), mode: 0o700)
+        return try FileLock.holding(lock) {
+            let unfinished = try journal.read().filter { $0.phase != .bound }
+            // What fails keeps its record, and is in the way of nobody else's device.
+            let recovered = unfinished.isEmpty ? [] : (try? restore(unfinished)) ?? []
+            return try recovered + body()
+        }
+    }
+
+    /// All overrides, then the old drivers off (consumers, which have the higher functions, before what they need), then
+    /// vfio-pci on.
+    private func bindWrites(_ steps: [DeviceFunction]) -> [(attribute: String, text: String)] {
+        let folder = { (address: String) in "bus/pci/devices/\(address)" }
+        let addresses = steps.map(\.function.address)
+        return addresses.map { ("\(folder($0))/driver_override", "\(Self.driver)\n") }
+            + steps.reversed().filter { !$0.function.driver.isEmpty }.map {
+                ("\(folder($0.function.address))/driver/unbind", "\($0.function.address)\n")
+            } + addresses.map { ("bus/pci/drivers_probe", "\($0)\n") }
+    }
+
+    func step(_ text: String, to attribute: String) throws {
+        Failpoint.gpuStep.hit()
+        // The driver may have let go on its own, with the one it needs.
+        if attribute.hasSuffix("/driver/unbind") && !sysfs.exists(Files.parent(of: attribute)) { return }
+        try kernel.write(text, to: attribute)
+    }
+
+    func driver(of address: String) -> String { sysfs.linkName("bus/pci/devices/\(address)/driver") ?? "" }
+
+    private func requireBound(_ record: BindRecord) throws {
+        let now = driver(of: record.address)
+        guard now == Self.driver else {
+            throw MigrationError(
+                .internal,
+                "the kernel did not bind \(record.address) to \(Self.driver): \(now.isEmpty ? "no driver" : now) has it",
+                hint: "the kernel's log says why: journalctl -k | grep vfio")
+        }
+    }
+
+    private func undo(_ records: [BindRecord], because cause: MigrationError) throws -> Never {
+        do { try restore(records) } catch {
+            throw MigrationError(
+                .internal, "\(cause.message); and giving the functions back failed too: \(error)",
+                hint: "run flotilla gpu release for them: it tries again", cause: cause.cause)
+        }
+        throw MigrationError(
+            cause.code == .failedPrecondition ? .internal : cause.code,
+            "\(cause.message); every function is back with its own driver", hint: cause.hint, cause: cause.cause)
+    }
+
+    /// All are bound now, and needed for these requested functions.
+    private func claim(_ addresses: Set<String>, for requested: [String]) throws {
+        var records = try journal.read()
+        for index in records.indices where addresses.contains(records[index].address) {
+            records[index].phase = .bound
+            records[index].requested = Set(records[index].requested + requested).sorted()
+        }
+        try journal.write(records)
+    }
+}
+
+/// Loads vfio-pci with modprobe, as an argument vector.
+package func loadVfioDriver() throws {
+    guard let modprobe = Program.find("modprobe") else {
+        throw MigrationError(
+            .failedPrecondition, "vfio-pci is not loaded, and there is no modprobe to load it", hint: "install kmod")
+    }
+    let outcome = try Program.run(modprobe, [Binder.driver])
+    guard outcome.status == 0 else {
+        throw MigrationError(
+            .failedPrecondition, "modprobe \(Binder.driver) failed: \(outcome.output.prefix(1000))",
+            hint: "install the kernel's full module package")
+    }
+}

@@ -1,0 +1,97 @@
+import FlotillaProtocol
+
+/// A vGPU profile's name without what differs between VMware, the mdev and the vendor's path: "grid_a100-40c",
+/// "GRID A100-40C" and "NVIDIA A100-40C" are one.
+package func vgpuProfileKey(_ name: String) -> String {
+    var key = name.lowercased()
+    for prefix in ["grid_", "grid ", "nvidia "] where key.hasPrefix(prefix) { key.removeFirst(prefix.count) }
+    return key
+}
+
+/// What a vGPU of this profile needs on this physical or virtual function.
+func checkVgpu(_ profile: String, on device: DeviceFunction, in tree: DeviceTree) -> [Requirement] {
+    let subject = device.function.address
+    var found: [Requirement] = []
+    if isVfio(driver: device.function.driver) {
+        return [
+            .fail(
+                subject, "driver", "\(device.function.text) is bound to hand over as a whole",
+                remedy: "flotilla gpu release \(subject), so that the vendor's driver has it")
+        ]
+    }
+    if device.function.driver.isEmpty {
+        return [
+            .fail(
+                subject, "driver", "\(device.function.text) has no driver, and vGPUs are made by the vendor's",
+                remedy: "install and load the vendor's vGPU host driver")
+        ]
+    }
+    found.append(.pass(subject, "driver", device.function.driver))
+    found += useObstacles(of: device, consent: [.console, .use], owner: nil).filter { obstacle in
+        // Its own virtual functions and other vGPUs beside the new one are as it should be.
+        device.uses.contains { ($0.kind == .domain || $0.kind == .vfio) && obstacle.found.contains($0.by) }
+    }
+    let places = [device] + device.virtualFunctions.compactMap { tree[$0] }
+    let offering = places.filter { $0.vgpuPath != nil }
+    guard !offering.isEmpty else {
+        if device.totalVirtualFunctions > 0, device.virtualFunctions.isEmpty {
+            return found + [
+                .fail(
+                    subject, "virtual functions",
+                    "none of its \(device.totalVirtualFunctions) virtual functions is enabled",
+                    remedy: device.function.id.vendor == 0x10de
+                        ? "/usr/lib/nvidia/sriov-manage -e \(subject)"
+                        : "write a number to /sys/bus/pci/devices/\(subject)/sriov_numvfs")
+            ]
+        }
+        return found + [
+            .fail(
+                subject, "vGPU", "\(device.function.driver) offers no vGPUs on \(subject)",
+                remedy: "install the vendor's vGPU host driver; not every GPU has vGPUs")
+        ]
+    }
+    if !device.virtualFunctions.isEmpty {
+        found.append(.pass(subject, "virtual functions", "\(device.virtualFunctions.count) enabled"))
+    }
+    let key = vgpuProfileKey(profile)
+    let alike = offering.flatMap { place in
+        place.vgpuOffers.filter { vgpuProfileKey($0.name) == key }.map { (place, $0) }
+    }
+    let free = alike.filter { place, offer in
+        (offer.available ?? 1) > 0 && !place.uses.contains { [.vgpu, .domain, .reservation, .vfio].contains($0.kind) }
+    }
+    if let (place, offer) = free.first {
+        let count = offer.available.map { ", \($0) more" } ?? ""
+        found.append(
+            .pass(
+                subject, "profile", "\(offer.name) can be made on \(place.function.address) (type \(offer.id)\(count))")
+        )
+        if tree.iommu, place.function.iommuGroup < 0, place.vgpuPath == "vendor-vfio" {
+            found.append(
+                .fail(
+                    place.function.address, "IOMMU group", "\(place.function.text) is in no IOMMU group",
+                    remedy: "enable SR-IOV and the IOMMU in the firmware"))
+        }
+    } else if !alike.isEmpty {
+        found.append(
+            .fail(
+                subject, "profile", "\(subject) knows \(profile), and has no room for another",
+                remedy: "destroy a vGPU on it, or choose another GPU"))
+    } else {
+        let names = Set(offering.flatMap { $0.vgpuOffers.map(\.name) }).sorted()
+        found.append(
+            .fail(
+                subject, "profile",
+                "\(subject) can't make \(profile) now; it offers \(names.isEmpty ? "nothing" : names.joined(separator: ", "))",
+                remedy: isMIGProfile(key)
+                    ? "choose an offered profile; this one needs MIG: nvidia-smi -i \(subject) -mig 1"
+                    : "choose an offered profile; while another size is in use a GPU offers only that one"))
+    }
+    return found
+}
+
+/// "a100-1-5c" is backed by a MIG instance of one slice, "a100-5c" is time-sliced.
+func isMIGProfile(_ key: String) -> Bool {
+    let parts = key.split(separator: "-")
+    return parts.count >= 3 && parts[parts.count - 2].allSatisfy(\.isNumber)
+}

@@ -1,0 +1,161 @@
+import FlotillaProtocol
+import HostKit
+import MigrationModel
+
+/// Every requirement for handing these functions to a VM, met or not. Pure but for reading `tree.sysfs`.
+///
+/// - Parameters:
+///   - vgpu: a vGPU of this profile on them, instead of the whole function.
+///   - cpuinfo: tells whose IOMMU it is; empty where it is not known.
+///   - commandLine: the running kernel's.
+package func checkDevices(
+    _ addresses: [PciAddress], vgpu: String?, in tree: DeviceTree, commandLine: String = ""
+) -> [Requirement] {
+    var found = checkHost(tree, commandLine: commandLine)
+    for address in addresses {
+        guard let device = tree[address] else {
+            found.append(
+                .fail(
+                    address.description, "present", "this host has no PCI function \(address)",
+                    remedy: "flotilla gpu list --all shows those it has"))
+            continue
+        }
+        found.append(.pass(device.function.address, "present", device.function.text))
+        if let vgpu {
+            found += checkVgpu(vgpu, on: device, in: tree)
+        } else {
+            found += checkFunction(device, besides: addresses, in: tree)
+        }
+        found += checkQuality(device, in: tree)
+    }
+    return found
+}
+
+private func checkHost(_ tree: DeviceTree, commandLine: String) -> [Requirement] {
+    var found = hostObstacles(tree)
+    if tree.iommu {
+        let groups = tree.sysfs.list("kernel/iommu_groups").count
+        let units = tree.sysfs.list("class/iommu").joined(separator: ", ")
+        found.append(.pass("host", "IOMMU", "on (\(units)), \(groups) groups"))
+    }
+    if tree.vfio { found.append(.pass("host", "vfio-pci", "there for this kernel")) }
+    let type1 = "module/vfio_iommu_type1/parameters"
+    if tree.sysfs.text("\(type1)/allow_unsafe_interrupts") == "Y" {
+        found.append(
+            .warn(
+                "host", "interrupt remapping",
+                "vfio_iommu_type1.allow_unsafe_interrupts is on: a guest could send the host any interrupt",
+                remedy: "enable interrupt remapping (x2APIC) in the firmware and take the option away"))
+    }
+    if let limit = tree.sysfs.number("\(type1)/dma_entry_limit"), limit < 65_535 {
+        found.append(
+            .warn(
+                "host", "DMA mappings", "vfio_iommu_type1.dma_entry_limit is \(limit), below the default of 65535",
+                remedy: "take the option out of /etc/modprobe.d: large guests run out of mappings"))
+    }
+    if commandLine.split(separator: " ").contains(where: { $0.hasPrefix("pcie_acs_override=") }) {
+        found.append(
+            .warn(
+                "host", "isolation",
+                "the kernel runs with pcie_acs_override: its IOMMU groups are smaller than what the hardware isolates",
+                remedy: "use slots with groups of their own: a guest can reach other devices past the IOMMU"))
+    }
+    return found
+}
+
+private func checkFunction(_ device: DeviceFunction, besides: [PciAddress], in tree: DeviceTree) -> [Requirement] {
+    let subject = device.function.address
+    let together = tree.together(with: device.address)
+    let others = together.filter { $0.address != device.address }
+    var found: [Requirement] = []
+    if !others.isEmpty {
+        found.append(
+            .pass(
+                subject, "companions", "goes together with \(others.map(\.function.text).joined(separator: ", "))"))
+    }
+    var obstacles: [Requirement] = []
+    for function in together { obstacles += handoverObstacles(of: function, consent: [], owner: nil) }
+    // Without an IOMMU there are no groups; that was said of the host.
+    if !tree.iommu { obstacles.removeAll { $0.requirement == "IOMMU group" } }
+    let requested = Set(besides.flatMap { tree.together(with: $0).map(\.address) })
+    let blockers = blockingMembers(of: together, in: tree).filter { !requested.contains($0.address) }
+    obstacles += blockers.map { groupObstacle($0, of: together) }
+    let failed = Set(obstacles.map(\.requirement))
+    if !failed.contains("not a bridge") { found.append(.pass(subject, "not a bridge", "an ordinary device")) }
+    if failed.contains("not a bridge") { return found + obstacles }
+    if !failed.contains("not the boot display") {
+        found.append(
+            .pass(subject, "not the boot display", device.function.isDisplay ? "another one is, or none" : "no display")
+        )
+    }
+    if !failed.contains("free") { found.append(.pass(subject, "free", "nobody uses it")) }
+    if tree.iommu && !failed.contains("IOMMU group") {
+        let inside = Set(together.map(\.address))
+        let rest = tree.members(of: device.function.iommuGroup).filter { !inside.contains($0.address) }
+        let shared =
+            rest.isEmpty ? " is its own" : ": \(rest.map(\.function.text).joined(separator: ", ")) in it is no obstacle"
+        found.append(.pass(subject, "IOMMU group", "group \(device.function.iommuGroup)\(shared)"))
+    }
+    found += obstacles
+    for function in together {
+        for use in function.uses where use.kind == .dirty {
+            found.append(
+                .warn(
+                    function.function.address, "clean", "it holds \(use.by)",
+                    remedy: "flotilla gpu release resets it; no other VM gets it before"))
+        }
+    }
+    let driver = device.function.driver
+    found.append(
+        .pass(
+            subject, "driver",
+            isVfio(driver: driver)
+                ? "\(driver): ready"
+                : driver.isEmpty ? "none: ready to bind" : "\(driver): flotilla gpu bind takes it over"
+        ))
+    return found
+}
+
+private func checkQuality(_ device: DeviceFunction, in tree: DeviceTree) -> [Requirement] {
+    let subject = device.function.address
+    let folder = "bus/pci/devices/\(device.address)"
+    var found: [Requirement] = []
+    for bar in device.bars where bar.index < 6 && bar.start == 0 && !bar.io {
+        found.append(
+            .fail(
+                subject, "memory windows", "the firmware gave BAR \(bar.index) (\(size(bar.bytes))) no address",
+                remedy: "enable \"Above 4G decoding\" (and Resizable BAR if need be) in the firmware"))
+    }
+    let memory = device.bars.filter { $0.is64bit && $0.index < 6 }.reduce(0) { $0 + $1.bytes }
+    if memory > 0, !found.contains(where: { $0.verdict == .fail }) {
+        found.append(.pass(subject, "memory windows", "\(size(memory)) in 64-bit BARs"))
+    }
+    if device.function.bridge { return found }
+    found.append(
+        device.resettable
+            ? .pass(
+                subject, "reset", "the kernel can reset it (\(tree.sysfs.text("\(folder)/reset_method") ?? "reset"))")
+            : .warn(
+                subject, "reset", "the kernel knows no way to reset it",
+                remedy: "after one VM had it, reboot the host before another gets it"))
+    let nodes = tree.sysfs.list("devices/system/node").filter {
+        $0.hasPrefix("node") && $0.dropFirst(4).allSatisfy(\.isNumber)
+    }
+    if device.function.numaNode < 0, nodes.count > 1 {
+        found.append(
+            .warn(
+                subject, "NUMA", "the firmware does not say to which of the \(nodes.count) nodes it belongs",
+                remedy: "update the firmware, or pin the VM by hand"))
+    } else if device.function.numaNode >= 0 {
+        found.append(.pass(subject, "NUMA", "node \(device.function.numaNode)"))
+    }
+    if let width = tree.sysfs.number("\(folder)/current_link_width"), width > 0,
+        let most = tree.sysfs.number("\(folder)/max_link_width"), most < 64, width < most
+    {
+        found.append(
+            .warn(
+                subject, "link", "runs on \(width) of its \(most) PCIe lanes",
+                remedy: "reseat the card, or move it to a wider slot"))
+    }
+    return found
+}

@@ -1,0 +1,41 @@
+import HostKit
+
+/// Which processes hold a file below `/dev` open that leads to a PCI device: VFIO groups and devices, DRM, framebuffers,
+/// NVIDIA's. Best effort: other users' processes are invisible without CAP_SYS_PTRACE, and processes end while being
+/// looked at. Looks at no more than 65,536 processes and 262,144 descriptors.
+package struct DeviceHolders: Sendable {
+    /// "process 4242 (qemu-system-x86)" by path, the first of each.
+    package var byPath: [String: String] = [:]
+
+    package init() {}
+
+    package init(proc: String) {
+        let prefixes = ["/dev/vfio/", "/dev/dri/", "/dev/fb", "/dev/nvidia"]
+        var budget = 262_144
+        for process in ((try? Files.list(proc)) ?? []).lazy.filter({ Int32($0) != nil }).prefix(65_536) {
+            guard budget > 0 else { break }
+            for descriptor in ((try? Files.list("\(proc)/\(process)/fd")) ?? []).prefix(budget) {
+                budget -= 1
+                guard let target = linkTarget("\(proc)/\(process)/fd/\(descriptor)"), target.hasPrefix("/dev/"),
+                    prefixes.contains(where: target.hasPrefix), byPath[target] == nil
+                else { continue }
+                let name = (try? Files.read("\(proc)/\(process)/comm", limit: 4096)) ?? []
+                byPath[target] = "process \(process) (\(String(decoding: name.prefix { $0 != 0x0a }, as: UTF8.self)))"
+            }
+        }
+    }
+
+    /// Who holds `/dev/vfio/<group>`.
+    package var groups: [Int32: String] {
+        let prefix = "/dev/vfio/"
+        return Dictionary(
+            byPath.compactMap { path, holder in
+                guard path.hasPrefix(prefix), let group = Int32(path.dropFirst(prefix.count)) else { return nil }
+                return (group, holder)
+            }
+        ) { first, _ in first }
+    }
+}
+
+/// Who holds `/dev/vfio/<group>`, as "process 4242 (qemu-system-x86)". See `DeviceHolders`.
+package func vfioHolders(proc: String = "/proc") -> [Int32: String] { DeviceHolders(proc: proc).groups }

@@ -1,0 +1,183 @@
+package import FlotillaProtocol
+import HostKit
+import SwiftProtobuf
+
+/// A base address register, or the expansion ROM.
+package struct BaseAddress: Sendable, Encodable, Hashable {
+    /// 0 to 5; 6 is the ROM.
+    package var index: Int
+    package var start: UInt64
+    package var bytes: UInt64
+    /// I/O ports rather than memory.
+    package var io: Bool
+    package var is64bit: Bool
+    package var prefetchable: Bool
+
+    /// From an attribute `resource`: a line of start, end and flags (linux/ioport.h) per register. Unused ones are left
+    /// out. Lines 7 and on describe virtual functions and bridges.
+    package static func read(_ text: String) -> [BaseAddress] {
+        text.split(separator: "\n", omittingEmptySubsequences: false).prefix(7).enumerated().compactMap { index, line in
+            let fields = line.split(separator: " ").map { UInt64($0.hasPrefix("0x") ? $0.dropFirst(2) : $0, radix: 16) }
+            guard fields.count == 3, let start = fields[0], let end = fields[1], let flags = fields[2], flags != 0,
+                end >= start, end - start < .max
+            else { return nil }
+            return BaseAddress(
+                index: index, start: start, bytes: end - start + 1, io: flags & 0x100 != 0,
+                is64bit: flags & 0x10_0000 != 0, prefetchable: flags & 0x2000 != 0)
+        }
+    }
+}
+
+/// A vGPU type that a function offers.
+package struct VgpuOffer: Sendable, Encodable, Hashable {
+    /// "nvidia-558", or NVIDIA's number on the vendor's path.
+    package var id: String
+    package var name: String
+    /// How many more can be made; nil where the list holds only what can be made now.
+    package var available: Int?
+}
+
+/// A PCI function with everything the kernel says of it.
+package struct DeviceFunction: Sendable {
+    package var function: PciFunction
+    package var address: PciAddress
+    /// Of the configuration header: 0 for a device, 1 for a bridge; nil where it can't be read.
+    package var headerType: UInt8?
+    package var bars: [BaseAddress]
+    /// Empty for none.
+    package var driverOverride: String
+    package var physicalFunction: PciAddress?
+    package var totalVirtualFunctions: Int
+    package var virtualFunctions: [PciAddress]
+    package var vgpuOffers: [VgpuOffer]
+    /// "mdev" or "vendor-vfio"; nil when there are no vGPUs.
+    package var vgpuPath: String?
+    /// "enabled", "disabled"; nil when it is not known.
+    package var mig: String?
+    /// The kernel knows a way to reset it.
+    package var resettable: Bool
+    package var uses: [DeviceUse]
+
+    /// A GPU or another accelerator: class 03 (display), 12 (processing accelerator).
+    package var isGPU: Bool { function.isDisplay || function.classCode >> 8 == 0x12 }
+
+    /// Keeps its IOMMU group from being handed to a VM while it is as it is: bound to a driver that does DMA for the
+    /// host (kernel: `driver_managed_dma`; before 5.19 `vfio_dev_driver_allowed`).
+    package var blocksGroup: Bool { function.blocksGroup }
+}
+
+extension PciFunction {
+    /// See `DeviceFunction.blocksGroup`.
+    package var blocksGroup: Bool {
+        if driver.isEmpty || isVfio(driver: driver) || driver == "pci-stub" { return false }
+        // A real bridge with the port driver; a chipset's ISA bridge or an NVSwitch with a driver does block.
+        return !(bridge && (driver == "pcieport" || classCode == 0x0604 || classCode == 0x0609))
+    }
+}
+
+/// All PCI functions of a host, or of a recorded tree.
+package struct DeviceTree: Sendable {
+    package var iommu: Bool
+    package var vfio: Bool
+    /// In address order.
+    package var functions: [DeviceFunction]
+    package let sysfs: Sysfs
+    private let index: [String: Int]
+
+    /// - Parameters:
+    ///   - around: what only the running host knows.
+    ///   - modules: the running kernel's module folder; nil for a recorded tree.
+    package init(_ sysfs: Sysfs, around: Surroundings = Surroundings(), modules: String? = nil) throws {
+        self.sysfs = sysfs
+        iommu = iommuEnabled(sysfs: sysfs)
+        vfio = vfioAvailable(sysfs: sysfs, modules: modules ?? "/nonexistent")
+        let inventory = try pciInventory(sysfs: sysfs, holders: around.holders.groups)
+        let users = DeviceUsers(sysfs, around)
+        functions = inventory.compactMap { function in
+            guard let address = PciAddress(function.address) else { return nil }
+            return Self.read(function, address, sysfs, users)
+        }
+        index = Dictionary(functions.enumerated().map { ($1.function.address, $0) }) { first, _ in first }
+    }
+
+    package subscript(_ address: PciAddress) -> DeviceFunction? {
+        index[address.description].map { functions[$0] }
+    }
+
+    /// Members of an IOMMU group, in address order; empty for -1.
+    package func members(of group: Int32) -> [DeviceFunction] {
+        group < 0 ? [] : functions.filter { $0.function.iommuGroup == group }
+    }
+
+    /// The function with all that must go with it: the whole slot and what consumes it, and what goes with those.
+    package func together(with address: PciAddress) -> [DeviceFunction] {
+        var seen: Set<PciAddress> = [address]
+        var waiting = [address]
+        while let next = waiting.popLast() {
+            for text in self[next]?.function.companions ?? [] {
+                if let companion = PciAddress(text), self[companion] != nil, seen.insert(companion).inserted {
+                    waiting.append(companion)
+                }
+            }
+        }
+        return seen.sorted().compactMap { self[$0] }
+    }
+
+    private static func read(
+        _ function: PciFunction, _ address: PciAddress, _ sysfs: Sysfs, _ users: DeviceUsers
+    ) -> DeviceFunction {
+        let folder = "bus/pci/devices/\(address)"
+        let names = Set(sysfs.list(folder))
+        let virtual = names.filter { $0.hasPrefix("virtfn") }
+            .compactMap { name in Int(name.dropFirst(6)).map { ($0, name) } }.sorted { $0.0 < $1.0 }
+            .compactMap { sysfs.linkName("\(folder)/\($0.1)").flatMap(PciAddress.init) }
+        let enabled = names.contains("sriov_numvfs") ? Int(sysfs.number("\(folder)/sriov_numvfs") ?? 0) : 0
+        let override = sysfs.text("\(folder)/driver_override") ?? ""
+        let header = sysfs.bytes("\(folder)/config", limit: 64).flatMap { $0.count > 0x0e ? $0[0x0e] & 0x7f : nil }
+        let offers = vgpuOffers(folder, names, sysfs)
+        return DeviceFunction(
+            function: function, address: address, headerType: header,
+            bars: names.contains("resource") ? BaseAddress.read(wholeText(sysfs, "\(folder)/resource")) : [],
+            driverOverride: override == "(null)" ? "" : override,
+            physicalFunction: names.contains("physfn")
+                ? sysfs.linkName("\(folder)/physfn").flatMap(PciAddress.init) : nil,
+            totalVirtualFunctions: names.contains("sriov_totalvfs")
+                ? Int(sysfs.number("\(folder)/sriov_totalvfs") ?? 0) : 0,
+            virtualFunctions: virtual, vgpuOffers: offers.list, vgpuPath: offers.path, mig: nil,
+            resettable: names.contains("reset") || !(sysfs.text("\(folder)/reset_method") ?? "").isEmpty,
+            uses: users.uses(
+                of: address, group: function.iommuGroup, driver: function.driver,
+                virtualFunctions: max(virtual.count, enabled)))
+    }
+
+    private static func wholeText(_ sysfs: Sysfs, _ attribute: String) -> String {
+        sysfs.bytes(attribute).map { String(decoding: $0, as: UTF8.self) } ?? ""
+    }
+
+    private static func vgpuOffers(_ folder: String, _ names: Set<String>, _ sysfs: Sysfs)
+        -> (list: [VgpuOffer], path: String?)
+    {
+        if names.contains("mdev_supported_types") {
+            let types = "\(folder)/mdev_supported_types"
+            let list = sysfs.list(types).map { id in
+                VgpuOffer(
+                    id: id, name: sysfs.text("\(types)/\(id)/name") ?? "",
+                    available: sysfs.number("\(types)/\(id)/available_instances").map { Int($0) })
+            }
+            return (list, "mdev")
+        }
+        guard names.contains("nvidia"), sysfs.exists("\(folder)/nvidia/creatable_vgpu_types") else { return ([], nil) }
+        let lines = wholeText(sysfs, "\(folder)/nvidia/creatable_vgpu_types").split(separator: "\n")
+        return (lines.compactMap(creatable), "vendor-vfio")
+    }
+
+    /// Two forms are known: "NVIDIA A40-2Q 558" and "1428 : NVIDIA H200X-141C". A heading fits neither.
+    private static func creatable(_ line: Substring) -> VgpuOffer? {
+        let words = line.split(whereSeparator: \.isWhitespace)
+        if words.count > 2, words[1] == ":", words[0].allSatisfy(\.isNumber) {
+            return VgpuOffer(id: String(words[0]), name: words.dropFirst(2).joined(separator: " "), available: nil)
+        }
+        guard words.count > 1, let last = words.last, last.allSatisfy(\.isNumber), words[0] != "ID" else { return nil }
+        return VgpuOffer(id: String(last), name: words.dropLast().joined(separator: " "), available: nil)
+    }
+}

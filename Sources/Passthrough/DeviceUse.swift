@@ -1,0 +1,195 @@
+import Glibc
+import HostKit
+
+/// Something that would lose a function if it were handed to a VM.
+package struct DeviceUse: Sendable, Encodable, Hashable {
+    package enum Kind: String, Sendable, Encodable {
+        /// A libvirt domain's definition names it, running or not.
+        case domain
+        /// The ledger has it for a domain.
+        case reservation
+        /// Given back, not reset since.
+        case dirty
+        /// A process holds its VFIO group or device.
+        case vfio
+        /// A process has its DRM, framebuffer or NVIDIA device open.
+        case process
+        /// The kernel's text console is on it.
+        case console
+        case virtualFunctions
+        /// A mediated device or vGPU lives on it.
+        case vgpu
+        /// A network interface that is up.
+        case network
+        /// A disk that is mounted, swapped to, or part of another.
+        case disk
+    }
+
+    package var kind: Kind
+    /// "domain web", "process 4242 (Xorg)", "network interface eth0, which is up".
+    package var by: String
+    /// Set for domains and reservations, to tell one's own.
+    var owner: GPUOwner?
+
+    package init(_ kind: Kind, _ by: String, owner: GPUOwner? = nil) {
+        self.kind = kind
+        self.by = by
+        self.owner = owner
+    }
+
+    private enum CodingKeys: CodingKey { case kind, by }
+}
+
+/// What sysfs itself doesn't say of who uses the host's devices.
+package struct Surroundings: Sendable {
+    package var holders = DeviceHolders()
+    package var domains: [GPULedger.Domain] = []
+    package var reservations: [GPUReservation] = []
+    /// Where procfs is mounted; nil for a recorded tree, which has none.
+    package var proc: String?
+
+    package init() {}
+
+    /// The running host. Looks at every process.
+    package init(domains: [GPULedger.Domain], ledger: GPULedger, proc: String = "/proc") throws {
+        holders = DeviceHolders(proc: proc)
+        reservations = try ledger.reservations()
+        self.domains = domains
+        self.proc = proc
+    }
+}
+
+/// Finds users by function. Reads each of the kernel's lists once.
+struct DeviceUsers {
+    private let sysfs: Sysfs
+    private let around: Surroundings
+    private let groups: [Int32: String]
+    /// Interfaces that are up and disks in use, by the address of every function on their path.
+    private var classes: [String: [DeviceUse]] = [:]
+    private let consoleOnFramebuffer: Bool
+
+    init(_ sysfs: Sysfs, _ around: Surroundings) {
+        self.sysfs = sysfs
+        self.around = around
+        groups = around.holders.groups
+        let consoles = sysfs.list("class/vtconsole").map { "class/vtconsole/\($0)" }
+        // A tree without that class says nothing: then a framebuffer counts as a console.
+        consoleOnFramebuffer =
+            consoles.isEmpty
+            || consoles.contains {
+                sysfs.text("\($0)/name")?.contains("frame buffer") == true && sysfs.number("\($0)/bind") == 1
+            }
+        for name in sysfs.list("class/net") where sysfs.text("class/net/\(name)/operstate") == "up" {
+            note("class/net/\(name)", DeviceUse(.network, "network interface \(name), which is up"))
+        }
+        let mounts = around.proc.map(Mounts.init)
+        for name in sysfs.list("class/block") {
+            if let use = mounts?.use(of: name, sysfs) { note("class/block/\(name)", DeviceUse(.disk, use)) }
+        }
+    }
+
+    private mutating func note(_ link: String, _ use: DeviceUse) {
+        guard let target = linkTarget(sysfs.path(link)) else { return }
+        for part in target.split(separator: "/") {
+            if let address = PciAddress(String(part)) { classes[address.description, default: []].append(use) }
+        }
+    }
+
+    func uses(of address: PciAddress, group: Int32, driver: String, virtualFunctions: Int) -> [DeviceUse] {
+        let folder = "bus/pci/devices/\(address)"
+        let own = GPUResource(function: address, sysfs: sysfs)
+        var uses: [DeviceUse] = []
+        for domain in around.domains where domain.resources.contains(where: { $0.overlaps(own) }) {
+            uses.append(
+                DeviceUse(
+                    .domain, "domain \(domain.name)",
+                    owner: GPUOwner(domain: domain.name, migration: domain.migration, fence: 0)))
+        }
+        for entry in around.reservations where entry.resource.overlaps(own) {
+            switch entry.state {
+            case .reserved: uses.append(DeviceUse(.reservation, "\(entry.owner)", owner: entry.owner))
+            case .dirty: uses.append(DeviceUse(.dirty, "what \(entry.owner) left in it", owner: entry.owner))
+            }
+        }
+        if isVfio(driver: driver) {
+            if let holder = groups[group] { uses.append(DeviceUse(.vfio, holder)) }
+            for device in sysfs.list("\(folder)/vfio-dev") {
+                if let holder = around.holders.byPath["/dev/vfio/devices/\(device)"] {
+                    uses.append(DeviceUse(.vfio, holder))
+                }
+            }
+        }
+        let framebuffers = sysfs.list("\(folder)/graphics").filter { $0.hasPrefix("fb") }
+        if !framebuffers.isEmpty && consoleOnFramebuffer {
+            uses.append(DeviceUse(.console, "the kernel's console on \(framebuffers.joined(separator: ", "))"))
+        }
+        var paths = framebuffers.map { "/dev/\($0)" }
+        paths += sysfs.list("\(folder)/drm").map { "/dev/dri/\($0)" }
+        if let minor = nvidiaMinor(address) { paths.append("/dev/nvidia\(minor)") }
+        uses += Set(paths.compactMap { around.holders.byPath[$0] }).sorted().map { DeviceUse(.process, $0) }
+        if virtualFunctions > 0 {
+            uses.append(
+                DeviceUse(
+                    .virtualFunctions, "its \(virtualFunctions) virtual function\(virtualFunctions == 1 ? "" : "s")"))
+        }
+        for name in sysfs.list(folder) where isUUID(name) {
+            uses.append(DeviceUse(.vgpu, "mediated device \(name)"))
+        }
+        if let type = sysfs.text("\(folder)/nvidia/current_vgpu_type"), !type.isEmpty, type != "0" {
+            uses.append(DeviceUse(.vgpu, "a vGPU of type \(type)"))
+        }
+        return uses + (classes[address.description] ?? [])
+    }
+
+    /// NVIDIA's driver numbers its device files in its own order.
+    private func nvidiaMinor(_ address: PciAddress) -> String? {
+        guard let proc = around.proc,
+            let bytes = try? Files.read("\(proc)/driver/nvidia/gpus/\(address)/information", limit: 65_536)
+        else { return nil }
+        let line = String(decoding: bytes, as: UTF8.self).split(separator: "\n").first { $0.hasPrefix("Device Minor:") }
+        return line.map { $0.dropFirst(13).trimmingPrefix(while: \.isWhitespace) }.map(String.init)
+    }
+}
+
+/// Block devices in use: mounted, swap, or with a device on top (md, dm).
+private struct Mounts {
+    private var numbers: Set<String> = []
+    private var swaps: Set<String> = []
+
+    init(proc: String) {
+        // Fields of proc(5) mountinfo: id, parent, major:minor, …
+        for line in lines("\(proc)/self/mountinfo") {
+            let fields = line.split(separator: " ", maxSplits: 3)
+            if fields.count > 2 { numbers.insert(String(fields[2])) }
+        }
+        for line in lines("\(proc)/swaps").dropFirst() {
+            if let path = line.split(whereSeparator: \.isWhitespace).first { swaps.insert(String(path)) }
+        }
+    }
+
+    func use(of name: String, _ sysfs: Sysfs) -> String? {
+        if let number = sysfs.text("class/block/\(name)/dev"), numbers.contains(number) {
+            return "a mounted file system on \(name)"
+        }
+        if swaps.contains("/dev/\(name)") { return "swap space on \(name)" }
+        if let above = sysfs.list("class/block/\(name)/holders").first { return "\(above), which consists of \(name)" }
+        return nil
+    }
+}
+
+private func lines(_ path: String) -> [Substring] {
+    ((try? Files.read(path)).map { String(decoding: $0, as: UTF8.self) } ?? "").split(separator: "\n")
+}
+
+func isUUID(_ text: String) -> Bool {
+    let utf8 = Array(text.utf8)
+    return utf8.count == 36
+        && utf8.enumerated().allSatisfy { index, byte in
+            [8, 13, 18, 23].contains(index)
+                ? byte == UInt8(ascii: "-")
+                : (0x30...0x39).contains(byte) || (0x61...0x66).contains(byte) || (0x41...0x46).contains(byte)
+        }
+}
+
+/// vfio-pci or a vendor's variant of it (mlx5_vfio_pci, nvgrace_gpu_vfio_pci).
+package func isVfio(driver: String) -> Bool { driver.contains("vfio") }

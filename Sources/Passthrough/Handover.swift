@@ -1,0 +1,176 @@
+import FlotillaProtocol
+import HostKit
+import MigrationModel
+
+/// What the person who asks for a bind takes upon themselves. A bridge, a domain's device, a mounted disk and an open VFIO
+/// group can't be had with any of these.
+package struct Consent: OptionSet, Sendable {
+    package let rawValue: Int
+    package init(rawValue: Int) { self.rawValue = rawValue }
+
+    /// Unrelated members of the IOMMU group may be taken from their drivers too.
+    package static let group = Consent(rawValue: 1)
+    /// The kernel's text console may go dark.
+    package static let console = Consent(rawValue: 2)
+    /// The display the firmware booted with may go.
+    package static let bootVGA = Consent(rawValue: 4)
+    /// Processes and network interfaces may lose it.
+    package static let use = Consent(rawValue: 8)
+}
+
+/// The functions that change drivers together.
+package struct Handover: Sendable {
+    /// As asked.
+    package var requested: [PciAddress]
+    /// With their slots and consumers, in address order.
+    package var functions: [DeviceFunction]
+    /// Unrelated members of their IOMMU groups that have to go too, with what goes with those.
+    package var groupMembers: [DeviceFunction]
+
+    package var all: [DeviceFunction] { (functions + groupMembers).sorted { $0.address < $1.address } }
+
+    /// - Throws: `failedPrecondition` for everything that speaks against it, all in one message. Nothing was changed.
+    init(
+        binding addresses: [PciAddress], in tree: DeviceTree, consent: Consent, owner: GPUOwner?
+    ) throws {
+        try self.init(addresses, in: tree)
+        try refuse(hostObstacles(tree))
+        var obstacles: [Requirement] = []
+        let mine = Set(functions.map(\.address))
+        let blockers = blockingMembers(of: functions, in: tree).filter { !mine.contains($0.address) }
+        if !blockers.isEmpty && !consent.contains(.group) {
+            for blocker in blockers { obstacles.append(groupObstacle(blocker, of: functions)) }
+        } else if !blockers.isEmpty {
+            let more = Set(blockers.flatMap { tree.together(with: $0.address).map(\.address) }).subtracting(mine)
+            groupMembers = more.sorted().compactMap { tree[$0] }
+        }
+        for function in all { obstacles += handoverObstacles(of: function, consent: consent, owner: owner) }
+        try refuse(obstacles)
+    }
+
+    /// The asked functions with what goes with them; judges nothing.
+    init(_ addresses: [PciAddress], in tree: DeviceTree) throws {
+        for address in addresses where tree[address] == nil {
+            throw MigrationError(
+                .failedPrecondition, "this host has no PCI function \(address)",
+                hint: "flotilla gpu list --all shows those it has")
+        }
+        requested = Array(Set(addresses)).sorted()
+        let together = Set(addresses.flatMap { tree.together(with: $0).map(\.address) })
+        functions = together.sorted().compactMap { tree[$0] }
+        groupMembers = []
+    }
+}
+
+func refuse(_ obstacles: [Requirement]) throws {
+    guard !obstacles.isEmpty else { return }
+    var remedies: [String] = []
+    for remedy in obstacles.compactMap(\.remedy) where !remedies.contains(remedy) { remedies.append(remedy) }
+    throw MigrationError(
+        .failedPrecondition, obstacles.map(\.found).joined(separator: "; "), hint: remedies.joined(separator: "; "))
+}
+
+/// Members of the functions' IOMMU groups whose driver keeps the group from going to a VM.
+func blockingMembers(of functions: [DeviceFunction], in tree: DeviceTree) -> [DeviceFunction] {
+    let mine = Set(functions.map(\.address))
+    return Set(functions.map(\.function.iommuGroup)).sorted().flatMap { tree.members(of: $0) }.filter {
+        $0.blocksGroup && !mine.contains($0.address)
+    }
+}
+
+func groupObstacle(_ blocker: DeviceFunction, of functions: [DeviceFunction]) -> Requirement {
+    let group = blocker.function.iommuGroup
+    let sharer = functions.first { $0.function.iommuGroup == group }?.function.address ?? "it"
+    return .fail(
+        sharer, "IOMMU group", "\(sharer) shares IOMMU group \(group) with \(blocker.function.text)",
+        remedy: blocker.function.bridge
+            ? "move the card to a slot with a group of its own"
+            : "move the card to a slot with a group of its own, or agree with --with-group that "
+                + "\(blocker.function.address) is taken from the host too")
+}
+
+/// What stands against any handover on this host.
+func hostObstacles(_ tree: DeviceTree) -> [Requirement] {
+    if !tree.iommu {
+        return [
+            .fail(
+                "host", "IOMMU",
+                "the IOMMU of this host is off (no IOMMU groups), so no device can be handed to a VM: the kernel would "
+                    + "take the bind without an error and not do it",
+                remedy: "enable VT-d or AMD-Vi in the firmware, then `flotilla gpu prepare` and reboot")
+        ]
+    }
+    if !tree.vfio {
+        return [
+            .fail(
+                "host", "vfio-pci", "this host has no vfio-pci driver for its kernel \(kernelRelease())",
+                remedy: "install the kernel's full module package (Debian: linux-image-amd64, not -cloud-)")
+        ]
+    }
+    return []
+}
+
+/// What stands against taking this function from the host, beyond what is agreed to.
+func handoverObstacles(of device: DeviceFunction, consent: Consent, owner: GPUOwner?) -> [Requirement] {
+    let (function, address) = (device.function, device.function.address)
+    if let header = device.headerType, header != 0 {
+        return [
+            .fail(
+                address, "not a bridge",
+                "\(function.text) is a bridge (header type \(header)), which is never handed over",
+                remedy: "name the device behind it")
+        ]
+    }
+    if function.bridge {
+        return [
+            .fail(
+                address, "not a bridge",
+                "\(function.text) is a bridge (class \(padded(function.classCode, 4))), which is never handed over",
+                remedy: "name another device")
+        ]
+    }
+    var obstacles: [Requirement] = []
+    if function.iommuGroup < 0 {
+        obstacles.append(
+            .fail(
+                address, "IOMMU group", "\(function.text) is in no IOMMU group: the IOMMU does not cover it",
+                remedy: "check the firmware's settings for DMA remapping"))
+    }
+    if function.bootVga && !consent.contains(.bootVGA) {
+        obstacles.append(
+            .fail(
+                address, "not the boot display",
+                "\(function.text) is the display the host booted with (boot_vga): its console would go with it",
+                remedy: "make another adapter (the board's BMC) the primary display in the firmware, or agree with "
+                    + "--force-boot-vga"))
+    }
+    return obstacles + useObstacles(of: device, consent: consent, owner: owner)
+}
+
+func useObstacles(of device: DeviceFunction, consent: Consent, owner: GPUOwner?) -> [Requirement] {
+    device.uses.compactMap { use in
+        let found = "\(device.function.text) is in use by \(use.by)"
+        func fail(_ remedy: String) -> Requirement { .fail(device.function.address, "free", found, remedy: remedy) }
+        switch use.kind {
+        case .domain, .reservation:
+            if let owner, let holder = use.owner, holder.isSame(as: owner) || holder.domain == owner.domain {
+                return nil
+            }
+            return fail("undeploy that domain, or take the device out of its definition")
+        case .vfio: return fail("stop the virtual machine that has it")
+        case .virtualFunctions: return fail("remove them first, or hand over a virtual function instead")
+        case .vgpu: return fail("destroy it first")
+        case .disk: return fail("unmount or take out the disk first")
+        case .console:
+            return consent.contains(.console)
+                ? nil
+                : fail("move the console (for example `fbcon=map:99` at boot), or agree with --force-console")
+        case .process:
+            // NVIDIA's driver waits in the kernel, for good, until the last user is gone.
+            if device.function.driver.hasPrefix("nvidia") { return fail("end that process first") }
+            return consent.contains(.use) ? nil : fail("end that process, or agree with --force-in-use")
+        case .network: return consent.contains(.use) ? nil : fail("set it down first, or agree with --force-in-use")
+        case .dirty: return nil
+        }
+    }
+}
