@@ -6,7 +6,7 @@ SHELL := bash
 GUEST := $(CURDIR)/.demo/guest
 SWIFT_SOURCES = $(shell find Sources Tests -name '*.swift' -not -path 'Sources/FlotillaProtocol/Generated/*') Package.swift
 
-.PHONY: help setup build demo demo-fleet test test-disk test-asan test-tsan test-kill test-faults test-protocol fuzz \
+.PHONY: help setup build demo demo-fleet test test-disk test-asan test-tsan test-kill test-faults test-protocol test-vsphere fuzz \
 	bench-disk format lint protos protos-check clean
 
 help: ## list these targets
@@ -41,6 +41,11 @@ test-protocol: ## check the protocol's documents, vectors and Python examples wi
 	swift build --product flotilla
 	protocol/check
 	FLOTILLA=$$(swift build --show-bin-path)/flotilla Tests/testbeds/protocol/run
+
+test-vsphere: ## compare inventories of simulated vCenters with pyvmomi's, break exports from them in every way we know
+	deploy/setup --test
+	swift build --product flotilla
+	Tests/testbeds/vsphere/crosscheck $$(swift build --show-bin-path)/flotilla
 
 SEEDS ?= 200
 test-disk: ## run the disk engine's tests at length: the full format matrix, SEEDS (200) random disks

@@ -84,7 +84,7 @@ func (w *world) equipHost(host *simulator.HostSystem, n int) {
 
 func signed(id uint16) int16 { return int16(id) }
 
-func (w *world) randomDevices(m *machine) {
+func (w *world) randomDevices(m *machine, host *simulator.HostSystem) {
 	r := w.random
 	m.Locked = true
 	m.Extra["pciPassthru.use64bitMMIO"] = "TRUE"
@@ -116,6 +116,10 @@ func (w *world) randomDevices(m *machine) {
 			a.Kind = "dvx"
 		default:
 			m.Extra[prefix+"msiEnabled"] = "FALSE"
+			// Mostly one the host has; else one it had.
+			if there := host.Hardware.PciDevice[r.Intn(len(host.Hardware.PciDevice))]; there.ClassId>>8 != 0x06 {
+				a.Vendor, a.Device, a.Name, a.Address = uint16(there.VendorId), uint16(there.DeviceId), there.DeviceName, there.Id
+			}
 		}
 		m.Assigned = append(m.Assigned, a)
 	}

@@ -74,7 +74,7 @@ var (
 	guests = []string{"ubuntu64Guest", "debian11_64Guest", "rhel8_64Guest", "windows9Server64Guest", "otherGuest64", "sles15_64Guest"}
 )
 
-func (w *world) randomMachine(n int) *machine {
+func (w *world) randomMachine(n int, p place) *machine {
 	r := w.random
 	chance := func(percent int) bool { return r.Intn(100) < percent }
 	m := &machine{
@@ -125,7 +125,7 @@ func (w *world) randomMachine(n int) *machine {
 		m.NICs = append(m.NICs, machineNIC{network: r.Intn(8), Model: []string{"vmxnet3", "vmxnet3", "e1000e", "e1000"}[r.Intn(4)]})
 	}
 	if chance(35) {
-		w.randomDevices(m)
+		w.randomDevices(m, p.host)
 	}
 	return m
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sort"
+	"strings"
 	"sync"
 
 	"github.com/vmware/govmomi/object"
@@ -58,6 +59,10 @@ func newWorld(o options, store *diskStore) (*world, error) {
 		model.Datastore, model.Portgroup, model.Pool = 3, 2, 0
 	}
 	model.Machine, model.Autostart = 0, false
+	// Clients hide from themselves what came after the version a server states.
+	about := &model.ServiceContent.About
+	about.ApiVersion, about.Version = "6.7", "6.7.0"
+	about.FullName = strings.Replace(about.FullName, "6.5.0", "6.7.0", 1)
 	if err := model.Create(); err != nil {
 		return nil, err
 	}
@@ -81,8 +86,9 @@ func newWorld(o options, store *diskStore) (*world, error) {
 		return nil, err
 	}
 	for n := 0; n < o.vms; n++ {
-		m := w.randomMachine(n)
-		if err := w.create(m, w.places[w.random.Intn(len(w.places))]); err != nil {
+		p := w.places[w.random.Intn(len(w.places))]
+		m := w.randomMachine(n, p)
+		if err := w.create(m, p); err != nil {
 			return nil, fmt.Errorf("%s: %w", m.Name, err)
 		}
 	}
