@@ -6,6 +6,7 @@ import (
 	"io"
 	"math/rand"
 	"os"
+	"sort"
 	"strings"
 	"time"
 
@@ -33,7 +34,8 @@ type machine struct {
 	NICs           []machineNIC      `json:"nics"`
 	Assigned       []assigned        `json:"devices"`
 	Extra          map[string]string `json:"extraConfig"`
-	Disks          []machineDisk     `json:"-"`
+	Disks          []machineDisk     `json:"disks"` // without content of their own: random
+	PoweredOn      bool              `json:"poweredOn"`
 
 	powered   types.VirtualMachinePowerState
 	tracking  bool
@@ -57,9 +59,10 @@ type machineNIC struct {
 }
 
 type machineDisk struct {
-	Mode   string
-	Thin   bool
-	stream string
+	Mode       string `json:"mode"`
+	Thin       bool   `json:"thin"`
+	CapacityMB int64  `json:"capacityMB"`
+	stream     string
 	// sharing "sharingMultiWriter", rdm "physicalMode"
 	sharing  string
 	rdm      string
@@ -197,8 +200,13 @@ func (w *world) configure(vm *simulator.VirtualMachine, m *machine, p place, sto
 		c.KeyId = &types.CryptoKeyId{KeyId: "key-" + m.UUID[:8], ProviderId: &types.KeyProviderId{Id: "kms & co"}}
 	}
 	keys := []types.BaseOptionValue{}
-	for key, value := range m.Extra {
-		keys = append(keys, &types.OptionValue{Key: key, Value: value})
+	names := []string{}
+	for name := range m.Extra {
+		names = append(names, name)
+	}
+	sort.Strings(names)
+	for _, name := range names {
+		keys = append(keys, &types.OptionValue{Key: name, Value: m.Extra[name]})
 	}
 	c.ExtraConfig = keys
 	c.CreateDate = nil

@@ -30,6 +30,7 @@ type options struct {
 	seed         int64
 	esx          bool
 	page         int
+	port         int
 	leaseTimeout time.Duration
 	verbose      bool
 }
@@ -43,6 +44,7 @@ func main() {
 	flag.Int64Var(&o.seed, "seed", 1, "seed of the random inventory")
 	flag.BoolVar(&o.esx, "esx", false, "a single ESXi host")
 	flag.IntVar(&o.page, "page", 500, "objects in one answer of the property collector")
+	flag.IntVar(&o.port, "port", 0, "port of the first address; 0: any")
 	flag.DurationVar(&o.leaseTimeout, "lease-timeout", 300*time.Second, "time without progress after which a lease dies")
 	flag.BoolVar(&o.verbose, "verbose", false, "log every request")
 	flag.Parse()
@@ -91,7 +93,7 @@ func serve(o options) error {
 	server.service = service
 	registerCollector()
 
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", o.port))
 	if err != nil {
 		return err
 	}

@@ -75,6 +75,8 @@ func newWorld(o options, store *diskStore) (*world, error) {
 		return nil, err
 	}
 	w.client = client
+	instance := simulator.Map.Get(vim25.ServiceInstance).(*simulator.ServiceInstance)
+	instance.Content.About.InstanceUuid = seededUUID(w.random)
 	w.nameThings(o.esx)
 	if err := w.findPlaces(); err != nil {
 		return nil, err
@@ -109,7 +111,13 @@ var hostNames = []string{"esx-a1", "esx-a2", "esx-b1", "esx-b2", "esx-solo"}
 
 // nameThings gives names as people give them: with spaces, umlauts, ampersands and kanji.
 func (w *world) nameThings(esx bool) {
-	for n, e := range entities("Datastore") {
+	stores := simulator.Map.All("Datastore")
+	// Their ids hold the names of temporary folders, another each time.
+	sort.Slice(stores, func(a, b int) bool {
+		x, y := stores[a].Entity(), stores[b].Entity()
+		return x.Name < y.Name || x.Name == y.Name && x.Parent.Value < y.Parent.Value
+	})
+	for n, e := range stores {
 		ds := e.(*simulator.Datastore)
 		name := []string{"ssd pool 1", "Speicher Süd", "nvme & sas", "データ"}[n%4]
 		if n >= 4 {
@@ -245,6 +253,16 @@ func (w *world) realMachines(folder string) error {
 		m := &machine{}
 		if err := json.Unmarshal(text, m); err != nil {
 			return fmt.Errorf("%s: %w", path, err)
+		}
+		for n := range m.Disks {
+			d := &m.Disks[n]
+			d.capacity = d.CapacityMB << 20
+			if d.Mode == "" {
+				d.Mode = "persistent"
+			}
+		}
+		if m.PoweredOn {
+			m.powered, m.tools = types.VirtualMachinePowerStatePoweredOn, true
 		}
 		for n := 1; ; n++ {
 			stream := filepath.Join(filepath.Dir(path), fmt.Sprintf("disk%d.vmdk", n))
