@@ -4,7 +4,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 GUEST := $(CURDIR)/.demo/guest
-SWIFT_SOURCES = $(shell find Sources Tests -name '*.swift' -not -path 'Sources/FlotillaProtocol/Generated/*') Package.swift
+SWIFT_SOURCES = $(shell find Sources Tests -name '*.swift' -not -path '*/Generated/*') Package.swift
 
 .PHONY: help setup build demo demo-fleet test test-disk test-asan test-tsan test-kill test-faults test-protocol test-vsphere fuzz \
 	bench-disk bench-export format lint protos protos-check clean
