@@ -6,7 +6,7 @@ SHELL := bash
 GUEST := $(CURDIR)/.demo/guest
 SWIFT_SOURCES = $(shell find Sources Tests -name '*.swift' -not -path '*/Generated/*') Package.swift
 
-.PHONY: help setup build demo demo-fleet test test-disk test-asan test-tsan test-kill test-faults test-protocol test-vsphere fuzz \
+.PHONY: help setup build demo demo-fleet test test-disk test-asan test-tsan test-kill test-faults test-protocol test-vsphere test-vfio fuzz \
 	bench-disk bench-export format lint protos protos-check clean
 
 help: ## list these targets
@@ -34,6 +34,11 @@ test: ## build everything with warnings as errors and run all tests
 
 test-faults: ## break a fleet in every way we know and check what is left; FAULTS="case…" chooses
 	Tests/faults/run $(FAULTS)
+
+test-vfio: ## bind, release and migrate onto devices of an emulated IOMMU; FAST=1 or CASES="case…" for less
+	deploy/setup --test
+	swift build --product flotilla
+	Tests/vfio/run $(if $(FAST),--fast) $$(swift build --show-bin-path)/flotilla $(CASES)
 
 test-protocol: ## check the protocol's documents, vectors and Python examples with a real fleet
 	deploy/setup --test
