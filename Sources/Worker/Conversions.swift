@@ -35,7 +35,7 @@ extension DiskConversion {
 }
 
 /// Names become file names: "disk" and a number, as captures make them.
-private func isDiskID(_ id: String) -> Bool { id.hasPrefix("disk") && id.count > 4 && Int(id.dropFirst(4)) != nil }
+func isDiskID(_ id: String) -> Bool { id.hasPrefix("disk") && id.count > 4 && Int(id.dropFirst(4)) != nil }
 
 extension Disk {
     /// "disk1 (web-disk2.vmdk)".

@@ -22,6 +22,8 @@ package struct WorkerConfiguration: Sendable {
     package var inventoryInterval = Duration.seconds(60)
     /// Shared by all conversions of this worker: together they read no faster.
     package var rateLimit: RateLimit?
+    /// vCenter and ESXi servers whose VMs it may move.
+    package var vsphere = VSphereSources([])
 
     package init(
         host: String, libvirtURI: String, pools: [PoolFolder], sourceFolders: [String], stateDirectory: String,

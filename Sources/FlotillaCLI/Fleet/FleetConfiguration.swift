@@ -1,9 +1,11 @@
 import Convert
 import Deploy
+import Download
 import HostKit
 import Messaging
 import MessagingAMQP
 import MigrationModel
+import VSphere
 import Worker
 
 /// What `flotilla coordinator --config` reads.
@@ -76,8 +78,32 @@ struct WorkerFile {
             throw file.problem("lease", "has to be at least three heartbeats")
         }
         worker.rateLimit = try file.bytes("rate").map { RateLimit(bytesPerSecond: $0) }
+        worker.vsphere = VSphereSources(try file.sections("vsphere").map(VSphereSource.init(section:)))
         drain = try file.duration("drain", default: .seconds(300))
         try file.end()
+    }
+}
+
+extension VSphereSource {
+    /// One server of the list `vsphere`.
+    init(section: ConfigurationSection) throws {
+        var section = section
+        let url = try VSphereURL(parsing: try section.text("server"))
+        guard url.datacenter == nil, url.vm == nil else {
+            throw section.problem("server", "has to be vsphere://USER@HOST and no more")
+        }
+        let passwordFile = try section.text("password-file")
+        var trust = ServerTrust.system
+        if section.has("fingerprint") {
+            trust = .fingerprint(try CertificateFingerprint(try section.text("fingerprint"), .sha256))
+            if section.has("ca") { throw section.problem("ca", "and fingerprint exclude each other") }
+        } else if section.has("ca") {
+            trust = .authorities(try section.text("ca"))
+        }
+        self.init(VIMServer(authority: url.authority, user: url.user, trust: trust, passwordFile: passwordFile))
+        hostRate = try section.bytes("host-rate")
+        datastoreRate = try section.bytes("datastore-rate")
+        try section.end()
     }
 }
 

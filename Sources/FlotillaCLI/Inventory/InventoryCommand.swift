@@ -24,17 +24,7 @@ struct InventoryCommand: AsyncParsableCommand {
     @Option(name: .customLong("vm"), help: "Only this VM, by name or managed object id.") var vm: String?
     @Flag(help: "Print JSON.") var json = false
 
-    func validate() throws {
-        do {
-            if VSphereURL.isOne(source) {
-                _ = try VSphereURL(parsing: source)
-            } else {
-                _ = try SourceURL(parsing: source)
-            }
-        } catch let error as MigrationError where error.code != .unimplemented {
-            throw ValidationError(error.description)
-        }
-    }
+    func validate() throws { try validateSource(source) }
 
     func run() async throws {
         let report: any InventoryReport = json ? JSONInventory(source) : InventoryTables()

@@ -1,5 +1,6 @@
 import ArgumentParser
 import Download
+import Export
 import Glibc
 import HostKit
 import MigrationModel
@@ -44,6 +45,32 @@ struct VSphereAccess: ParsableArguments {
         }
         let password = try askForPassword("Password of \(url.user) at \(url.authority): ")
         return VIMServer(authority: url.authority, user: url.user, trust: trust) { password }
+    }
+}
+
+/// How VMs of a vsphere:// source are read.
+struct VSphereTransfer: ParsableArguments {
+    @Flag(help: "Move running VMs of a vsphere:// source as a snapshot finds them, which is removed afterwards.")
+    var snapshot = false
+
+    @Option(
+        help: "How their disks are read: nfc (compressed, under a lease) or datastore (flat files, resumable).")
+    var via: VSphereURL.Transfer?
+
+    func apply(to url: inout VSphereURL) {
+        if snapshot { url.snapshot = true }
+        if let via { url.transfer = via }
+    }
+}
+
+extension VSphereURL.Transfer: ExpressibleByArgument {}
+
+/// Checks a source as `validate` does.
+func validateSource(_ text: String) throws {
+    do {
+        if VSphereURL.isOne(text) { _ = try VSphereURL(parsing: text) } else { _ = try SourceURL(parsing: text) }
+    } catch let error as MigrationError where error.code != .unimplemented {
+        throw ValidationError(error.description)
     }
 }
 

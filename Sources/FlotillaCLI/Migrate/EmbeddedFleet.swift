@@ -27,6 +27,7 @@ struct EmbeddedFleet {
     var slots = 2
     /// Of all conversions together.
     var rateLimit: RateLimit?
+    var vsphere: [VSphereSource] = []
 
     /// Runs the fleet around `body`, which talks to it through the coordinator's API and returns, with its value, the
     /// migrations it saw to their ends. `interrupted` returns when the work is to stop early.
@@ -50,6 +51,7 @@ struct EmbeddedFleet {
             sourceFolders: ["/"], stateDirectory: stateDirectory, names: names,
             transport: .init(slots: slots))
         configuration.rateLimit = rateLimit
+        configuration.vsphere = VSphereSources(vsphere)
         let worker = try Worker(configuration, bus: bus, member: members.worker, logger: logger)
 
         let transport = InProcessTransport()

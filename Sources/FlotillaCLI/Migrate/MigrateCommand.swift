@@ -6,13 +6,16 @@ import HostKit
 import MigrationModel
 import Passthrough
 import SwiftProtobuf
+import VSphere
+import Worker
 
 struct MigrateCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "migrate",
         abstract: "Moves VMs to this host: export, convert and deploy in one process.",
         discussion: """
-            SOURCE is ova:PATH, ovf:PATH or vmx:PATH. Sources are only read.
+            SOURCE is ova:PATH, ovf:PATH, vmx:PATH or vsphere://USER@HOST[/DATACENTER] with --vm. Sources are only \
+            read; of a vSphere VM the disks come straight from the server, and nothing is staged.
 
             Run the same command again after an interruption, a crash or a full disk: it continues, disks from their \
             last checkpoint. Run it again after it is done: it checks that source, disks and domain are as they were \
@@ -41,6 +44,8 @@ struct MigrateCommand: AsyncParsableCommand {
     var state: String?
 
     @OptionGroup var options: MigrationOptions
+    @OptionGroup var access: VSphereAccess
+    @OptionGroup var transfer: VSphereTransfer
 
     @Option(help: "Name of the domain, when one VM is migrated (default: the VM's name).")
     var name: String?
@@ -62,20 +67,28 @@ struct MigrateCommand: AsyncParsableCommand {
         }
         if vms.count > 1 && sources.count > 1 { throw ValidationError("Several --vm go with one source only") }
         for source in sources {
-            do { _ = try SourceURL(parsing: source) } catch let error as MigrationError
-                where error.code != .unimplemented
-            {
-                throw ValidationError(error.description)
+            try validateSource(source)
+            if VSphereURL.isOne(source), vms.isEmpty, try VSphereURL(parsing: source).vm == nil {
+                throw ValidationError("Name the VM of \(source) with --vm")
             }
         }
     }
 
     func run() async throws {
         let requests = try requests()
+        var servers: [VSphereSource] = []
+        for source in sources where VSphereURL.isOne(source) {
+            let url = try VSphereURL(parsing: source)
+            if servers.contains(where: { $0.server.authority == url.authority && $0.server.user == url.user }) {
+                continue
+            }
+            servers.append(VSphereSource(try access.server(of: url)))
+        }
         let run = MigrateRun(
             requests: requests, libvirtURI: host, pool: requests.first?.pool ?? pool,
             stateDirectory: try stateFolder(state),
-            isDryRun: options.dryRun, output: OutputStyle(json: json), verbose: verbose, rate: rate?.bytes)
+            isDryRun: options.dryRun, output: OutputStyle(json: json), verbose: verbose, rate: rate?.bytes,
+            vsphere: servers)
         let exit = try await run.run()
         if exit != .done { throw ExitCode(exit.rawValue) }
     }
@@ -85,12 +98,10 @@ struct MigrateCommand: AsyncParsableCommand {
         let pool = Files.isDirectory(pool) ? try Files.canonical(pool) : try absolute(pool)
         var requests: [SubmitMigrationRequest] = []
         for source in sources {
-            let url = try SourceURL(parsing: source)
-            for vm in vms.isEmpty ? [""] : vms {
+            let (text, named) = try canonical(source)
+            for vm in vms.isEmpty ? [named] : vms {
                 var request = SubmitMigrationRequest()
-                // The same file is the same source, whatever folder the command is given in.
-                let path = Files.exists(url.path) ? try Files.canonical(url.path) : url.path
-                request.sourceURL = "\(url.kind.rawValue):\(path)"
+                request.sourceURL = text
                 request.vmName = vm
                 request.host = host
                 request.pool = pool
@@ -100,5 +111,19 @@ struct MigrateCommand: AsyncParsableCommand {
             }
         }
         return requests
+    }
+
+    /// The same source has the same text, whatever folder the command is given in; and the VM it names itself.
+    private func canonical(_ source: String) throws -> (String, vm: String) {
+        guard VSphereURL.isOne(source) else {
+            let url = try SourceURL(parsing: source)
+            let path = Files.exists(url.path) ? try Files.canonical(url.path) : url.path
+            return ("\(url.kind.rawValue):\(path)", "")
+        }
+        var url = try VSphereURL(parsing: source)
+        let vm = url.vm ?? ""
+        url.vm = nil
+        transfer.apply(to: &url)
+        return (url.description, vm)
     }
 }

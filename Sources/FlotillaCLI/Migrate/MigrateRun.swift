@@ -8,6 +8,7 @@ import Logging
 import Messaging
 import MigrationModel
 import SwiftProtobuf
+import Worker
 
 /// Submits the migrations, follows them to their ends, and shows it.
 struct MigrateRun {
@@ -20,6 +21,7 @@ struct MigrateRun {
     let verbose: Bool
     /// Bytes per second that all disks together may be read with.
     let rate: UInt64?
+    var vsphere: [VSphereSource] = []
 
     func run() async throws -> Exit {
         let signals = Signals(SIGINT, SIGTERM)
@@ -33,7 +35,7 @@ struct MigrateRun {
         defer { if isDryRun { try? Files.remove(folder) } }
         let fleet = EmbeddedFleet(
             libvirtURI: libvirtURI, pool: pool, stateDirectory: folder, logger: logger,
-            rateLimit: rate.map { RateLimit(bytesPerSecond: $0) })
+            rateLimit: rate.map { RateLimit(bytesPerSecond: $0) }, vsphere: vsphere)
         let view = output.view()
         let migrations = try await fleet.run(interrupted: { await signals.first() }) { client in
             let migrations = try await follow(requests, client, view)

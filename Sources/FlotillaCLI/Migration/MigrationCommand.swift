@@ -6,6 +6,7 @@ import HostKit
 import MigrationModel
 import Passthrough
 import SwiftProtobuf
+import VSphere
 
 struct MigrationCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
@@ -22,6 +23,7 @@ struct MigrationCommand: AsyncParsableCommand {
 
         @OptionGroup var fleet: FleetOptions
         @OptionGroup var options: MigrationOptions
+        @OptionGroup var transfer: VSphereTransfer
         @Argument(help: ArgumentHelp("What to migrate.", valueName: "source")) var sources: [String]
         @Option(name: .customLong("vm"), help: "Name of the VM within a source that holds several.") var vm = ""
         @Option(help: "Name of the domain, when one VM is migrated (default: the VM's name).") var name: String?
@@ -38,10 +40,18 @@ struct MigrationCommand: AsyncParsableCommand {
 
         func run() async throws {
             let requests = try sources.map { source in
-                let url = try SourceURL(parsing: source)
                 var request = SubmitMigrationRequest()
-                request.sourceURL = "\(url.kind.rawValue):\(url.path)"
                 (request.vmName, request.host, request.pool) = (vm, host, pool)
+                if VSphereURL.isOne(source) {
+                    var url = try VSphereURL(parsing: source)
+                    if vm.isEmpty { request.vmName = url.vm ?? "" }
+                    url.vm = nil
+                    transfer.apply(to: &url)
+                    request.sourceURL = url.description
+                } else {
+                    let url = try SourceURL(parsing: source)
+                    request.sourceURL = "\(url.kind.rawValue):\(url.path)"
+                }
                 request.options.domainName = name ?? ""
                 options.apply(to: &request)
                 return request
