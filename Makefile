@@ -51,6 +51,7 @@ test-vsphere: ## compare inventories of simulated vCenters with pyvmomi's, break
 	deploy/setup --test
 	swift build --product flotilla
 	Tests/testbeds/vsphere/crosscheck $$(swift build --show-bin-path)/flotilla
+	Tests/testbeds/vsphere/faults $$(swift build --show-bin-path)/flotilla
 
 SEEDS ?= 200
 test-disk: ## run the disk engine's tests at length: the full format matrix, SEEDS (200) random disks

@@ -106,7 +106,7 @@ func (l *leases) open(vm *simulator.VirtualMachine, snapshot string) (*HttpNfcLe
 	defer l.mutex.Unlock()
 	for _, other := range l.byID {
 		if other.vm == vm.Self {
-			return nil, simulator.Fault("Another task is already in progress.", &types.TaskInProgress{})
+			return nil, simulator.Fault("Another task is already in progress.", &types.TaskInProgress{Task: ref{Type: "Task", Value: "task-1"}})
 		}
 	}
 	lease := &HttpNfcLease{all: l, id: uuid.New().String(), vm: vm.Self, snap: snapshot, disks: l.server.world.disks[vm.Self.Value]}
