@@ -123,8 +123,9 @@ final class CheckpointLog: Sendable {
     /// Whether `read` found bytes that no run of this program version wrote.
     var isUnreadable: Bool { state.withLock { $0.isUnreadable } }
 
-    /// nil for a new log and for one without a valid header.
-    func read() throws -> Contents? {
+    /// nil for a new log and for one without a valid header. Throws the flag's reason soon after it is set: the log of
+    /// a compressed disk of 8 TiB takes about ten seconds.
+    func read(stop: StopFlag = StopFlag()) throws -> Contents? {
         try state.withLock { state in
             let size = try file.size
             state.isUnreadable = size > 0
@@ -145,6 +146,7 @@ final class CheckpointLog: Sendable {
             var start = state.end
             defer { state.end = start }
             while let bytes = try record(at: state.end, size) {
+                try stop.check()
                 let (first, second, third) = (
                     bytes.span.bytes.word(8), bytes.span.bytes.word(16), bytes.span.bytes.word(24)
                 )

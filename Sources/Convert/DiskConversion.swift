@@ -219,7 +219,7 @@ package struct DiskConversion: Sendable {
         let binding = CheckpointLog.Binding(
             region: source, format: sourceFormat, capacity: capacity, identity: disk?.identity, target: targetFormat,
             volume: volume, options: options)
-        let notice = try prepare(log, binding)
+        let notice = try prepare(log, binding, stop)
         let writer = try makeWriter(capacity)
         Failpoint.convertImageCreated.hit()
 
@@ -282,9 +282,9 @@ package struct DiskConversion: Sendable {
 
     /// Decides whether an interrupted run can be continued, and clears the ground if not.
     private func prepare(
-        _ log: CheckpointLog, _ binding: CheckpointLog.Binding
+        _ log: CheckpointLog, _ binding: CheckpointLog.Binding, _ stop: StopFlag
     ) throws -> Notice {
-        let contents = try log.read()
+        let contents = try log.read(stop: stop)
         let place = volume.map { self.place($0, binding) }
         try place?.requireRoom(binding.capacity)
         if let contents, contents.binding == binding, try place?.isUnfinished ?? Files.exists(partialPath) {

@@ -19,6 +19,7 @@ package final class ImageFile: Sendable {
 
     package let file: File
     private let direct: File?
+    private let directWrites: DirectWrites?
     private let refusesDirect: Atomic<Bool>
     private let reserved = Mutex(Extension())
     /// Buffered ranges not yet dropped from the page cache.
@@ -27,6 +28,7 @@ package final class ImageFile: Sendable {
     package init(_ path: String) throws {
         file = try File(path, O_RDWR | O_CREAT)
         direct = try? File(path, O_RDWR | flotilla_o_direct())
+        directWrites = direct.map { DirectWrites($0) }
         refusesDirect = Atomic(direct == nil)
         reserved.withLock { $0.end = (try? file.size) ?? 0 }
     }
@@ -49,12 +51,32 @@ package final class ImageFile: Sendable {
             if aligned < piece.count { tail = UnsafeRawBufferPointer(rebasing: piece[aligned...]) }
         }
         let count = UInt64(vectors.reduce(0) { $0 + $1.iov_len })
-        if !vectors.isEmpty { try write(&vectors, at: offset) }
+        if !vectors.isEmpty {
+            let request = DirectWrites.Request(offset: offset, pieces: vectors)
+            let isWritten = isDirect && directWrites?.write([request]).isEmpty == true
+            if !isWritten { try write(&vectors, at: offset) }
+        }
         offset += count
         if let tail { try file.write(tail, at: offset) }
     }
 
     func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws { try write([bytes], at: offset) }
+
+    /// Writes memory to several places, all at once where that goes.
+    func write(_ runs: [(offset: UInt64, bytes: UnsafeRawBufferPointer)]) throws {
+        var rest = runs
+        if isDirect, let directWrites {
+            let whole = runs.filter { $0.bytes.count % Self.alignment == 0 }
+            let missed = directWrites.write(
+                whole.map {
+                    let base = UnsafeMutableRawPointer(mutating: $0.bytes.baseAddress)
+                    return DirectWrites.Request(
+                        offset: $0.offset, pieces: [iovec(iov_base: base, iov_len: $0.bytes.count)])
+                })
+            rest = missed.map { whole[$0] } + runs.filter { $0.bytes.count % Self.alignment != 0 }
+        }
+        for run in rest { try write(run.bytes, at: run.offset) }
+    }
 
     private func write(_ vectors: inout [iovec], at offset: UInt64) throws {
         let start = offset

@@ -13,8 +13,9 @@ package enum QCOW2 {
     static let clusterSize = UInt64(Chunk.clusterSize)
     static let copied: UInt64 = 1 << 63
     static let headerLength = 104
-    /// Bytes allocated ahead of the writers; what is left over goes back in `finish`.
-    static let reserveStep: UInt64 = 128 << 20
+    /// Bytes allocated ahead of the writers, who all wait for one another when that is done; what is left over goes back
+    /// in `finish`.
+    static let reserveStep: UInt64 = 512 << 20
 
     /// The header of an image without snapshots, backing file, encryption or optional features.
     static func header(

@@ -19,9 +19,8 @@ extension Raw {
             _ chunk: Chunk, bitmap: UInt64, from buffer: UnsafeMutableRawBufferPointer
         ) throws -> ChunkPlacement {
             let bytes = UnsafeRawBufferPointer(rebasing: buffer[..<chunk.count])
-            for run in Packing.runs(of: bytes, bitmap) {
-                try image.write(run, at: chunk.offset + UInt64(distance(from: buffer, to: run)))
-            }
+            try image.write(
+                Packing.runs(of: bytes, bitmap).map { (chunk.offset + UInt64(distance(from: buffer, to: $0)), $0) })
             return ChunkPlacement(index: chunk.index, hostOffset: chunk.offset, bitmap: bitmap)
         }
 
