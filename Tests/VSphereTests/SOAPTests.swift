@@ -115,4 +115,14 @@ import Testing
         #expect(DatastorePath("[ssd 1] a b/ü & c.vmdk")?.path == "a b/ü & c.vmdk")
         #expect(DatastorePath("ssd/a.vmdk") == nil)
     }
+
+    @Test(
+        arguments: [
+            ("/vm-42/VirtualLsiLogicController0:1", "scsi0:1"), ("/vm-1/ParaVirtualSCSIController12:15", "scsi12:15"),
+            ("/47/VirtualIDEController1:0", "ide1:0"), ("/vm-1/VirtualAHCIController0:3", "sata0:3"),
+            ("/vm-1/VirtualNVMEController0:0", "nvme0:0"), ("/vm-1/nvram", nil), ("", nil),
+            ("/vm-1/OtherController0:0", nil),
+            ("/vm-1/VirtualNVMEController:0", nil), ("/vm-1/VirtualNVMEController0:x", nil),
+        ] as [(String, String?)])
+    func leaseKeysNameSlots(_ key: String, _ slot: String?) { #expect(NFCLease.slot(ofKey: key) == slot) }
 }

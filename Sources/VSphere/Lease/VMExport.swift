@@ -91,8 +91,14 @@ package final class VMExport: Sendable {
         let url =
             "/folder/\(VSphereURL.encoded(file, besides: "/"))?dcPath=\(VSphereURL.encoded(datacenter))"
             + "&dsName=\(VSphereURL.encoded(path.datastore))"
-        let flat = try HTTPDisk(
-            client.server.location(url, name: "[\(path.datastore)] \(file)", cookie: client.cookie), stop: stop)
+        let location = client.server.location(url, name: "[\(path.datastore)] \(file)", cookie: client.cookie)
+        let flat: HTTPDisk
+        do { flat = try HTTPDisk(location, stop: stop) } catch let error as MigrationError
+            where error.code == .unimplemented
+        {
+            // A proxy may do that once.
+            throw MigrationError(.unavailable, error.message, hint: "leave --via datastore out")
+        }
         guard flat.capacity == disk.capacityBytes else {
             throw MigrationError(
                 .failedPrecondition,
