@@ -52,9 +52,15 @@ extension DomainXML {
             xml.element("controller", ["type": "scsi", "index": "0", "model": "virtio-scsi"])
         }
         xml.element("controller", ["type": "usb", "index": "0", "model": "qemu-xhci"])
-        guard !devices.isEmpty else { return }
-        xml.element("controller", ["type": "pci", "index": "0", "model": "pcie-root"])
-        for index in devices.indices {
+        guard hasHostDevices else { return }
+        if let largeWindow {
+            xml.element("controller", ["type": "pci", "index": "0", "model": "pcie-root"]) {
+                $0.element("pcihole64", ["unit": "KiB"], text: "\(largeWindow >> 10)")
+            }
+        } else {
+            xml.element("controller", ["type": "pci", "index": "0", "model": "pcie-root"])
+        }
+        for index in 0..<(devices.count + vgpus.count) {
             xml.element("controller", ["type": "pci", "index": "\(index + 1)", "model": "pcie-root-port"])
         }
     }
@@ -108,49 +114,8 @@ extension DomainXML {
             }
         }
         // All memory is pinned by VFIO; a balloon could only take it away from under the device.
-        xml.element("memballoon", ["model": devices.isEmpty ? "virtio" : "none"])
+        xml.element("memballoon", ["model": hasHostDevices ? "none" : "virtio"])
         xml.element("rng", ["model": "virtio"]) { $0.element("backend", ["model": "random"], text: "/dev/urandom") }
-    }
-
-    /// Device N sits on slot 0 of the root port with index N + 1. Function numbers are the host's, since drivers
-    /// look for a GPU's audio at function 1; a device without function 0 on the host is numbered from 0.
-    func writeHostdevs(_ xml: inout XMLWriter) throws {
-        for (index, functions) in devices.enumerated() {
-            let addresses = try functions.map { function in
-                guard let address = PciAddress(function.address) else {
-                    throw MigrationError(.invalidArgument, "\"\(function.address)\" is not a PCI address")
-                }
-                return address
-            }
-            let keep =
-                addresses.contains { $0.function == 0 } && Set(addresses.map(\.function)).count == addresses.count
-            guard addresses.count <= 8 else {
-                throw MigrationError(.outOfRange, "\(addresses[0]): has more functions than one guest slot holds")
-            }
-            for (position, address) in addresses.enumerated() {
-                let function = keep ? Int(address.function) : position
-                xml.element("hostdev", ["mode": "subsystem", "type": "pci", "managed": "yes"]) { xml in
-                    xml.element("source") { $0.element("address", pciAttributes(address)) }
-                    let place = ("0x\(padded(index + 1, 2))", "0x\(function)")
-                    let multifunction = function == 0 && addresses.count > 1
-                    xml.element(
-                        "address",
-                        multifunction
-                            ? [
-                                "type": "pci", "domain": "0x0000", "bus": place.0, "slot": "0x00", "function": place.1,
-                                "multifunction": "on",
-                            ]
-                            : ["type": "pci", "domain": "0x0000", "bus": place.0, "slot": "0x00", "function": place.1])
-                }
-            }
-        }
-    }
-
-    private func pciAttributes(_ address: PciAddress) -> KeyValuePairs<String, String> {
-        [
-            "domain": "0x\(padded(address.domain, 4))", "bus": "0x\(padded(address.bus, 2))",
-            "slot": "0x\(padded(address.slot, 2))", "function": "0x\(address.function)",
-        ]
     }
 }
 

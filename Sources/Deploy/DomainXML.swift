@@ -14,6 +14,10 @@ package struct DomainXML: Sendable {
     package var domainType: String
     /// Devices to hand over, each the functions that stay together on one guest slot (`DeviceMatch.devices`).
     package var devices: [[PciFunction]] = []
+    /// vGPUs that exist, each on a guest slot of its own after the devices'.
+    package var vgpus: [DomainVgpu] = []
+    /// The host's memory nodes; pinning needs more than one.
+    package var numaNodes: [NumaNode] = []
     /// Ids of disks whose file system takes no O_DIRECT (`disksWithoutDirectIO`): those go through the page cache.
     package var bufferedDisks: Set<String> = []
     /// The host has swtpm (`tpmEmulatorInstalled`). Without, the VM's TPM is left out.
@@ -25,9 +29,12 @@ package struct DomainXML: Sendable {
         self.manifest = manifest
         self.options = options
         domainType = host.domainType
+        numaNodes = host.numaNodes
     }
 
     package static let metadataNamespace = "https://flotilla.dev/xmlns/domain/1"
+
+    static let qemuNamespace = "http://libvirt.org/schemas/domain/qemu/1.0"
 
     var vm: VirtualMachine { manifest.vm }
     var isKVM: Bool { domainType == "kvm" }
@@ -71,7 +78,12 @@ package struct DomainXML: Sendable {
         let uuid = try uuid()
         let digest = try manifestDigest(manifest)
         var xml = XMLWriter()
-        try xml.element("domain", ["type": domainType]) { xml in
+        let window = largeWindow
+        let needsArguments = window != nil && vm.firmware == .efi
+        try xml.element(
+            "domain",
+            needsArguments ? ["type": domainType, "xmlns:qemu": Self.qemuNamespace] : ["type": domainType]
+        ) { xml in
             xml.element("name", text: name)
             xml.element("uuid", text: uuid)
             let title = String(vm.name.prefix(256).map { $0.isNewline ? " " : $0 })
@@ -86,8 +98,8 @@ package struct DomainXML: Sendable {
                     ])
             }
             xml.element("memory", ["unit": "KiB"], text: "\(memory)")
-            writeMemoryLock(&xml, memory)
-            xml.element("vcpu", ["placement": "static"], text: "\(max(1, vm.cpu.count))")
+            writeMemory(&xml, memory)
+            writeCPUs(&xml)
             writeOS(&xml)
             writeFeatures(&xml)
             writeCPU(&xml)
@@ -104,18 +116,11 @@ package struct DomainXML: Sendable {
                 writeConsole(&xml)
                 writePlatform(&xml)
                 try writeHostdevs(&xml)
+                writeVgpus(&xml)
             }
+            if needsArguments, let window { writeFirmwareWindow(&xml, window) }
         }
         return xml.text
-    }
-
-    /// VFIO pins all guest memory, and the limit also bounds QEMU's own use: guest memory and 1 GiB per device.
-    private func writeMemoryLock(_ xml: inout XMLWriter, _ memory: UInt64) {
-        guard !devices.isEmpty else { return }
-        xml.element("memtune") { xml in
-            xml.element("hard_limit", ["unit": "KiB"], text: "\(memory + UInt64(devices.count) << 20)")
-        }
-        xml.element("memoryBacking") { $0.element("locked") }
     }
 
     private func writeOS(_ xml: inout XMLWriter) {

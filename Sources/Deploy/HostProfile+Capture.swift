@@ -23,8 +23,10 @@ package struct PoolFolder: Sendable {
 /// - Parameters:
 ///   - name: the worker's name.
 ///   - proc: where procfs is mounted.
+///   - gpuFolder: of the ledger and the vGPUs' records.
 package func hostProfile(
-    name: String, connection: LibvirtConnection, pools: [PoolFolder], sysfs: Sysfs = Sysfs(), proc: String = "/proc"
+    name: String, connection: LibvirtConnection, pools: [PoolFolder], sysfs: Sysfs = Sysfs(), proc: String = "/proc",
+    gpuFolder: String = GPULedger.folder
 ) throws -> HostProfile {
     var profile = HostProfile()
     profile.name = name
@@ -42,6 +44,16 @@ package func hostProfile(
     profile.bridges = sysfs.list("class/net").filter { sysfs.exists("class/net/\($0)/bridge") }
     profile.pools = pools.map(probe)
     profile.pciFunctions = try pciInventory(sysfs: sysfs, holders: vfioHolders(proc: proc))
+    addDetail(&profile.pciFunctions, sysfs: sysfs)
+    profile.numaNodes = numaNodes(sysfs: sysfs)
+    profile.vgpus = try VgpuHost(sysfs: sysfs, folder: gpuFolder).records().map { record in
+        .with {
+            $0.function = record.function
+            $0.physicalFunction = record.physical
+            $0.profile = record.profile
+            $0.migrationID = record.owner.migration
+        }
+    }
     profile.iommuEnabled = iommuEnabled(sysfs: sysfs)
     profile.vfioAvailable = vfioAvailable(sysfs: sysfs)
     try captureDomains(&profile, connection)

@@ -74,7 +74,7 @@ package final class LibvirtDomain: Sendable {
     }
 
     /// Sends a QMP command to the guest agent and returns its answer.
-    func agentCommand(_ command: String, seconds: Int32) throws -> String {
+    package func agentCommand(_ command: String, seconds: Int32) throws -> String {
         guard let answer = takeString(virDomainQemuAgentCommand(pointer, command, seconds, 0)) else {
             throw libvirtError("guest agent of domain \(name)")
         }

@@ -22,6 +22,13 @@ package enum Failpoint: String, CaseIterable, Sendable {
     case deployPermitted = "deploy.permitted"
     case deployDefined = "deploy.defined"
     case deployStarted = "deploy.started"
+    /// The devices are reserved and vGPUs made; no domain has them yet.
+    case deployClaimed = "deploy.claimed"
+    case deployUndefined = "undeploy.undefined"
+    /// A vGPU's record is written, the kernel was not asked yet; and right after it was; and after one is gone.
+    case gpuVgpuRecorded = "gpu.vgpu-recorded"
+    case gpuVgpuCreated = "gpu.vgpu-created"
+    case gpuVgpuDestroyed = "gpu.vgpu-destroyed"
     /// A journal of drivers was written, sysfs was not yet.
     case gpuJournaled = "gpu.journaled"
     /// Before every write to sysfs that moves a driver, and after the last.

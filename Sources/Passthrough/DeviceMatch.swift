@@ -15,6 +15,10 @@ package struct DeviceMatch: Sendable {
     package var entries: [Entry]
 
     package var findings: [Finding] { entries.flatMap(\.findings) }
+    /// The vGPUs to make.
+    package var vgpus: [AssignedDevice] {
+        entries.map(\.device).filter { if case .vgpu = $0.backing { true } else { false } }
+    }
     package var isComplete: Bool { entries.allSatisfy { $0.findings.isEmpty } }
 
     /// The devices to hand over, each a list of functions that stay together. None twice.
@@ -38,8 +42,9 @@ package func inUseBy(domain name: String) -> String { "domain \(name)" }
 ///
 /// - Parameter domain: the domain being deployed; devices it already holds count as free and are preferred, so that
 ///   a repeated deploy picks the same.
+/// - Parameter migration: whose vGPUs count as the domain's own.
 package func matchDevices(
-    _ wanted: [AssignedDevice], on host: HostProfile, for domain: String = ""
+    _ wanted: [AssignedDevice], on host: HostProfile, for domain: String = "", migration: String = ""
 ) -> DeviceMatch {
     let requests = DeviceRequest.group(wanted)
     let inventory = HostDevices(host, owner: domain)
@@ -75,6 +80,11 @@ package func matchDevices(
                     wanted[member], request, candidates[index], taken: taken, wantedAlike: requests)
             }
         }
+    }
+    let vgpus = wanted.indices.filter { if case .vgpu = wanted[$0].backing { true } else { false } }
+    for (index, findings) in zip(vgpus, vgpuFindings(vgpus.map { wanted[$0] }, on: host, taken: taken, for: migration))
+    {
+        entries[index].findings = findings
     }
     return DeviceMatch(entries: entries)
 }

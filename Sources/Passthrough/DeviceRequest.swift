@@ -11,6 +11,7 @@ struct DeviceRequest {
         var requests: [DeviceRequest] = []
         var slots: [String: Int] = [:]
         for (index, device) in wanted.enumerated() {
+            if case .vgpu = device.backing { continue }
             if case .passthrough(let backing) = device.backing, let address = PciAddress(backing.address) {
                 let slot = "\(backing.systemID) \(address.slotName)"
                 if let request = slots[slot] {
@@ -58,15 +59,12 @@ struct DeviceRequest {
 func unsupportedBacking(_ device: AssignedDevice) -> Finding? {
     let drop = "leave it out with `--gpu drop`, or give the VM a whole passthrough GPU on the source first"
     switch device.backing {
+    case .vgpu: return nil
     case .passthrough, .dynamic:
         guard device.allowedIDs.isEmpty else { return nil }
         return .blocked(
             device.id, "\(device.id): the source does not say which vendor and device id it is",
             remedy: "assign the device on the source again, or leave it out with `--gpu drop`")
-    case .vgpu(let vgpu):
-        return .blocked(
-            device.id, "\(device.id): the source has an NVIDIA vGPU (\(vgpu.profile)); this version can't create vGPUs",
-            remedy: drop)
     case .dvx(let dvx):
         return .blocked(
             device.id,

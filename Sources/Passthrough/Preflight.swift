@@ -141,7 +141,8 @@ package func deviceMatch(manifest: Manifest, options: DeployOptions, host: HostP
     guard options.gpu != .gpuDrop else { return DeviceMatch(entries: []) }
     let name = options.domainName(for: manifest.vm)
     let isOwn = host.domains.contains { $0.name == name && Passthrough.isOwn($0, manifest) }
-    return matchDevices(manifest.gpus + manifest.otherDevices, on: host, for: isOwn ? name : "")
+    let wanted = (manifest.gpus + manifest.otherDevices).map { mapped($0, by: options.gpuMappings) }
+    return matchDevices(wanted, on: host, for: isOwn ? name : "", migration: manifest.migrationID)
 }
 
 private func guestFindings(_ vm: VirtualMachine, _ options: DeployOptions) -> [Finding] {

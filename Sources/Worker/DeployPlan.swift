@@ -7,18 +7,31 @@ import Passthrough
 /// What a deploy will define, decided before anything changes. Looks at the host as it is now, not as it was when the
 /// migration was placed. Blocking.
 struct DeployPlan: Sendable {
-    let domain: DomainXML
+    var domain: DomainXML
     let deployment: Deployment
     let findings: [Finding]
     /// Where the serial console is recorded when it is needed as proof.
     let consoleLog: String
+    /// vGPUs to make for it; the domain has them once they are claimed.
+    let vgpus: [AssignedDevice]
+    var records: [VgpuRecord] = []
+    /// The host's, as they were when the plan was made.
+    let functions: [PciFunction]
+    let gpuFolder: String
 
     init(
         _ manifest: Manifest, _ options: DeployOptions, _ configuration: WorkerConfiguration, mode: DeployMode
     ) throws {
         try Self.requireDisksInPools(manifest, configuration, mustExist: mode != .dryRun)
         let connection = try LibvirtConnection(uri: configuration.libvirtURI)
-        let host = try hostProfile(name: configuration.host, connection: connection, pools: configuration.pools)
+        let host = try hostProfile(
+            name: configuration.host, connection: connection, pools: configuration.pools,
+            gpuFolder: configuration.gpuFolder)
+        if options.gpuCheck.visible, manifest.vm.isWindows {
+            throw MigrationError(
+                .unimplemented, "VM \(manifest.vm.name): a Windows guest can't be asked for its PCI devices yet",
+                hint: "migrate without --verify-gpu, and look in its device manager")
+        }
         var domain = DomainXML(manifest: manifest, options: options, host: host)
         let match = deviceMatch(manifest: manifest, options: options, host: host)
         guard match.isComplete else {
@@ -27,9 +40,12 @@ struct DeployPlan: Sendable {
                 hint: match.findings.first?.remedy)
         }
         domain.devices = match.devices
+        vgpus = match.vgpus
+        functions = host.pciFunctions
+        gpuFolder = configuration.gpuFolder
         domain.tpmEmulator = tpmEmulatorInstalled()
         if mode != .dryRun { domain.bufferedDisks = disksWithoutDirectIO(manifest) }
-        findings = placementFindings(domain)
+        findings = placementFindings(domain) + Self.vgpuFindings(vgpus, windows: manifest.vm.isWindows)
         consoleLog = "\(configuration.stateDirectory)/console/\(manifest.migrationID).log"
         if case .console = options.verification.method {
             domain.consoleLog = consoleLog
@@ -37,6 +53,21 @@ struct DeployPlan: Sendable {
         }
         self.domain = domain
         deployment = Deployment(connection: connection, migrationID: manifest.migrationID)
+    }
+
+    /// Of a dry run a vGPU's place is not known yet, so its document has none.
+    private static func vgpuFindings(_ vgpus: [AssignedDevice], windows: Bool) -> [Finding] {
+        vgpus.map { device in
+            let left = device.config.keys.filter { key in
+                key.hasPrefix("cfg.") && key != "cfg.gpu-pci-id"
+                    && vgpuParameters(of: [key: device.config[key] ?? ""]).isEmpty
+            }.sorted()
+            return .make(
+                .note, device.id,
+                "\(device.id) becomes a vGPU \(VgpuProfile(device.vgpu.profile)), which needs a license in the guest"
+                    + (left.isEmpty ? "" : "; not carried: \(left.joined(separator: ", "))"),
+                remedy: "place \(vgpuLicenseFiles(windows: windows).joined(separator: " and ")) in the guest")
+        }
     }
 
     /// A disk path in a message opens nothing but a file that lies directly in a pool.

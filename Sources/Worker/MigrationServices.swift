@@ -280,13 +280,25 @@ struct DeployHandler: DeployService.ServiceProtocol {
                     try DeployPlan(manifest, options, configuration, mode: request.mode)
                 }
                 guard request.mode == .deploy else { return (plan, LibvirtDomain?.none) }
+                let owner = plan.owner(fence: call.fence)
                 // With the digests and targets that the conversion added.
                 try await configuration.record(manifest)
                 try await permit("define-domain", call)
                 Failpoint.deployPermitted.hit()
-                let domain = try await blocking("deploy") { try plan.deployment.define(plan.domain) }
-                Failpoint.deployDefined.hit()
-                return (plan, domain)
+                return try await blocking("deploy") {
+                    var plan = plan
+                    try plan.claim(owner)
+                    Failpoint.deployClaimed.hit()
+                    do {
+                        let domain = try plan.deployment.define(plan.domain)
+                        Failpoint.deployDefined.hit()
+                        try plan.giveBackSurplus(owner)
+                        return (plan, domain)
+                    } catch {
+                        if plan.domain.hasHostDevices { try? plan.giveBackUnused(owner) }
+                        throw error
+                    }
+                }
             }
             var result = DeployResult()
             result.domainName = plan.domain.name
@@ -294,6 +306,15 @@ struct DeployHandler: DeployService.ServiceProtocol {
             result.manifestSha256 = try manifestDigest(manifest)
             result.devices = plan.domain.devices.flatMap { $0.map(\.address) }
             result.findings = plan.findings
+            result.vgpus = plan.records.map { record in
+                .with {
+                    $0.deviceID = record.device
+                    $0.profile = record.profile
+                    $0.function = record.function
+                    $0.uuid = record.uuid ?? ""
+                }
+            }
+            if !plan.vgpus.isEmpty { result.guestLicenseFiles = vgpuLicenseFiles(windows: manifest.vm.isWindows) }
             guard let domain = defined else {
                 switch request.mode {
                 case .dryRun: result.domainXml = try plan.domain.text()
@@ -311,10 +332,16 @@ struct DeployHandler: DeployService.ServiceProtocol {
             await announce()
             try await writer.step(domain.name, "defined as \(result.domainUuid)")
             if options.start {
-                try await blocking("deploy") { try domain.start() }
+                try await blocking("deploy") {
+                    do { try domain.start() } catch {
+                        try? plan.rollBack(plan.owner(fence: call.fence))
+                        throw error
+                    }
+                }
                 Failpoint.deployStarted.hit()
                 try await writer.step(domain.name, "started")
                 result.proof = try await verify(domain, plan, writer)
+                result.guestDevices = try await guestProof(domain, plan, writer)
             }
             result.domainState = try await blocking("deploy") { "\(try domain.state())" }
             try await writer.write(.with { [result] in $0.result = result })
@@ -325,7 +352,43 @@ struct DeployHandler: DeployService.ServiceProtocol {
     func undeploy(
         request: ServerRequest<UndeployRequest>, context: ServerContext
     ) async throws -> StreamingServerResponse<DeployUpdate> {
-        throw MigrationError(.unimplemented, "DeployService/Undeploy is not in this version")
+        let call = try CallIdentity(request.metadata)
+        guard !request.message.migrationID.isEmpty, call.task == "\(request.message.migrationID)-undeploy" else {
+            throw MigrationError(
+                .invalidArgument, "task \(call.task) is not the undeploy of migration '\(request.message.migrationID)'")
+        }
+        return StreamingServerResponse { writer in
+            let request = request.message
+            guard isValidDomainName(request.domainName) else {
+                throw MigrationError(.invalidArgument, "\"\(request.domainName)\" can't be a domain's name")
+            }
+            try await placement.with {
+                try await permit("undefine-domain", call)
+                try await blocking("undeploy") {
+                    try removeDeployment(
+                        of: request.domainName, migration: request.migrationID, fence: call.fence, configuration)
+                }
+            }
+            await announce()
+            try await writer.write(.with { $0.result.domainName = request.domainName })
+            return [:]
+        }
+    }
+
+    /// What the guest sees of its devices, when that was asked for.
+    private func guestProof(
+        _ domain: LibvirtDomain, _ plan: DeployPlan, _ writer: RPCWriter<DeployUpdate>
+    ) async throws -> [String] {
+        guard plan.domain.options.gpuCheck.visible else { return [] }
+        try await writer.step(domain.name, "asking the guest which devices it sees")
+        let seconds = plan.domain.options.verification.timeoutSeconds
+        let timeout = Duration.seconds(seconds == 0 ? 300 : Int(seconds))
+        return try await blockingCancellable("verify") { stop in
+            _ = try waitForAgent(domain, timeout: timeout, stop: stop, progress: { _ in })
+            let seen = try guestDevices(timeout: timeout, stop: stop) { try domain.agentCommand($0, seconds: 10) }
+            try requireVisible(plan.domain.devices.flatMap(\.self), vgpus: plan.domain.vgpus.count, in: seen)
+            return seen.map(\.text)
+        }
     }
 
     /// Waits for the proof that was asked for, and returns it.

@@ -81,7 +81,7 @@ package final class Worker: Sendable {
         let profile = try await blocking("inventory") {
             try hostProfile(
                 name: configuration.host, connection: LibvirtConnection(uri: configuration.libvirtURI),
-                pools: configuration.pools)
+                pools: configuration.pools, gpuFolder: configuration.gpuFolder)
         }
         try await transport.publishInventory(profile)
     }

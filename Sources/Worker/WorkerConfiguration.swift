@@ -4,6 +4,7 @@ import FlotillaProtocol
 import HostKit
 package import Messaging
 import MigrationModel
+import Passthrough
 import SwiftProtobuf
 
 /// What a worker is told about itself and its host. Nothing in a message can widen it.
@@ -20,6 +21,8 @@ package struct WorkerConfiguration: Sendable {
     package var transport: BusServerTransport.Settings
     /// How often the coordinator is told what the host is like.
     package var inventoryInterval = Duration.seconds(60)
+    /// Holds the ledger of devices and the records of vGPUs: one per host, whatever worker or command uses it.
+    package var gpuFolder = GPULedger.folder
     /// Shared by all conversions of this worker: together they read no faster.
     package var rateLimit: RateLimit?
     /// vCenter and ESXi servers whose VMs it may move.

@@ -14,6 +14,7 @@ import Testing
         var options = mapped()
         var domainType = "kvm"
         var devices: [[PciFunction]] = []
+        var vgpus: [DomainVgpu] = []
         var bufferedDisks: Set<String> = []
         var consoleLog: String?
     }
@@ -57,6 +58,26 @@ import Testing
         Case(
             testDescription: "gpu-audio", manifest: linuxVM { ($0.vm.firmware, $0.vm.hypervisorHidden) = (.efi, true) },
             devices: [[pci("0000:86:00.0"), pci("0000:86:00.1")], [pci("10000:e1:00.1")]]),
+        // 80 GB behind a register of 128 GiB, on the second node, with the firmware's window.
+        Case(
+            testDescription: "a100-efi",
+            manifest: linuxVM { ($0.vm.firmware, $0.vm.secureBoot, $0.vm.memory.bytes) = (.efi, true, 128 << 30) },
+            devices: [[pci("0000:ca:00.0", bars: 128 << 30 + 32 << 20, node: 1)]]),
+        Case(
+            testDescription: "a100-bios-hugepages", options: mapped { ($0.hugepages, $0.hideRom) = (true, true) },
+            devices: [
+                [pci("0000:3b:00.0", bars: 128 << 30 + 32 << 20, node: 0)],
+                [pci("0000:ca:00.0", bars: 128 << 30 + 32 << 20, node: 1)],
+            ]),
+        Case(
+            testDescription: "t4-mdev", manifest: linuxVM { $0.vm.firmware = .efi },
+            vgpus: [.mdev(uuid: "11111111-2222-8333-8444-555555555555")]),
+        Case(
+            testDescription: "l40s-vendor-windows", manifest: linuxVM { windows(&$0) },
+            vgpus: [.function(pci("0000:3b:00.4", bars: 32 << 30, node: 0))]),
+        Case(
+            testDescription: "h100-mig", manifest: linuxVM { $0.vm.firmware = .efi },
+            vgpus: [.function(pci("0000:4e:00.4", node: 1)), .function(pci("0000:4e:00.5", node: 1))]),
         Case(
             testDescription: "raw-buffered", manifest: linuxVM { $0.disks = [disk(0, .sata, format: "raw")] },
             bufferedDisks: ["disk0"]),
@@ -75,6 +96,8 @@ import Testing
     static func domain(_ test: Case, type: String? = nil) -> DomainXML {
         var domain = DomainXML(manifest: test.manifest, options: test.options, host: host(type ?? test.domainType))
         domain.devices = test.devices
+        domain.vgpus = test.vgpus
+        domain.numaNodes = twoNodes
         domain.bufferedDisks = test.bufferedDisks
         domain.consoleLog = test.consoleLog
         return domain

@@ -82,4 +82,11 @@ func mapped(_ change: (inout DeployOptions) -> Void = { _ in }) -> DeployOptions
     return options
 }
 
-func pci(_ address: String) -> PciFunction { .with { $0.address = address } }
+func pci(_ address: String, bars: UInt64 = 0, node: Int32 = -1) -> PciFunction {
+    .with { ($0.address, $0.largeBarBytes, $0.numaNode) = (address, bars, node) }
+}
+
+/// 16 CPUs and 64 GiB each.
+let twoNodes: [NumaNode] = (0..<2).map { id in
+    .with { ($0.id, $0.cpus, $0.memoryBytes) = (id, Array(id * 16..<id * 16 + 16), 64 << 30) }
+}

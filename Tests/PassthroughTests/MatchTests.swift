@@ -133,7 +133,7 @@ import Testing
                 wanted: .with {
                     $0.id = "gpu0"
                     $0.vgpu.profile = "grid_a100-40c"
-                }, host: gpuHost(), message: ["grid_a100-40c", "can't create vGPUs"], remedy: "`--gpu drop`"),
+                }, host: gpuHost(), message: ["no room for a vGPU A100-40C"], remedy: "--gpu-map"),
             Reason(
                 testDescription: "DVX",
                 wanted: .with {

@@ -6,6 +6,7 @@ struct GPUCommand: AsyncParsableCommand {
         discussion: "Needs no fleet. Everything that changes the host has --dry-run, and goes back.",
         subcommands: [
             GPUListCommand.self, GPUCheckCommand.self, GPUPrepareCommand.self, GPUBindCommand.self,
-            GPUReleaseCommand.self,
+            GPUReleaseCommand.self, GPUProfilesCommand.self, GPUCreateCommand.self, GPUDestroyCommand.self,
+            GPURestoreCommand.self,
         ])
 }

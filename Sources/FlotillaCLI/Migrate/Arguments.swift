@@ -1,6 +1,7 @@
 import ArgumentParser
 import Deploy
 import FlotillaProtocol
+import Passthrough
 import SwiftProtobuf
 
 enum DiskImageFormat: String, ExpressibleByArgument, CaseIterable {
@@ -49,6 +50,19 @@ struct NetworkArgument: ExpressibleByArgument {
     }
 }
 
+/// "10de:20f1=grid_a100-40c": a device's vendor and device id, or a vGPU profile, and what it becomes.
+struct GPUMapArgument: ExpressibleByArgument {
+    let mapping: GpuMapping
+
+    init?(argument: String) {
+        let sides = argument.split(separator: "=", omittingEmptySubsequences: false)
+        guard sides.count == 2, let source = GpuKind(parsing: String(sides[0])),
+            let target = GpuKind(parsing: String(sides[1]))
+        else { return nil }
+        mapping = .with { ($0.source, $0.target) = (source, target) }
+    }
+}
+
 enum VerifyArgument: ExpressibleByArgument, Equatable {
     case none
     case agent
@@ -93,6 +107,22 @@ struct MigrationOptions: ParsableArguments {
     @Option(help: "GPUs and other passthrough devices: require (all or nothing) or drop.")
     var gpu: GPUPolicyArgument = .require
 
+    @Option(
+        name: .customLong("gpu-map"),
+        help: ArgumentHelp(
+            "What a source's GPU becomes: VENDOR:DEVICE or a vGPU profile on either side. Repeatable (default: the same).",
+            valueName: "source=target"))
+    var gpuMap: [GPUMapArgument] = []
+
+    @Flag(help: "Back the guests' memory with the host's huge pages.")
+    var hugepages = false
+
+    @Flag(help: "Show the guests no option ROM of their devices.")
+    var hideROM = false
+
+    @Flag(help: "Ask the started guest's agent whether it sees its devices.")
+    var verifyGPU = false
+
     @Option(help: "Bus of the disks: virtio, scsi or sata (default: what suits the guest).")
     var diskBus: DiskBusArgument?
 
@@ -112,6 +142,7 @@ struct MigrationOptions: ParsableArguments {
     var dryRun = false
 
     func validate() throws {
+        if verifyGPU && !start { throw ValidationError("--verify-gpu needs --start") }
         if verify != .none && !start {
             throw ValidationError("--verify needs --start: there is nothing to watch otherwise")
         }
@@ -122,6 +153,10 @@ struct MigrationOptions: ParsableArguments {
         request.dryRun = dryRun
         request.options.networks = networks.map(\.mapping)
         request.options.gpu = gpu.policy
+        request.options.gpuMappings = gpuMap.map(\.mapping)
+        request.options.hugepages = hugepages
+        request.options.hideRom = hideROM
+        if verifyGPU { request.options.gpuCheck.visible = true }
         request.options.diskBus = diskBus?.bus ?? .unspecified
         request.options.keepUuid = !newUUID
         request.options.start = start

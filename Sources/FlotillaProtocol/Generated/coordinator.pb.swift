@@ -88,39 +88,57 @@ package nonisolated enum MigrationState: SwiftProtobuf.Enum, Swift.CaseIterable 
 
 }
 
-package nonisolated struct SubmitMigrationRequest: Sendable {
+package nonisolated struct SubmitMigrationRequest: @unchecked Sendable {
   // SwiftProtobuf.Message conformance is added in an extension below. See the
   // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
   // methods supported on all messages.
 
-  package var sourceURL: String = String()
+  package var sourceURL: String {
+    get {_storage._sourceURL}
+    set {_uniqueStorage()._sourceURL = newValue}
+  }
 
-  package var vmName: String = String()
+  package var vmName: String {
+    get {_storage._vmName}
+    set {_uniqueStorage()._vmName = newValue}
+  }
 
   /// Worker that runs all three tasks.
-  package var host: String = String()
+  package var host: String {
+    get {_storage._host}
+    set {_uniqueStorage()._host = newValue}
+  }
 
-  package var pool: String = String()
+  package var pool: String {
+    get {_storage._pool}
+    set {_uniqueStorage()._pool = newValue}
+  }
 
-  package var format: String = String()
+  package var format: String {
+    get {_storage._format}
+    set {_uniqueStorage()._format = newValue}
+  }
 
   package var options: DeployOptions {
-    get {_options ?? DeployOptions()}
-    set {_options = newValue}
+    get {_storage._options ?? DeployOptions()}
+    set {_uniqueStorage()._options = newValue}
   }
   /// Returns true if `options` has been explicitly set.
-  package var hasOptions: Bool {self._options != nil}
+  package var hasOptions: Bool {_storage._options != nil}
   /// Clears the value of `options`. Subsequent reads from it will return its default value.
-  package mutating func clearOptions() {self._options = nil}
+  package mutating func clearOptions() {_uniqueStorage()._options = nil}
 
   /// Stop after preflight: say what would be done.
-  package var dryRun: Bool = false
+  package var dryRun: Bool {
+    get {_storage._dryRun}
+    set {_uniqueStorage()._dryRun = newValue}
+  }
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
 
-  fileprivate var _options: DeployOptions? = nil
+  fileprivate var _storage = _StorageClass.defaultInstance
 }
 
 package nonisolated struct SubmitMigrationsRequest: Sendable {
@@ -782,61 +800,109 @@ nonisolated extension SubmitMigrationRequest: SwiftProtobuf.Message, SwiftProtob
   package static let protoMessageName: String = _protobuf_package + ".SubmitMigrationRequest"
   package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}source_url\0\u{3}vm_name\0\u{1}host\0\u{1}pool\0\u{1}format\0\u{1}options\0\u{3}dry_run\0")
 
+  fileprivate class _StorageClass {
+    var _sourceURL: String = String()
+    var _vmName: String = String()
+    var _host: String = String()
+    var _pool: String = String()
+    var _format: String = String()
+    var _options: DeployOptions? = nil
+    var _dryRun: Bool = false
+
+      // This property is used as the initial default value for new instances of the type.
+      // The type itself is protecting the reference to its storage via CoW semantics.
+      // This will force a copy to be made of this reference when the first mutation occurs;
+      // hence, it is safe to mark this as `nonisolated(unsafe)`.
+      static nonisolated(unsafe) let defaultInstance = _StorageClass()
+
+    private init() {}
+
+    init(copying source: _StorageClass) {
+      _sourceURL = source._sourceURL
+      _vmName = source._vmName
+      _host = source._host
+      _pool = source._pool
+      _format = source._format
+      _options = source._options
+      _dryRun = source._dryRun
+    }
+  }
+
+  fileprivate mutating func _uniqueStorage() -> _StorageClass {
+    if !isKnownUniquelyReferenced(&_storage) {
+      _storage = _StorageClass(copying: _storage)
+    }
+    return _storage
+  }
+
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
-    while let fieldNumber = try decoder.nextFieldNumber() {
-      // The use of inline closures is to circumvent an issue where the compiler
-      // allocates stack space for every case branch when no optimizations are
-      // enabled. https://github.com/apple/swift-protobuf/issues/1034
-      switch fieldNumber {
-      case 1: try { try decoder.decodeSingularStringField(value: &self.sourceURL) }()
-      case 2: try { try decoder.decodeSingularStringField(value: &self.vmName) }()
-      case 3: try { try decoder.decodeSingularStringField(value: &self.host) }()
-      case 4: try { try decoder.decodeSingularStringField(value: &self.pool) }()
-      case 5: try { try decoder.decodeSingularStringField(value: &self.format) }()
-      case 6: try { try decoder.decodeSingularMessageField(value: &self._options) }()
-      case 7: try { try decoder.decodeSingularBoolField(value: &self.dryRun) }()
-      default: break
+    _ = _uniqueStorage()
+    try withExtendedLifetime(_storage) { (_storage: _StorageClass) in
+      while let fieldNumber = try decoder.nextFieldNumber() {
+        // The use of inline closures is to circumvent an issue where the compiler
+        // allocates stack space for every case branch when no optimizations are
+        // enabled. https://github.com/apple/swift-protobuf/issues/1034
+        switch fieldNumber {
+        case 1: try { try decoder.decodeSingularStringField(value: &_storage._sourceURL) }()
+        case 2: try { try decoder.decodeSingularStringField(value: &_storage._vmName) }()
+        case 3: try { try decoder.decodeSingularStringField(value: &_storage._host) }()
+        case 4: try { try decoder.decodeSingularStringField(value: &_storage._pool) }()
+        case 5: try { try decoder.decodeSingularStringField(value: &_storage._format) }()
+        case 6: try { try decoder.decodeSingularMessageField(value: &_storage._options) }()
+        case 7: try { try decoder.decodeSingularBoolField(value: &_storage._dryRun) }()
+        default: break
+        }
       }
     }
   }
 
   package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
-    // The use of inline closures is to circumvent an issue where the compiler
-    // allocates stack space for every if/case branch local when no optimizations
-    // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
-    // https://github.com/apple/swift-protobuf/issues/1182
-    if !self.sourceURL.isEmpty {
-      try visitor.visitSingularStringField(value: self.sourceURL, fieldNumber: 1)
-    }
-    if !self.vmName.isEmpty {
-      try visitor.visitSingularStringField(value: self.vmName, fieldNumber: 2)
-    }
-    if !self.host.isEmpty {
-      try visitor.visitSingularStringField(value: self.host, fieldNumber: 3)
-    }
-    if !self.pool.isEmpty {
-      try visitor.visitSingularStringField(value: self.pool, fieldNumber: 4)
-    }
-    if !self.format.isEmpty {
-      try visitor.visitSingularStringField(value: self.format, fieldNumber: 5)
-    }
-    try { if let v = self._options {
-      try visitor.visitSingularMessageField(value: v, fieldNumber: 6)
-    } }()
-    if self.dryRun != false {
-      try visitor.visitSingularBoolField(value: self.dryRun, fieldNumber: 7)
+    try withExtendedLifetime(_storage) { (_storage: _StorageClass) in
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every if/case branch local when no optimizations
+      // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
+      // https://github.com/apple/swift-protobuf/issues/1182
+      if !_storage._sourceURL.isEmpty {
+        try visitor.visitSingularStringField(value: _storage._sourceURL, fieldNumber: 1)
+      }
+      if !_storage._vmName.isEmpty {
+        try visitor.visitSingularStringField(value: _storage._vmName, fieldNumber: 2)
+      }
+      if !_storage._host.isEmpty {
+        try visitor.visitSingularStringField(value: _storage._host, fieldNumber: 3)
+      }
+      if !_storage._pool.isEmpty {
+        try visitor.visitSingularStringField(value: _storage._pool, fieldNumber: 4)
+      }
+      if !_storage._format.isEmpty {
+        try visitor.visitSingularStringField(value: _storage._format, fieldNumber: 5)
+      }
+      try { if let v = _storage._options {
+        try visitor.visitSingularMessageField(value: v, fieldNumber: 6)
+      } }()
+      if _storage._dryRun != false {
+        try visitor.visitSingularBoolField(value: _storage._dryRun, fieldNumber: 7)
+      }
     }
     try unknownFields.traverse(visitor: &visitor)
   }
 
   package static func ==(lhs: SubmitMigrationRequest, rhs: SubmitMigrationRequest) -> Bool {
-    if lhs.sourceURL != rhs.sourceURL {return false}
-    if lhs.vmName != rhs.vmName {return false}
-    if lhs.host != rhs.host {return false}
-    if lhs.pool != rhs.pool {return false}
-    if lhs.format != rhs.format {return false}
-    if lhs._options != rhs._options {return false}
-    if lhs.dryRun != rhs.dryRun {return false}
+    if lhs._storage !== rhs._storage {
+      let storagesAreEqual: Bool = withExtendedLifetime((lhs._storage, rhs._storage)) { (_args: (_StorageClass, _StorageClass)) in
+        let _storage = _args.0
+        let rhs_storage = _args.1
+        if _storage._sourceURL != rhs_storage._sourceURL {return false}
+        if _storage._vmName != rhs_storage._vmName {return false}
+        if _storage._host != rhs_storage._host {return false}
+        if _storage._pool != rhs_storage._pool {return false}
+        if _storage._format != rhs_storage._format {return false}
+        if _storage._options != rhs_storage._options {return false}
+        if _storage._dryRun != rhs_storage._dryRun {return false}
+        return true
+      }
+      if !storagesAreEqual {return false}
+    }
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

@@ -211,11 +211,114 @@ package nonisolated struct DeployOptions: Sendable {
   /// Give the domain the source's BIOS UUID; otherwise libvirt makes a new one.
   package var keepUuid: Bool = false
 
+  /// What the source's GPUs become; one that none names stays the same id or profile. The first that fits counts.
+  package var gpuMappings: [GpuMapping] = []
+
+  /// Back the guest's memory with huge pages of the host.
+  package var hugepages: Bool = false
+
+  /// The guest sees no option ROM of its devices.
+  package var hideRom: Bool = false
+
+  package var gpuCheck: GpuCheck {
+    get {_gpuCheck ?? GpuCheck()}
+    set {_gpuCheck = newValue}
+  }
+  /// Returns true if `gpuCheck` has been explicitly set.
+  package var hasGpuCheck: Bool {self._gpuCheck != nil}
+  /// Clears the value of `gpuCheck`. Subsequent reads from it will return its default value.
+  package mutating func clearGpuCheck() {self._gpuCheck = nil}
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
 
   fileprivate var _verification: Verification? = nil
+  fileprivate var _gpuCheck: GpuCheck? = nil
+}
+
+package nonisolated struct GpuMapping: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var source: GpuKind {
+    get {_source ?? GpuKind()}
+    set {_source = newValue}
+  }
+  /// Returns true if `source` has been explicitly set.
+  package var hasSource: Bool {self._source != nil}
+  /// Clears the value of `source`. Subsequent reads from it will return its default value.
+  package mutating func clearSource() {self._source = nil}
+
+  package var target: GpuKind {
+    get {_target ?? GpuKind()}
+    set {_target = newValue}
+  }
+  /// Returns true if `target` has been explicitly set.
+  package var hasTarget: Bool {self._target != nil}
+  /// Clears the value of `target`. Subsequent reads from it will return its default value.
+  package mutating func clearTarget() {self._target = nil}
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+
+  fileprivate var _source: GpuKind? = nil
+  fileprivate var _target: GpuKind? = nil
+}
+
+/// A whole PCI device, or a vGPU.
+package nonisolated struct GpuKind: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var kind: GpuKind.OneOf_Kind? = nil
+
+  /// Vendor and device; the rest is not compared.
+  package var id: PciId {
+    get {
+      if case .id(let v)? = kind {return v}
+      return PciId()
+    }
+    set {kind = .id(newValue)}
+  }
+
+  /// vGPU profile in any of its spellings: "grid_a100-40c", "A100-40C", "NVIDIA A100-40C".
+  package var profile: String {
+    get {
+      if case .profile(let v)? = kind {return v}
+      return String()
+    }
+    set {kind = .profile(newValue)}
+  }
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package nonisolated enum OneOf_Kind: Equatable, Sendable {
+    /// Vendor and device; the rest is not compared.
+    case id(PciId)
+    /// vGPU profile in any of its spellings: "grid_a100-40c", "A100-40C", "NVIDIA A100-40C".
+    case profile(String)
+
+  }
+
+  package init() {}
+}
+
+/// What a started guest must show of its GPUs, asked through its agent.
+package nonisolated struct GpuCheck: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  /// Every handed over device is on the guest's PCI bus with its vendor and device id.
+  package var visible: Bool = false
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
 }
 
 package nonisolated struct NetworkMapping: Sendable {
@@ -383,6 +486,36 @@ package nonisolated struct DeployResult: Sendable {
   /// Of DRY_RUN only.
   package var domainXml: String = String()
 
+  package var vgpus: [AssignedVgpu] = []
+
+  /// What the guest showed of its devices: "10de:20f1" for each; empty when nothing was asked for.
+  package var guestDevices: [String] = []
+
+  /// Files that the guest needs for its vGPUs' license; convert or the administrator puts them there.
+  package var guestLicenseFiles: [String] = []
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+package nonisolated struct AssignedVgpu: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  /// The manifest's "gpu0".
+  package var deviceID: String = String()
+
+  /// As the host's driver names it: "NVIDIA A100-40C".
+  package var profile: String = String()
+
+  /// The physical or virtual function it lives on.
+  package var function: String = String()
+
+  /// Of a mediated device; empty on the vendor's VFIO path.
+  package var uuid: String = String()
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -450,7 +583,7 @@ nonisolated extension DeployRequest: SwiftProtobuf.Message, SwiftProtobuf._Messa
 
 nonisolated extension DeployOptions: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".DeployOptions"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}domain_name\0\u{1}networks\0\u{1}gpu\0\u{3}disk_bus\0\u{1}start\0\u{1}verification\0\u{3}keep_uuid\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}domain_name\0\u{1}networks\0\u{1}gpu\0\u{3}disk_bus\0\u{1}start\0\u{1}verification\0\u{3}keep_uuid\0\u{3}gpu_mappings\0\u{1}hugepages\0\u{3}hide_rom\0\u{3}gpu_check\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -465,6 +598,10 @@ nonisolated extension DeployOptions: SwiftProtobuf.Message, SwiftProtobuf._Messa
       case 5: try { try decoder.decodeSingularBoolField(value: &self.start) }()
       case 6: try { try decoder.decodeSingularMessageField(value: &self._verification) }()
       case 7: try { try decoder.decodeSingularBoolField(value: &self.keepUuid) }()
+      case 8: try { try decoder.decodeRepeatedMessageField(value: &self.gpuMappings) }()
+      case 9: try { try decoder.decodeSingularBoolField(value: &self.hugepages) }()
+      case 10: try { try decoder.decodeSingularBoolField(value: &self.hideRom) }()
+      case 11: try { try decoder.decodeSingularMessageField(value: &self._gpuCheck) }()
       default: break
       }
     }
@@ -496,6 +633,18 @@ nonisolated extension DeployOptions: SwiftProtobuf.Message, SwiftProtobuf._Messa
     if self.keepUuid != false {
       try visitor.visitSingularBoolField(value: self.keepUuid, fieldNumber: 7)
     }
+    if !self.gpuMappings.isEmpty {
+      try visitor.visitRepeatedMessageField(value: self.gpuMappings, fieldNumber: 8)
+    }
+    if self.hugepages != false {
+      try visitor.visitSingularBoolField(value: self.hugepages, fieldNumber: 9)
+    }
+    if self.hideRom != false {
+      try visitor.visitSingularBoolField(value: self.hideRom, fieldNumber: 10)
+    }
+    try { if let v = self._gpuCheck {
+      try visitor.visitSingularMessageField(value: v, fieldNumber: 11)
+    } }()
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -507,6 +656,141 @@ nonisolated extension DeployOptions: SwiftProtobuf.Message, SwiftProtobuf._Messa
     if lhs.start != rhs.start {return false}
     if lhs._verification != rhs._verification {return false}
     if lhs.keepUuid != rhs.keepUuid {return false}
+    if lhs.gpuMappings != rhs.gpuMappings {return false}
+    if lhs.hugepages != rhs.hugepages {return false}
+    if lhs.hideRom != rhs.hideRom {return false}
+    if lhs._gpuCheck != rhs._gpuCheck {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension GpuMapping: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".GpuMapping"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}source\0\u{1}target\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularMessageField(value: &self._source) }()
+      case 2: try { try decoder.decodeSingularMessageField(value: &self._target) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    // The use of inline closures is to circumvent an issue where the compiler
+    // allocates stack space for every if/case branch local when no optimizations
+    // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
+    // https://github.com/apple/swift-protobuf/issues/1182
+    try { if let v = self._source {
+      try visitor.visitSingularMessageField(value: v, fieldNumber: 1)
+    } }()
+    try { if let v = self._target {
+      try visitor.visitSingularMessageField(value: v, fieldNumber: 2)
+    } }()
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: GpuMapping, rhs: GpuMapping) -> Bool {
+    if lhs._source != rhs._source {return false}
+    if lhs._target != rhs._target {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension GpuKind: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".GpuKind"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}profile\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try {
+        var v: PciId?
+        var hadOneofValue = false
+        if let current = self.kind {
+          hadOneofValue = true
+          if case .id(let m) = current {v = m}
+        }
+        try decoder.decodeSingularMessageField(value: &v)
+        if let v = v {
+          if hadOneofValue {try decoder.handleConflictingOneOf()}
+          self.kind = .id(v)
+        }
+      }()
+      case 2: try {
+        var v: String?
+        try decoder.decodeSingularStringField(value: &v)
+        if let v = v {
+          if self.kind != nil {try decoder.handleConflictingOneOf()}
+          self.kind = .profile(v)
+        }
+      }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    // The use of inline closures is to circumvent an issue where the compiler
+    // allocates stack space for every if/case branch local when no optimizations
+    // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
+    // https://github.com/apple/swift-protobuf/issues/1182
+    switch self.kind {
+    case .id?: try {
+      guard case .id(let v)? = self.kind else { preconditionFailure() }
+      try visitor.visitSingularMessageField(value: v, fieldNumber: 1)
+    }()
+    case .profile?: try {
+      guard case .profile(let v)? = self.kind else { preconditionFailure() }
+      try visitor.visitSingularStringField(value: v, fieldNumber: 2)
+    }()
+    case nil: break
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: GpuKind, rhs: GpuKind) -> Bool {
+    if lhs.kind != rhs.kind {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension GpuCheck: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".GpuCheck"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}visible\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularBoolField(value: &self.visible) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if self.visible != false {
+      try visitor.visitSingularBoolField(value: self.visible, fieldNumber: 1)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: GpuCheck, rhs: GpuCheck) -> Bool {
+    if lhs.visible != rhs.visible {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -757,7 +1041,7 @@ nonisolated extension DeployUpdate: SwiftProtobuf.Message, SwiftProtobuf._Messag
 
 nonisolated extension DeployResult: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".DeployResult"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}domain_name\0\u{3}domain_uuid\0\u{3}domain_state\0\u{1}proof\0\u{1}devices\0\u{1}findings\0\u{3}manifest_sha256\0\u{3}domain_xml\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}domain_name\0\u{3}domain_uuid\0\u{3}domain_state\0\u{1}proof\0\u{1}devices\0\u{1}findings\0\u{3}manifest_sha256\0\u{3}domain_xml\0\u{1}vgpus\0\u{3}guest_devices\0\u{3}guest_license_files\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -773,6 +1057,9 @@ nonisolated extension DeployResult: SwiftProtobuf.Message, SwiftProtobuf._Messag
       case 6: try { try decoder.decodeRepeatedMessageField(value: &self.findings) }()
       case 7: try { try decoder.decodeSingularStringField(value: &self.manifestSha256) }()
       case 8: try { try decoder.decodeSingularStringField(value: &self.domainXml) }()
+      case 9: try { try decoder.decodeRepeatedMessageField(value: &self.vgpus) }()
+      case 10: try { try decoder.decodeRepeatedStringField(value: &self.guestDevices) }()
+      case 11: try { try decoder.decodeRepeatedStringField(value: &self.guestLicenseFiles) }()
       default: break
       }
     }
@@ -803,6 +1090,15 @@ nonisolated extension DeployResult: SwiftProtobuf.Message, SwiftProtobuf._Messag
     if !self.domainXml.isEmpty {
       try visitor.visitSingularStringField(value: self.domainXml, fieldNumber: 8)
     }
+    if !self.vgpus.isEmpty {
+      try visitor.visitRepeatedMessageField(value: self.vgpus, fieldNumber: 9)
+    }
+    if !self.guestDevices.isEmpty {
+      try visitor.visitRepeatedStringField(value: self.guestDevices, fieldNumber: 10)
+    }
+    if !self.guestLicenseFiles.isEmpty {
+      try visitor.visitRepeatedStringField(value: self.guestLicenseFiles, fieldNumber: 11)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -815,6 +1111,54 @@ nonisolated extension DeployResult: SwiftProtobuf.Message, SwiftProtobuf._Messag
     if lhs.findings != rhs.findings {return false}
     if lhs.manifestSha256 != rhs.manifestSha256 {return false}
     if lhs.domainXml != rhs.domainXml {return false}
+    if lhs.vgpus != rhs.vgpus {return false}
+    if lhs.guestDevices != rhs.guestDevices {return false}
+    if lhs.guestLicenseFiles != rhs.guestLicenseFiles {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension AssignedVgpu: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".AssignedVgpu"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}device_id\0\u{1}profile\0\u{1}function\0\u{1}uuid\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.deviceID) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.profile) }()
+      case 3: try { try decoder.decodeSingularStringField(value: &self.function) }()
+      case 4: try { try decoder.decodeSingularStringField(value: &self.uuid) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.deviceID.isEmpty {
+      try visitor.visitSingularStringField(value: self.deviceID, fieldNumber: 1)
+    }
+    if !self.profile.isEmpty {
+      try visitor.visitSingularStringField(value: self.profile, fieldNumber: 2)
+    }
+    if !self.function.isEmpty {
+      try visitor.visitSingularStringField(value: self.function, fieldNumber: 3)
+    }
+    if !self.uuid.isEmpty {
+      try visitor.visitSingularStringField(value: self.uuid, fieldNumber: 4)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: AssignedVgpu, rhs: AssignedVgpu) -> Bool {
+    if lhs.deviceID != rhs.deviceID {return false}
+    if lhs.profile != rhs.profile {return false}
+    if lhs.function != rhs.function {return false}
+    if lhs.uuid != rhs.uuid {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

@@ -138,11 +138,57 @@ package nonisolated struct HostProfile: @unchecked Sendable {
     set {_uniqueStorage()._domains = newValue}
   }
 
+  package var numaNodes: [NumaNode] {
+    get {_storage._numaNodes}
+    set {_uniqueStorage()._numaNodes = newValue}
+  }
+
+  /// Those that flotilla made.
+  package var vgpus: [HostVgpu] {
+    get {_storage._vgpus}
+    set {_uniqueStorage()._vgpus = newValue}
+  }
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
 
   fileprivate var _storage = _StorageClass.defaultInstance
+}
+
+package nonisolated struct NumaNode: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var id: UInt32 = 0
+
+  package var cpus: [UInt32] = []
+
+  package var memoryBytes: UInt64 = 0
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+package nonisolated struct HostVgpu: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  /// The function it lives on, and that one's physical function (the same without SR-IOV).
+  package var function: String = String()
+
+  package var physicalFunction: String = String()
+
+  package var profile: String = String()
+
+  package var migrationID: String = String()
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
 }
 
 package nonisolated struct Pool: Sendable {
@@ -186,48 +232,117 @@ package nonisolated struct DomainSummary: Sendable {
   package init() {}
 }
 
-package nonisolated struct PciFunction: Sendable {
+package nonisolated struct PciFunction: @unchecked Sendable {
   // SwiftProtobuf.Message conformance is added in an extension below. See the
   // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
   // methods supported on all messages.
 
   /// domain:bus:device.function, hexadecimal.
-  package var address: String = String()
+  package var address: String {
+    get {_storage._address}
+    set {_uniqueStorage()._address = newValue}
+  }
 
   package var id: PciId {
-    get {_id ?? PciId()}
-    set {_id = newValue}
+    get {_storage._id ?? PciId()}
+    set {_uniqueStorage()._id = newValue}
   }
   /// Returns true if `id` has been explicitly set.
-  package var hasID: Bool {self._id != nil}
+  package var hasID: Bool {_storage._id != nil}
   /// Clears the value of `id`. Subsequent reads from it will return its default value.
-  package mutating func clearID() {self._id = nil}
+  package mutating func clearID() {_uniqueStorage()._id = nil}
 
-  package var classCode: UInt32 = 0
+  package var classCode: UInt32 {
+    get {_storage._classCode}
+    set {_uniqueStorage()._classCode = newValue}
+  }
 
-  package var driver: String = String()
+  package var driver: String {
+    get {_storage._driver}
+    set {_uniqueStorage()._driver = newValue}
+  }
 
   /// -1: the function is in no IOMMU group.
-  package var iommuGroup: Int32 = 0
+  package var iommuGroup: Int32 {
+    get {_storage._iommuGroup}
+    set {_uniqueStorage()._iommuGroup = newValue}
+  }
 
-  package var bootVga: Bool = false
+  package var bootVga: Bool {
+    get {_storage._bootVga}
+    set {_uniqueStorage()._bootVga = newValue}
+  }
 
   /// Configuration header type is not 0: a bridge, never assignable.
-  package var bridge: Bool = false
+  package var bridge: Bool {
+    get {_storage._bridge}
+    set {_uniqueStorage()._bridge = newValue}
+  }
 
-  package var numaNode: Int32 = 0
+  package var numaNode: Int32 {
+    get {_storage._numaNode}
+    set {_uniqueStorage()._numaNode = newValue}
+  }
 
   /// Whether /dev/vfio/<group> is held by a process or the function by a domain.
-  package var inUseBy: String = String()
+  package var inUseBy: String {
+    get {_storage._inUseBy}
+    set {_uniqueStorage()._inUseBy = newValue}
+  }
 
   /// Addresses of functions that move together with this one: its slot's other functions and consumers.
-  package var companions: [String] = []
+  package var companions: [String] {
+    get {_storage._companions}
+    set {_uniqueStorage()._companions = newValue}
+  }
+
+  /// Together, of its 64-bit memory registers; 0 without one.
+  package var largeBarBytes: UInt64 {
+    get {_storage._largeBarBytes}
+    set {_uniqueStorage()._largeBarBytes = newValue}
+  }
+
+  /// Of a virtual function; else empty.
+  package var physicalFunction: String {
+    get {_storage._physicalFunction}
+    set {_uniqueStorage()._physicalFunction = newValue}
+  }
+
+  package var vgpuTypes: [VgpuType] {
+    get {_storage._vgpuTypes}
+    set {_uniqueStorage()._vgpuTypes = newValue}
+  }
+
+  /// A vGPU lives on it now.
+  package var hasVgpu_p: Bool {
+    get {_storage._hasVgpu_p}
+    set {_uniqueStorage()._hasVgpu_p = newValue}
+  }
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
 
-  fileprivate var _id: PciId? = nil
+  fileprivate var _storage = _StorageClass.defaultInstance
+}
+
+/// A vGPU profile that the driver offers on a function.
+package nonisolated struct VgpuType: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  /// "nvidia-558", or a number on the vendor's VFIO path.
+  package var id: String = String()
+
+  package var name: String = String()
+
+  /// How many more can be made there.
+  package var available: UInt32 = 0
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
 }
 
 package nonisolated struct InspectHostRequest: Sendable {
@@ -246,7 +361,7 @@ fileprivate nonisolated let _protobuf_package = "flotilla.v1"
 
 nonisolated extension HostProfile: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".HostProfile"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{3}captured_at\0\u{3}libvirt_uri\0\u{3}libvirt_version\0\u{1}hypervisor\0\u{3}hypervisor_version\0\u{3}domain_type\0\u{3}domain_type_reason\0\u{1}cpus\0\u{3}memory_bytes\0\u{1}pools\0\u{1}networks\0\u{1}bridges\0\u{3}pci_functions\0\u{3}iommu_enabled\0\u{1}kernel\0\u{3}vfio_available\0\u{3}efi_firmware\0\u{3}secure_boot_firmware\0\u{1}domains\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{3}captured_at\0\u{3}libvirt_uri\0\u{3}libvirt_version\0\u{1}hypervisor\0\u{3}hypervisor_version\0\u{3}domain_type\0\u{3}domain_type_reason\0\u{1}cpus\0\u{3}memory_bytes\0\u{1}pools\0\u{1}networks\0\u{1}bridges\0\u{3}pci_functions\0\u{3}iommu_enabled\0\u{1}kernel\0\u{3}vfio_available\0\u{3}efi_firmware\0\u{3}secure_boot_firmware\0\u{1}domains\0\u{3}numa_nodes\0\u{1}vgpus\0")
 
   fileprivate class _StorageClass {
     var _name: String = String()
@@ -269,6 +384,8 @@ nonisolated extension HostProfile: SwiftProtobuf.Message, SwiftProtobuf._Message
     var _efiFirmware: Bool = false
     var _secureBootFirmware: Bool = false
     var _domains: [DomainSummary] = []
+    var _numaNodes: [NumaNode] = []
+    var _vgpus: [HostVgpu] = []
 
       // This property is used as the initial default value for new instances of the type.
       // The type itself is protecting the reference to its storage via CoW semantics.
@@ -299,6 +416,8 @@ nonisolated extension HostProfile: SwiftProtobuf.Message, SwiftProtobuf._Message
       _efiFirmware = source._efiFirmware
       _secureBootFirmware = source._secureBootFirmware
       _domains = source._domains
+      _numaNodes = source._numaNodes
+      _vgpus = source._vgpus
     }
   }
 
@@ -337,6 +456,8 @@ nonisolated extension HostProfile: SwiftProtobuf.Message, SwiftProtobuf._Message
         case 18: try { try decoder.decodeSingularBoolField(value: &_storage._efiFirmware) }()
         case 19: try { try decoder.decodeSingularBoolField(value: &_storage._secureBootFirmware) }()
         case 20: try { try decoder.decodeRepeatedMessageField(value: &_storage._domains) }()
+        case 21: try { try decoder.decodeRepeatedMessageField(value: &_storage._numaNodes) }()
+        case 22: try { try decoder.decodeRepeatedMessageField(value: &_storage._vgpus) }()
         default: break
         }
       }
@@ -409,6 +530,12 @@ nonisolated extension HostProfile: SwiftProtobuf.Message, SwiftProtobuf._Message
       if !_storage._domains.isEmpty {
         try visitor.visitRepeatedMessageField(value: _storage._domains, fieldNumber: 20)
       }
+      if !_storage._numaNodes.isEmpty {
+        try visitor.visitRepeatedMessageField(value: _storage._numaNodes, fieldNumber: 21)
+      }
+      if !_storage._vgpus.isEmpty {
+        try visitor.visitRepeatedMessageField(value: _storage._vgpus, fieldNumber: 22)
+      }
     }
     try unknownFields.traverse(visitor: &visitor)
   }
@@ -438,10 +565,97 @@ nonisolated extension HostProfile: SwiftProtobuf.Message, SwiftProtobuf._Message
         if _storage._efiFirmware != rhs_storage._efiFirmware {return false}
         if _storage._secureBootFirmware != rhs_storage._secureBootFirmware {return false}
         if _storage._domains != rhs_storage._domains {return false}
+        if _storage._numaNodes != rhs_storage._numaNodes {return false}
+        if _storage._vgpus != rhs_storage._vgpus {return false}
         return true
       }
       if !storagesAreEqual {return false}
     }
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension NumaNode: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".NumaNode"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}cpus\0\u{3}memory_bytes\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularUInt32Field(value: &self.id) }()
+      case 2: try { try decoder.decodeRepeatedUInt32Field(value: &self.cpus) }()
+      case 3: try { try decoder.decodeSingularUInt64Field(value: &self.memoryBytes) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if self.id != 0 {
+      try visitor.visitSingularUInt32Field(value: self.id, fieldNumber: 1)
+    }
+    if !self.cpus.isEmpty {
+      try visitor.visitPackedUInt32Field(value: self.cpus, fieldNumber: 2)
+    }
+    if self.memoryBytes != 0 {
+      try visitor.visitSingularUInt64Field(value: self.memoryBytes, fieldNumber: 3)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: NumaNode, rhs: NumaNode) -> Bool {
+    if lhs.id != rhs.id {return false}
+    if lhs.cpus != rhs.cpus {return false}
+    if lhs.memoryBytes != rhs.memoryBytes {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension HostVgpu: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".HostVgpu"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}function\0\u{3}physical_function\0\u{1}profile\0\u{3}migration_id\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.function) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.physicalFunction) }()
+      case 3: try { try decoder.decodeSingularStringField(value: &self.profile) }()
+      case 4: try { try decoder.decodeSingularStringField(value: &self.migrationID) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.function.isEmpty {
+      try visitor.visitSingularStringField(value: self.function, fieldNumber: 1)
+    }
+    if !self.physicalFunction.isEmpty {
+      try visitor.visitSingularStringField(value: self.physicalFunction, fieldNumber: 2)
+    }
+    if !self.profile.isEmpty {
+      try visitor.visitSingularStringField(value: self.profile, fieldNumber: 3)
+    }
+    if !self.migrationID.isEmpty {
+      try visitor.visitSingularStringField(value: self.migrationID, fieldNumber: 4)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: HostVgpu, rhs: HostVgpu) -> Bool {
+    if lhs.function != rhs.function {return false}
+    if lhs.physicalFunction != rhs.physicalFunction {return false}
+    if lhs.profile != rhs.profile {return false}
+    if lhs.migrationID != rhs.migrationID {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -544,7 +758,168 @@ nonisolated extension DomainSummary: SwiftProtobuf.Message, SwiftProtobuf._Messa
 
 nonisolated extension PciFunction: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".PciFunction"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}address\0\u{1}id\0\u{3}class_code\0\u{1}driver\0\u{3}iommu_group\0\u{3}boot_vga\0\u{1}bridge\0\u{3}numa_node\0\u{3}in_use_by\0\u{1}companions\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}address\0\u{1}id\0\u{3}class_code\0\u{1}driver\0\u{3}iommu_group\0\u{3}boot_vga\0\u{1}bridge\0\u{3}numa_node\0\u{3}in_use_by\0\u{1}companions\0\u{3}large_bar_bytes\0\u{3}physical_function\0\u{3}vgpu_types\0\u{3}has_vgpu\0")
+
+  fileprivate class _StorageClass {
+    var _address: String = String()
+    var _id: PciId? = nil
+    var _classCode: UInt32 = 0
+    var _driver: String = String()
+    var _iommuGroup: Int32 = 0
+    var _bootVga: Bool = false
+    var _bridge: Bool = false
+    var _numaNode: Int32 = 0
+    var _inUseBy: String = String()
+    var _companions: [String] = []
+    var _largeBarBytes: UInt64 = 0
+    var _physicalFunction: String = String()
+    var _vgpuTypes: [VgpuType] = []
+    var _hasVgpu_p: Bool = false
+
+      // This property is used as the initial default value for new instances of the type.
+      // The type itself is protecting the reference to its storage via CoW semantics.
+      // This will force a copy to be made of this reference when the first mutation occurs;
+      // hence, it is safe to mark this as `nonisolated(unsafe)`.
+      static nonisolated(unsafe) let defaultInstance = _StorageClass()
+
+    private init() {}
+
+    init(copying source: _StorageClass) {
+      _address = source._address
+      _id = source._id
+      _classCode = source._classCode
+      _driver = source._driver
+      _iommuGroup = source._iommuGroup
+      _bootVga = source._bootVga
+      _bridge = source._bridge
+      _numaNode = source._numaNode
+      _inUseBy = source._inUseBy
+      _companions = source._companions
+      _largeBarBytes = source._largeBarBytes
+      _physicalFunction = source._physicalFunction
+      _vgpuTypes = source._vgpuTypes
+      _hasVgpu_p = source._hasVgpu_p
+    }
+  }
+
+  fileprivate mutating func _uniqueStorage() -> _StorageClass {
+    if !isKnownUniquelyReferenced(&_storage) {
+      _storage = _StorageClass(copying: _storage)
+    }
+    return _storage
+  }
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    _ = _uniqueStorage()
+    try withExtendedLifetime(_storage) { (_storage: _StorageClass) in
+      while let fieldNumber = try decoder.nextFieldNumber() {
+        // The use of inline closures is to circumvent an issue where the compiler
+        // allocates stack space for every case branch when no optimizations are
+        // enabled. https://github.com/apple/swift-protobuf/issues/1034
+        switch fieldNumber {
+        case 1: try { try decoder.decodeSingularStringField(value: &_storage._address) }()
+        case 2: try { try decoder.decodeSingularMessageField(value: &_storage._id) }()
+        case 3: try { try decoder.decodeSingularUInt32Field(value: &_storage._classCode) }()
+        case 4: try { try decoder.decodeSingularStringField(value: &_storage._driver) }()
+        case 5: try { try decoder.decodeSingularInt32Field(value: &_storage._iommuGroup) }()
+        case 6: try { try decoder.decodeSingularBoolField(value: &_storage._bootVga) }()
+        case 7: try { try decoder.decodeSingularBoolField(value: &_storage._bridge) }()
+        case 8: try { try decoder.decodeSingularInt32Field(value: &_storage._numaNode) }()
+        case 9: try { try decoder.decodeSingularStringField(value: &_storage._inUseBy) }()
+        case 10: try { try decoder.decodeRepeatedStringField(value: &_storage._companions) }()
+        case 11: try { try decoder.decodeSingularUInt64Field(value: &_storage._largeBarBytes) }()
+        case 12: try { try decoder.decodeSingularStringField(value: &_storage._physicalFunction) }()
+        case 13: try { try decoder.decodeRepeatedMessageField(value: &_storage._vgpuTypes) }()
+        case 14: try { try decoder.decodeSingularBoolField(value: &_storage._hasVgpu_p) }()
+        default: break
+        }
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    try withExtendedLifetime(_storage) { (_storage: _StorageClass) in
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every if/case branch local when no optimizations
+      // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
+      // https://github.com/apple/swift-protobuf/issues/1182
+      if !_storage._address.isEmpty {
+        try visitor.visitSingularStringField(value: _storage._address, fieldNumber: 1)
+      }
+      try { if let v = _storage._id {
+        try visitor.visitSingularMessageField(value: v, fieldNumber: 2)
+      } }()
+      if _storage._classCode != 0 {
+        try visitor.visitSingularUInt32Field(value: _storage._classCode, fieldNumber: 3)
+      }
+      if !_storage._driver.isEmpty {
+        try visitor.visitSingularStringField(value: _storage._driver, fieldNumber: 4)
+      }
+      if _storage._iommuGroup != 0 {
+        try visitor.visitSingularInt32Field(value: _storage._iommuGroup, fieldNumber: 5)
+      }
+      if _storage._bootVga != false {
+        try visitor.visitSingularBoolField(value: _storage._bootVga, fieldNumber: 6)
+      }
+      if _storage._bridge != false {
+        try visitor.visitSingularBoolField(value: _storage._bridge, fieldNumber: 7)
+      }
+      if _storage._numaNode != 0 {
+        try visitor.visitSingularInt32Field(value: _storage._numaNode, fieldNumber: 8)
+      }
+      if !_storage._inUseBy.isEmpty {
+        try visitor.visitSingularStringField(value: _storage._inUseBy, fieldNumber: 9)
+      }
+      if !_storage._companions.isEmpty {
+        try visitor.visitRepeatedStringField(value: _storage._companions, fieldNumber: 10)
+      }
+      if _storage._largeBarBytes != 0 {
+        try visitor.visitSingularUInt64Field(value: _storage._largeBarBytes, fieldNumber: 11)
+      }
+      if !_storage._physicalFunction.isEmpty {
+        try visitor.visitSingularStringField(value: _storage._physicalFunction, fieldNumber: 12)
+      }
+      if !_storage._vgpuTypes.isEmpty {
+        try visitor.visitRepeatedMessageField(value: _storage._vgpuTypes, fieldNumber: 13)
+      }
+      if _storage._hasVgpu_p != false {
+        try visitor.visitSingularBoolField(value: _storage._hasVgpu_p, fieldNumber: 14)
+      }
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: PciFunction, rhs: PciFunction) -> Bool {
+    if lhs._storage !== rhs._storage {
+      let storagesAreEqual: Bool = withExtendedLifetime((lhs._storage, rhs._storage)) { (_args: (_StorageClass, _StorageClass)) in
+        let _storage = _args.0
+        let rhs_storage = _args.1
+        if _storage._address != rhs_storage._address {return false}
+        if _storage._id != rhs_storage._id {return false}
+        if _storage._classCode != rhs_storage._classCode {return false}
+        if _storage._driver != rhs_storage._driver {return false}
+        if _storage._iommuGroup != rhs_storage._iommuGroup {return false}
+        if _storage._bootVga != rhs_storage._bootVga {return false}
+        if _storage._bridge != rhs_storage._bridge {return false}
+        if _storage._numaNode != rhs_storage._numaNode {return false}
+        if _storage._inUseBy != rhs_storage._inUseBy {return false}
+        if _storage._companions != rhs_storage._companions {return false}
+        if _storage._largeBarBytes != rhs_storage._largeBarBytes {return false}
+        if _storage._physicalFunction != rhs_storage._physicalFunction {return false}
+        if _storage._vgpuTypes != rhs_storage._vgpuTypes {return false}
+        if _storage._hasVgpu_p != rhs_storage._hasVgpu_p {return false}
+        return true
+      }
+      if !storagesAreEqual {return false}
+    }
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension VgpuType: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".VgpuType"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}name\0\u{1}available\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -552,70 +927,31 @@ nonisolated extension PciFunction: SwiftProtobuf.Message, SwiftProtobuf._Message
       // allocates stack space for every case branch when no optimizations are
       // enabled. https://github.com/apple/swift-protobuf/issues/1034
       switch fieldNumber {
-      case 1: try { try decoder.decodeSingularStringField(value: &self.address) }()
-      case 2: try { try decoder.decodeSingularMessageField(value: &self._id) }()
-      case 3: try { try decoder.decodeSingularUInt32Field(value: &self.classCode) }()
-      case 4: try { try decoder.decodeSingularStringField(value: &self.driver) }()
-      case 5: try { try decoder.decodeSingularInt32Field(value: &self.iommuGroup) }()
-      case 6: try { try decoder.decodeSingularBoolField(value: &self.bootVga) }()
-      case 7: try { try decoder.decodeSingularBoolField(value: &self.bridge) }()
-      case 8: try { try decoder.decodeSingularInt32Field(value: &self.numaNode) }()
-      case 9: try { try decoder.decodeSingularStringField(value: &self.inUseBy) }()
-      case 10: try { try decoder.decodeRepeatedStringField(value: &self.companions) }()
+      case 1: try { try decoder.decodeSingularStringField(value: &self.id) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      case 3: try { try decoder.decodeSingularUInt32Field(value: &self.available) }()
       default: break
       }
     }
   }
 
   package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
-    // The use of inline closures is to circumvent an issue where the compiler
-    // allocates stack space for every if/case branch local when no optimizations
-    // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
-    // https://github.com/apple/swift-protobuf/issues/1182
-    if !self.address.isEmpty {
-      try visitor.visitSingularStringField(value: self.address, fieldNumber: 1)
+    if !self.id.isEmpty {
+      try visitor.visitSingularStringField(value: self.id, fieldNumber: 1)
     }
-    try { if let v = self._id {
-      try visitor.visitSingularMessageField(value: v, fieldNumber: 2)
-    } }()
-    if self.classCode != 0 {
-      try visitor.visitSingularUInt32Field(value: self.classCode, fieldNumber: 3)
+    if !self.name.isEmpty {
+      try visitor.visitSingularStringField(value: self.name, fieldNumber: 2)
     }
-    if !self.driver.isEmpty {
-      try visitor.visitSingularStringField(value: self.driver, fieldNumber: 4)
-    }
-    if self.iommuGroup != 0 {
-      try visitor.visitSingularInt32Field(value: self.iommuGroup, fieldNumber: 5)
-    }
-    if self.bootVga != false {
-      try visitor.visitSingularBoolField(value: self.bootVga, fieldNumber: 6)
-    }
-    if self.bridge != false {
-      try visitor.visitSingularBoolField(value: self.bridge, fieldNumber: 7)
-    }
-    if self.numaNode != 0 {
-      try visitor.visitSingularInt32Field(value: self.numaNode, fieldNumber: 8)
-    }
-    if !self.inUseBy.isEmpty {
-      try visitor.visitSingularStringField(value: self.inUseBy, fieldNumber: 9)
-    }
-    if !self.companions.isEmpty {
-      try visitor.visitRepeatedStringField(value: self.companions, fieldNumber: 10)
+    if self.available != 0 {
+      try visitor.visitSingularUInt32Field(value: self.available, fieldNumber: 3)
     }
     try unknownFields.traverse(visitor: &visitor)
   }
 
-  package static func ==(lhs: PciFunction, rhs: PciFunction) -> Bool {
-    if lhs.address != rhs.address {return false}
-    if lhs._id != rhs._id {return false}
-    if lhs.classCode != rhs.classCode {return false}
-    if lhs.driver != rhs.driver {return false}
-    if lhs.iommuGroup != rhs.iommuGroup {return false}
-    if lhs.bootVga != rhs.bootVga {return false}
-    if lhs.bridge != rhs.bridge {return false}
-    if lhs.numaNode != rhs.numaNode {return false}
-    if lhs.inUseBy != rhs.inUseBy {return false}
-    if lhs.companions != rhs.companions {return false}
+  package static func ==(lhs: VgpuType, rhs: VgpuType) -> Bool {
+    if lhs.id != rhs.id {return false}
+    if lhs.name != rhs.name {return false}
+    if lhs.available != rhs.available {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

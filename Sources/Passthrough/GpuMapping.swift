@@ -1,0 +1,104 @@
+package import FlotillaProtocol
+import SwiftProtobuf
+import MigrationModel
+
+/// The device as it is to be on the target: the first mapping whose source fits it decides, without one it stays what it is.
+/// Its settings stay with it.
+package func mapped(_ device: AssignedDevice, by mappings: [GpuMapping]) -> AssignedDevice {
+    guard let target = mappings.first(where: { $0.source.fits(device) })?.target.kind else { return device }
+    var result = device
+    switch target {
+    case .id(let id):
+        result.dynamic = .with { $0.allowed = [id] }
+        result.name = ""
+    case .profile(let profile): result.vgpu = .with { $0.profile = profile }
+    }
+    return result
+}
+
+extension GpuKind {
+    fileprivate func fits(_ device: AssignedDevice) -> Bool {
+        switch (kind, device.backing) {
+        case (.id(let id), .passthrough), (.id(let id), .dynamic):
+            device.allowedIDs.contains { $0.vendor == id.vendor && $0.device == id.device }
+        case (.profile(let profile), .vgpu(let vgpu)): VgpuProfile(profile) == VgpuProfile(vgpu.profile)
+        default: false
+        }
+    }
+
+    /// "10de:20f1" is a device, anything else a profile.
+    package init?(parsing text: String) {
+        self.init()
+        let parts = text.split(separator: ":", omittingEmptySubsequences: false)
+        if parts.count == 2 {
+            guard parts.allSatisfy({ $0.utf8.count == 4 }), let vendor = UInt32(parts[0], radix: 16), vendor != 0,
+                let device = UInt32(parts[1], radix: 16)
+            else { return nil }
+            id = .with { ($0.vendor, $0.device) = (vendor, device) }
+            return
+        }
+        let allowed = text.unicodeScalars.allSatisfy {
+            $0.isASCII
+                && ($0.properties.isAlphabetic || $0.properties.numericType != nil || " _-".unicodeScalars.contains($0))
+        }
+        guard allowed, text.contains("-"), text.utf8.count <= 64 else { return nil }
+        profile = text
+    }
+}
+
+/// Findings for each wanted vGPU, in order; empty for those that have room. Judged on the profile of the host: how full each
+/// GPU is when the vGPU is made decides in the end.
+///
+/// - Parameters:
+///   - taken: functions that go to the VM as a whole.
+///   - migration: whose vGPUs of an earlier attempt serve again.
+func vgpuFindings(
+    _ wanted: [AssignedDevice], on host: HostProfile, taken: Set<String>, for migration: String
+) -> [[Finding]] {
+    var kept = host.vgpus.filter { !migration.isEmpty && $0.migrationID == migration }.map { VgpuProfile($0.profile) }
+    var used: [VgpuProfile: UInt32] = [:]
+    return wanted.map { device in
+        let profile = VgpuProfile(device.vgpu.profile)
+        if let index = kept.firstIndex(of: profile) {
+            kept.remove(at: index)
+            return []
+        }
+        let room = host.room(for: profile, besides: taken)
+        let before = used[profile, default: 0]
+        used[profile] = before + 1
+        guard before >= room else { return [] }
+        let names = Set(host.pciFunctions.flatMap { $0.vgpuTypes.filter { $0.available > 0 }.map(\.name) }).sorted()
+        let there = host.vgpus.filter { VgpuProfile($0.profile) == profile }
+            .map {
+                "\($0.function) has one for \($0.migrationID.isEmpty ? "no migration" : "migration \($0.migrationID)")"
+            }
+        let message =
+            room > 0
+            ? "host \(host.name) has room for \(room) vGPU\(room == 1 ? "" : "s") \(profile), and more are wanted"
+            : "host \(host.name) has no room for a vGPU \(profile)"
+                + (there.isEmpty ? "" : " (\(there.joined(separator: ", ")))")
+        return [
+            .blocked(
+                device.id, "\(device.id): \(message)",
+                remedy: names.isEmpty
+                    ? "turn the GPU's virtual functions on (flotilla gpu profiles --enable ADDRESS), choose another host, "
+                        + "or map the profile to a device with --gpu-map"
+                    : "choose another host, or map it with --gpu-map to one of \(names.joined(separator: ", "))")
+        ]
+    }
+}
+
+extension HostProfile {
+    /// How many vGPUs of this profile could be made if nothing else were.
+    package func room(for profile: VgpuProfile, besides taken: Set<String> = []) -> UInt32 {
+        pciFunctions.reduce(0) { sum, function in
+            guard !taken.contains(function.address), !taken.contains(function.physicalFunction),
+                !function.inUseBy.hasPrefix("domain "),
+                function.physicalFunction.isEmpty || !function.hasVgpu_p,
+                let type = function.vgpuTypes.first(where: { VgpuProfile($0.name) == profile })
+            else { return sum }
+            // A virtual function holds one, whatever its parent has left.
+            return sum + (function.physicalFunction.isEmpty ? type.available : min(1, type.available))
+        }
+    }
+}

@@ -1,0 +1,164 @@
+import FlotillaProtocol
+import HostKit
+import MigrationModel
+
+/// Makes and destroys vGPUs of this host: time-sliced and MIG-backed, as mediated devices or on the vendor's VFIO path.
+///
+/// One caller at a time, by a lock between processes. What is about to be made is on disk before the kernel is asked, and
+/// success means that sysfs says so when read back. Blocks for the vendor's driver and programs.
+package struct VgpuHost: Sendable {
+    let sysfs: Sysfs
+    let kernel: any SysfsWriter
+    let tools: VgpuTools
+    let store: VgpuRecords
+    let ledger: GPULedger
+    private let lock: String
+
+    /// - Parameter folder: of the records and the lock; the ledger lies there too.
+    package init(
+        sysfs: Sysfs = Sysfs(), kernel: (any SysfsWriter)? = nil, tools: VgpuTools = VgpuTools(),
+        folder: String = GPULedger.folder, ledger: GPULedger? = nil
+    ) {
+        self.sysfs = sysfs
+        self.kernel = kernel ?? KernelWriter(sysfs)
+        self.tools = tools
+        self.ledger = ledger ?? GPULedger(folder: folder)
+        store = VgpuRecords(path: "\(folder)/vgpus.json")
+        lock = "\(folder)/vgpus.lock"
+    }
+
+    /// All that flotilla made here, in the order they were made.
+    package func records() throws -> [VgpuRecord] { try store.read() }
+
+    /// Every function that can hold vGPUs, in address order.
+    package func places() -> [VgpuPlace] {
+        sysfs.list("bus/pci/devices").compactMap(PciAddress.init).sorted().compactMap { VgpuPlace($0, sysfs: sysfs) }
+    }
+
+    /// Makes a vGPU of this profile for `owner`'s `device`, or returns the one that is there from before.
+    ///
+    /// - Parameters:
+    ///   - gpu: physical function to make it on; nil: whichever has room.
+    ///   - parameters: "name=value" for the driver, from `vgpuParameters`.
+    /// - Throws: `resourceExhausted` when no GPU has room, naming who has the vGPUs there are; `aborted` for a stale fence.
+    package func create(
+        _ profile: VgpuProfile, for owner: GPUOwner, device: String, on gpu: PciAddress? = nil,
+        parameters: [String] = []
+    ) throws -> VgpuRecord {
+        try exclusively {
+            if let known = try store.read().first(where: { $0.owner.isSame(as: owner) && $0.device == device }) {
+                // Also checks the fence.
+                if let resource = known.resource { try ledger.reserve([resource], for: owner) }
+                if VgpuProfile(known.profile) == profile, known.phase != .destroying, exists(known) {
+                    var kept = known
+                    (kept.owner, kept.phase) = (owner, .present)
+                    try store.put(kept)
+                    return kept
+                }
+                try remove(known, as: owner)
+            }
+            if let gpu { try enableVirtualFunctions(of: gpu) }
+            var failure: MigrationError?
+            // Read again after every attempt: the offers change.
+            for _ in 0..<2 {
+                for place in candidates(for: profile, on: gpu) {
+                    guard let type = place.type(of: profile) else { continue }
+                    do {
+                        return try make(type, at: place, for: owner, device: device, parameters)
+                    } catch let error as MigrationError where error.code != .aborted {
+                        failure = failure ?? error
+                    }
+                }
+                guard failure == nil, let instance = profile.gpuInstance else { break }
+                try addInstance(instance, on: gpu)
+            }
+            throw try failure ?? noRoom(for: profile, on: gpu)
+        }
+    }
+
+    /// Destroys what the owner's migration has, or only its `device`. What is gone already is fine.
+    package func destroy(of owner: GPUOwner, device: String? = nil) throws {
+        try exclusively {
+            for record in try store.read()
+            where record.owner.isSame(as: owner) && (device.map { record.device == $0 } ?? true) {
+                try remove(record, as: owner)
+            }
+        }
+    }
+
+    /// Makes again what a reboot took, at the places where it was: domains name those. Returns what was made.
+    ///
+    /// - Throws: the first failure, after trying all.
+    @discardableResult
+    package func restore() throws -> [VgpuRecord] {
+        try exclusively {
+            var made: [VgpuRecord] = []
+            var failure: (any Error)?
+            for record in try store.read() where !exists(record) {
+                do {
+                    guard record.phase == .present else {
+                        try remove(record, as: record.owner)
+                        continue
+                    }
+                    if let physical = PciAddress(record.physical), record.physical != record.function {
+                        try enableVirtualFunctions(of: physical)
+                    }
+                    if let instance = VgpuProfile(record.profile).gpuInstance,
+                        place(of: record)?.types().isEmpty ?? true
+                    {
+                        try addInstance(instance, on: PciAddress(record.physical))
+                    }
+                    guard let place = place(of: record), let type = place.type(of: VgpuProfile(record.profile)) else {
+                        throw MigrationError(
+                            .failedPrecondition, "\(record.function) offers no \(record.profile) after the reboot",
+                            hint: "check that the vendor's vGPU host driver is loaded")
+                    }
+                    try write(record, type: type.id, at: place)
+                    made.append(record)
+                } catch { failure = failure ?? error }
+            }
+            if let failure { throw failure }
+            return made
+        }
+    }
+
+    package func exclusively<Value>(_ body: () throws -> Value) throws -> Value {
+        try Files.createDirectories(Files.parent(of: lock), mode: 0o700)
+        return try FileLock.holding(lock, body)
+    }
+
+    /// GPUs that have vGPUs already come first: an empty one stays free for another size, or to be handed over whole.
+    private func candidates(for profile: VgpuProfile, on gpu: PciAddress?) -> [VgpuPlace] {
+        let all = places().filter { gpu == nil || $0.physical == gpu }
+        let used = Set(all.filter { !$0.mediatedDevices.isEmpty || $0.currentType != nil }.map(\.physical))
+        let free = all.filter { !$0.isOccupied && $0.type(of: profile) != nil }
+        return free.filter { used.contains($0.physical) } + free.filter { !used.contains($0.physical) }
+    }
+
+    private func addInstance(_ name: String, on gpu: PciAddress?) throws {
+        let all = places()
+        var failure: (any Error)?
+        for physical in Set(all.map(\.physical)).sorted() where gpu == nil || physical == gpu {
+            let mine = all.filter { $0.physical == physical }
+            let isEmpty = mine.allSatisfy { $0.mediatedDevices.isEmpty && $0.currentType == nil }
+            do {
+                return try MIGInstances(tools: tools, gpu: physical).add(name, mayRearrange: isEmpty)
+            } catch { failure = failure ?? error }
+        }
+        if let failure { throw failure }
+    }
+
+    private func noRoom(for profile: VgpuProfile, on gpu: PciAddress?) throws -> MigrationError {
+        let all = places().filter { gpu == nil || $0.physical == gpu }
+        let owners = try store.read().filter { record in all.contains { "\($0.function)" == record.function } }
+            .map { "\($0.profile) on \($0.function) for \($0.owner)" }
+        let offers = Set(all.flatMap { $0.types().filter { $0.available > 0 }.map(\.name) }).sorted()
+        let there = owners.isEmpty ? "" : "; there are \(owners.joined(separator: ", "))"
+        return MigrationError(
+            .resourceExhausted,
+            "no GPU of this host has room for a vGPU \(profile)\(there)",
+            hint: offers.isEmpty
+                ? "enable the virtual functions: flotilla gpu profiles --enable ADDRESS"
+                : "now it can make \(offers.joined(separator: ", "))")
+    }
+}

@@ -1,0 +1,46 @@
+/// A vGPU profile, whatever it is spelled like: VMware's "grid_a100-40c", an mdev's "GRID A100-40C", the vendor path's
+/// "NVIDIA A100-40C".
+///
+/// Source: NVIDIA's vGPU user guide, "Virtual GPU Types": <board>-<GB><series>, and <board>-<slices>-<GB><series>[ME] for
+/// those on a MIG instance.
+package struct VgpuProfile: Hashable, Sendable, CustomStringConvertible {
+    /// "a100-40c", "a100-1-5c".
+    package let key: String
+
+    package init(_ name: String) {
+        key = vgpuProfileKey(name).filter { !$0.isWhitespace }
+    }
+
+    package var description: String { key.uppercased() }
+
+    /// The GPU instance it needs, in nvidia-smi's words: "1g.5gb", "1g.5gb+me". Nil for a time-sliced profile.
+    package var gpuInstance: String? {
+        let parts = key.split(separator: "-")
+        guard parts.count >= 3, let slices = Int(parts[parts.count - 2]), (1...7).contains(slices),
+            let last = parts.last
+        else { return nil }
+        let size = last.prefix(while: \.isNumber)
+        let rest = last.dropFirst(size.count)
+        guard !size.isEmpty, let series = rest.first, "cqba".contains(series) else { return nil }
+        return "\(slices)g.\(size)gb" + (rest.dropFirst() == "me" ? "+me" : "")
+    }
+}
+
+/// vGPU parameters (vgpu_params) of a source's `pciPassthruN.cfg.*` that mean the same on KVM, as "name=value".
+/// `gpu-pci-id` names a slot of the source's host and is never among them.
+///
+/// Source: NVIDIA's vGPU user guide, "Setting vGPU Plugin Parameters".
+package func vgpuParameters(of config: [String: String]) -> [String] {
+    let same = ["enable_uvm", "enable_debugging", "enable_profiling", "frame_rate_limiter"]
+    return same.compactMap { name in
+        guard let value = config["cfg.\(name)"].flatMap({ UInt8($0) }), value <= 1 else { return nil }
+        return "\(name)=\(value)"
+    }
+}
+
+/// Where the guest looks for its license. A token's content is the site's and travels with the convert stage.
+package func vgpuLicenseFiles(windows: Bool) -> [String] {
+    windows
+        ? [#"C:\Program Files\NVIDIA Corporation\vGPU Licensing\ClientConfigToken\client_configuration_token.tok"#]
+        : ["/etc/nvidia/gridd.conf", "/etc/nvidia/ClientConfigToken/client_configuration_token.tok"]
+}

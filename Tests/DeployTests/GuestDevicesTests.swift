@@ -1,0 +1,57 @@
+import Deploy
+import FlotillaProtocol
+import Foundation
+import HostKit
+import MigrationModel
+import SwiftProtobuf
+import Testing
+
+/// The question to the guest against a stand-in agent.
+@Suite struct GuestDevicesTests {
+    static func agent(_ output: String, exit: Int = 0, after polls: Int = 2) -> (String) throws -> String {
+        var left = polls
+        return { command in
+            if command.contains(#""guest-exec","#) { return #"{"return":{"pid":42}}"# }
+            left -= 1
+            if left > 0 { return #"{"return":{"exited":false}}"# }
+            let data = Data(output.utf8).base64EncodedString()
+            return #"{"return":{"exited":true,"exitcode":\#(exit),"out-data":"\#(data)"}}"#
+        }
+    }
+
+    func a100(_ address: String) -> PciFunction {
+        .with {
+            $0.address = address
+            $0.id = .with { ($0.vendor, $0.device) = (0x10de, 0x20f1) }
+        }
+    }
+
+    @Test func countsByVendorAndDevice() throws {
+        let seen = try guestDevices(
+            timeout: .seconds(5), stop: StopFlag(),
+            ask: Self.agent("0x8086 0x29c0\n0x10de 0x20f1\nrubbish\n0x10de 0x20f1\n"))
+        #expect(seen.map(\.text) == ["8086:29c0", "10de:20f1", "10de:20f1"])
+        try requireVisible([a100("0000:3b:00.0"), a100("0000:5e:00.0")], vgpus: 0, in: seen)
+        try requireVisible([a100("0000:3b:00.0")], vgpus: 1, in: seen)
+        let error = #expect(throws: MigrationError.self) {
+            try requireVisible([a100("0000:3b:00.0"), a100("0000:5e:00.0")], vgpus: 1, in: seen)
+        }
+        #expect(error?.message.contains("1 of 1 vGPUs") == true)
+        let third = #expect(throws: MigrationError.self) {
+            try requireVisible([a100("0000:3b:00.0"), a100("0000:5e:00.0"), a100("0000:af:00.0")], vgpus: 0, in: seen)
+        }
+        #expect(third?.message.contains("10de:20f1 (0000:af:00.0 on the host)") == true)
+    }
+
+    @Test func refusalsOfTheAgent() {
+        for (agent, code) in [
+            (Self.agent("", exit: 127), MigrationError.Code.failedPrecondition), ({ _ in "{}" }, .failedPrecondition),
+            (Self.agent("", after: 1_000_000), .deadlineExceeded),
+        ] {
+            let error = #expect(throws: MigrationError.self) {
+                try guestDevices(timeout: .milliseconds(250), stop: StopFlag(), ask: agent)
+            }
+            #expect(error?.code == code)
+        }
+    }
+}

@@ -1,0 +1,135 @@
+import Glibc
+import HostKit
+import MigrationModel
+import Passthrough
+import TestKit
+
+/// A tree with NVIDIA's vGPU attributes as its user guide lays them out, the driver behind them, and stand-ins for the
+/// vendor's programs. No NVIDIA card was at hand.
+struct VgpuMachine: Sendable {
+    let folder: TemporaryFolder
+    let sysfs: Sysfs
+    let kernel: VgpuKernel
+    let tools: VgpuTools
+
+    init(_ kernel: (Sysfs) -> VgpuKernel = { VgpuKernel(sysfs: $0) }) throws {
+        folder = try TemporaryFolder("sys/bus/pci/devices", "sys/bus/mdev/devices", "bin", "state")
+        sysfs = Sysfs(root: "\(folder.path)/sys")
+        self.kernel = kernel(sysfs)
+        tools = VgpuTools(folders: ["\(folder.path)/bin"])
+    }
+
+    func host() -> VgpuHost {
+        VgpuHost(sysfs: sysfs, kernel: kernel, tools: tools, folder: "\(folder.path)/state")
+    }
+
+    var ledger: GPULedger { GPULedger(folder: "\(folder.path)/state") }
+
+    func put(_ attribute: String, _ text: String) throws { try kernel.set(attribute, text) }
+
+    func program(_ name: String, _ script: String) throws {
+        try Files.writeAtomically(
+            Array(
+                "#!/bin/sh\nS=\(folder.path)/sys D=\(folder.path)\necho \"\(name) $*\" >> $D/calls\n\(script)\n".utf8),
+            to: "\(folder.path)/bin/\(name)", mode: 0o755)
+    }
+
+    var calls: [String] {
+        let bytes = (try? Files.read("\(folder.path)/calls")) ?? []
+        return String(decoding: bytes, as: UTF8.self).split(separator: "\n").map(String.init)
+    }
+
+    func function(_ address: String, _ extra: [String: String] = [:]) throws {
+        try put("bus/pci/devices/\(address)/vendor", "0x10de\n")
+        for (name, text) in extra { try put("bus/pci/devices/\(address)/\(name)", text) }
+    }
+
+    /// A physical function whose virtual ones appear by `sriov-manage -e`.
+    func vendorGPU(_ bus: String, types: [String], virtualFunctions: Int = 3) throws {
+        let gpu = "0000:\(bus):00.0"
+        try function(gpu, ["sriov_totalvfs": "\(virtualFunctions)\n", "sriov_numvfs": "0\n"])
+        let list = types.joined(separator: "\\n")
+        try program(
+            "sriov-manage",
+            """
+            [ "$1" = -e ] || exit 2
+            for n in $(seq 1 \(virtualFunctions)); do
+              v=$S/bus/pci/devices/${2%.0}.$n; mkdir -p $v/nvidia; echo 0x10de > $v/vendor
+              ln -s ../$2 $v/physfn; ln -s ../${2%.0}.$n $S/bus/pci/devices/$2/virtfn$((n-1))
+              printf '\(list)\\n' > $v/nvidia/creatable_vgpu_types; echo 0 > $v/nvidia/current_vgpu_type
+              : > $v/nvidia/vgpu_params
+            done
+            """)
+    }
+
+    func mdevGPU(_ gpu: String, _ types: [(id: String, name: String, available: Int)]) throws {
+        try function(gpu)
+        for type in types {
+            let folder = "bus/pci/devices/\(gpu)/mdev_supported_types/\(type.id)"
+            try put("\(folder)/name", "\(type.name)\n")
+            try put("\(folder)/available_instances", "\(type.available)\n")
+            try put("\(folder)/create", "")
+        }
+    }
+}
+
+struct VgpuKernel: SysfsWriter {
+    let sysfs: Sysfs
+    /// These functions take a type without an error, and don't.
+    var deaf: Set<String> = []
+    /// vGPUs that a GPU holds on the vendor's path.
+    var capacity = 2
+
+    func set(_ attribute: String, _ text: String) throws {
+        let path = sysfs.path(attribute)
+        try Files.createDirectories(Files.parent(of: path))
+        try Files.writeAtomically(Array(text.utf8), to: path)
+    }
+
+    func write(_ text: String, to attribute: String) throws {
+        let value = text.hasSuffix("\n") ? String(text.dropLast()) : text
+        let parts = attribute.split(separator: "/").map(String.init)
+        if attribute.hasSuffix("/create") {
+            let folder = Files.parent(of: attribute)
+            let left = sysfs.number("\(folder)/available_instances") ?? 0
+            guard left > 0 else { throw MigrationError(.internal, "no space left on device") }
+            try set("\(folder)/available_instances", "\(left - 1)\n")
+            try set("bus/pci/devices/\(parts[3])/\(value)/type", "\(folder)\n")
+            try set("bus/mdev/devices/\(value)/parent", "\(parts[3]) \(folder)\n")
+            try set("bus/mdev/devices/\(value)/nvidia/vgpu_params", "")
+        } else if attribute.hasSuffix("/remove") {
+            let parent = (sysfs.text("bus/mdev/devices/\(parts[3])/parent") ?? "").split(separator: " ").map(
+                String.init)
+            let left = sysfs.number("\(parent[1])/available_instances") ?? 0
+            try set("\(parent[1])/available_instances", "\(left + 1)\n")
+            try Files.remove(sysfs.path("bus/mdev/devices/\(parts[3])"))
+            try Files.remove(sysfs.path("bus/pci/devices/\(parent[0])/\(parts[3])"))
+        } else if attribute.hasSuffix("/current_vgpu_type") {
+            if !deaf.contains(parts[3]) { try set(attribute, text) }
+            try fill()
+        } else {
+            guard Files.exists(sysfs.path(attribute)) else { throw MigrationError(.notFound, "no \(attribute)") }
+            try set(attribute, text)
+        }
+    }
+
+    /// A full GPU offers nothing any more; one in use offers only what it holds already (time-sliced, equal sizes).
+    private func fill() throws {
+        let functions = sysfs.list("bus/pci/devices").filter {
+            sysfs.exists("bus/pci/devices/\($0)/nvidia/current_vgpu_type")
+        }
+        for function in functions {
+            let parent = sysfs.linkName("bus/pci/devices/\(function)/physfn")
+            let siblings = functions.filter { sysfs.linkName("bus/pci/devices/\($0)/physfn") == parent }
+            let used = siblings.filter { sysfs.text("bus/pci/devices/\($0)/nvidia/current_vgpu_type") != "0" }
+            let list = "bus/pci/devices/\(function)/nvidia/creatable_vgpu_types"
+            if !sysfs.exists("\(list).all") {
+                try set("\(list).all", String(decoding: sysfs.bytes(list) ?? [], as: UTF8.self))
+            }
+            let all = String(decoding: sysfs.bytes("\(list).all") ?? [], as: UTF8.self).split(separator: "\n")
+            let type = used.first.flatMap { sysfs.text("bus/pci/devices/\($0)/nvidia/current_vgpu_type") }
+            let offered = used.count >= capacity ? [] : all.filter { type == nil || $0.contains(type ?? "") }
+            try set(list, offered.map { "\($0)\n" }.joined())
+        }
+    }
+}

@@ -1,0 +1,236 @@
+import FlotillaProtocol
+import HostKit
+import MigrationModel
+import Passthrough
+import SwiftProtobuf
+import TestKit
+import Testing
+
+@Suite struct VgpuTests {
+    let web = GPUOwner(domain: "web", migration: "m-1", fence: 1)
+    let render = GPUOwner(domain: "render", migration: "m-2", fence: 1)
+
+    @Test(arguments: ["grid_a100-40c", "GRID A100-40C", "NVIDIA A100-40C", "A100-40c"])
+    func spellingsOfOneProfile(_ name: String) {
+        #expect(VgpuProfile(name) == VgpuProfile("a100-40c") && VgpuProfile(name).gpuInstance == nil)
+    }
+
+    @Test(arguments: [
+        ("A100-1-5C", "1g.5gb"), ("grid_a100-7-40c", "7g.40gb"), ("H100-1-10CME", "1g.10gb+me"),
+        ("A100D-2-20C", "2g.20gb"),
+    ])
+    func profilesOfInstances(_ name: String, _ instance: String) {
+        #expect(VgpuProfile(name).gpuInstance == instance)
+    }
+
+    @Test func parametersThatMeanTheSame() {
+        let config = [
+            "cfg.enable_uvm": "1", "cfg.gpu-pci-id": "0000:3b:00.0", "cfg.frame_rate_limiter": "7\n", "msi": "1",
+        ]
+        #expect(vgpuParameters(of: config) == ["enable_uvm=1"])
+    }
+
+    /// Both forms of the list; the second virtual function goes to the second owner, the third finds no room.
+    @Test(arguments: [
+        ["NVIDIA L40S-24Q 1150", "NVIDIA L40S-12Q 1149"], ["1150 : NVIDIA L40S-24Q", "1149 : NVIDIA L40S-12Q"],
+    ])
+    func vendorPath(_ types: [String]) throws {
+        let machine = try VgpuMachine()
+        try machine.vendorGPU("3b", types: ["ID    : vGPU Name"] + types)
+        let gpu = try #require(PciAddress("0000:3b:00.0"))
+        let host = machine.host()
+        #expect(host.places().isEmpty)
+        let first = try host.create(
+            VgpuProfile("grid_l40s-24q"), for: web, device: "gpu0", on: gpu, parameters: ["enable_uvm=1"])
+        #expect(machine.calls == ["sriov-manage -e 0000:3b:00.0"])
+        #expect(first.function == "0000:3b:00.1" && first.typeID == "1150" && first.uuid == nil)
+        #expect(machine.sysfs.text("bus/pci/devices/0000:3b:00.1/nvidia/current_vgpu_type") == "1150")
+        #expect(machine.sysfs.text("bus/pci/devices/0000:3b:00.1/nvidia/vgpu_params") == "enable_uvm=1")
+        // The same again is the same.
+        #expect(try host.create(VgpuProfile("NVIDIA L40S-24Q"), for: web, device: "gpu0").function == first.function)
+        let second = try host.create(VgpuProfile("L40S-24Q"), for: render, device: "gpu0")
+        #expect(second.function == "0000:3b:00.2")
+        let full = failure {
+            try host.create(
+                VgpuProfile("L40S-24Q"), for: GPUOwner(domain: "c", migration: "m-3", fence: 1), device: "gpu0")
+        }
+        #expect(full?.code == .resourceExhausted && full?.message.contains("domain web (migration m-1)") == true)
+        #expect(try machine.ledger.reservations().map(\.resource.key) == ["pci:0000:3b:00.1", "pci:0000:3b:00.2"])
+
+        try host.destroy(of: web)
+        #expect(machine.sysfs.text("bus/pci/devices/0000:3b:00.1/nvidia/current_vgpu_type") == "0")
+        #expect(try machine.ledger.reservations().count == 1 && host.records().map(\.owner) == [render])
+        // A later attempt has the say.
+        _ = try host.create(
+            VgpuProfile("L40S-24Q"), for: GPUOwner(domain: "web", migration: "m-1", fence: 3), device: "gpu0")
+        #expect(failure { try host.destroy(of: web) }?.code == .aborted)
+    }
+
+    @Test func aTypeThatDidNotTakeIsNoVgpu() throws {
+        let machine = try VgpuMachine { VgpuKernel(sysfs: $0, deaf: ["0000:3b:00.1", "0000:3b:00.2", "0000:3b:00.3"]) }
+        try machine.vendorGPU("3b", types: ["NVIDIA A40-2Q 558"])
+        let error = failure {
+            try machine.host().create(VgpuProfile("A40-2Q"), for: web, device: "gpu0", on: PciAddress("0000:3b:00.0"))
+        }
+        #expect(error?.message.contains("did not become a NVIDIA A40-2Q") == true, "\(error?.message ?? "")")
+        #expect(try machine.host().records().isEmpty && machine.ledger.reservations().isEmpty)
+    }
+
+    @Test func mediatedDevices() throws {
+        let machine = try VgpuMachine()
+        try machine.mdevGPU("0000:af:00.0", [("nvidia-222", "GRID T4-4Q", 2), ("nvidia-223", "GRID T4-8Q", 1)])
+        try machine.program("mdevctl", "exit 0")
+        let host = machine.host()
+        let vgpu = try host.create(VgpuProfile("grid_t4-4q"), for: web, device: "gpu0")
+        let uuid = try #require(vgpu.uuid)
+        #expect(machine.calls == ["mdevctl define --auto --uuid \(uuid)"] && vgpu.isInMdevctl)
+        _ = try host.create(VgpuProfile("grid_t4-4q"), for: web, device: "gpu1")
+        #expect(
+            failure { try host.create(VgpuProfile("T4-4Q"), for: render, device: "gpu0") }?.code == .resourceExhausted)
+        // The card as a whole can't go to another meanwhile.
+        let whole = GPUResource(function: try #require(PciAddress("0000:af:00.0")))
+        #expect(failure { try machine.ledger.reserve([whole], for: render) }?.message.contains("domain web") == true)
+        try host.destroy(of: web)
+        #expect(machine.sysfs.list("bus/mdev/devices").isEmpty && machine.calls.last?.contains("undefine") == true)
+        #expect(try machine.ledger.reservations().isEmpty)
+    }
+
+    @Test func aRebootTakesThemAndRestoreBringsThemBack() throws {
+        let machine = try VgpuMachine()
+        try machine.vendorGPU("3b", types: ["NVIDIA A40-2Q 558"])
+        let gpu = PciAddress("0000:3b:00.0")
+        let made = try machine.host().create(VgpuProfile("A40-2Q"), for: web, device: "gpu0", on: gpu)
+        for n in 1...3 { try Files.remove(machine.sysfs.path("bus/pci/devices/0000:3b:00.\(n)")) }
+        for n in 0...2 { try Files.remove(machine.sysfs.path("bus/pci/devices/0000:3b:00.0/virtfn\(n)")) }
+        #expect(try machine.host().restore() == [made])
+        #expect(machine.sysfs.text("bus/pci/devices/\(made.function)/nvidia/current_vgpu_type") == "558")
+        #expect(try machine.host().restore().isEmpty)
+    }
+
+    /// A GPU whose instances fit in one order only: 3 slices must begin at 0 or 4, so the small one has to come after.
+    @Test func instancesInAnotherOrder() throws {
+        let machine = try VgpuMachine()
+        try machine.mdevGPU("0000:3b:00.0", [])
+        try machine.put("bus/pci/devices/0000:3b:00.0/mdev_supported_types/nvidia-1/name", "GRID A100-3-20C\n")
+        try machine.put("bus/pci/devices/0000:3b:00.0/mdev_supported_types/nvidia-1/available_instances", "0\n")
+        try machine.put("bus/pci/devices/0000:3b:00.0/mdev_supported_types/nvidia-1/create", "")
+        try machine.put("have", "19\n")
+        try machine.program(
+            "nvidia-smi",
+            """
+            T=$S/bus/pci/devices/0000:3b:00.0/mdev_supported_types/nvidia-1
+            case "$*" in
+            *-lgip*) echo '|   0  MIG 1g.5gb       19     0/7        4.75       No     14     0     0   |'
+                     echo '|   0  MIG 3g.20gb       9     0/2        19.62      No     42     3     0   |';;
+            *-lgi*) n=7; for p in $(cat $S/have); do [ $p = 19 ] && m=1g.5gb || m=3g.20gb
+                     echo "|   0  MIG $m       $p        $n          0:1     |"; n=$((n+1)); done;;
+            *-dci*) exit 0;;
+            *-dgi*) : > $S/have;;
+            *"-cgi 9,19 -C") echo 9 19 > $S/have; echo 1 > $T/available_instances;;
+            *"-cgi 19 -C") [ -s $S/have ] && exit 1; echo 19 > $S/have;;
+            *) echo 'Insufficient Resources'; exit 1;;
+            esac
+            """)
+        let vgpu = try machine.host().create(VgpuProfile("A100-3-20C"), for: web, device: "gpu0")
+        #expect(vgpu.typeID == "nvidia-1" && machine.sysfs.text("have") == "9 19")
+        #expect(!vgpu.isInMdevctl)
+        let missing = failure { try machine.host().create(VgpuProfile("A100-2-10C"), for: render, device: "gpu0") }
+        #expect(missing?.message.contains("no GPU instance profile 2g.10gb") == true, "\(missing?.message ?? "")")
+    }
+
+    @Test func mixedSizesOnlyWhileEmpty() throws {
+        let machine = try VgpuMachine()
+        try machine.vendorGPU("3b", types: ["NVIDIA A40-2Q 558"])
+        try machine.program("nvidia-smi", "exit 0")
+        let gpu = try #require(PciAddress("0000:3b:00.0"))
+        try machine.host().allowMixedSizes(on: gpu)
+        #expect(machine.calls.last == "nvidia-smi vgpu -i 0000:3b:00.0 -shm 1")
+        _ = try machine.host().create(VgpuProfile("A40-2Q"), for: web, device: "gpu0")
+        #expect(failure { try machine.host().allowMixedSizes(on: gpu) }?.message.contains("0000:3b:00.1") == true)
+    }
+
+    /// What a process leaves that died between the record and the end: the next attempt goes on with it.
+    @Test func anInterruptedCreationIsTakenUp() throws {
+        let machine = try VgpuMachine()
+        try machine.vendorGPU("3b", types: ["NVIDIA A40-2Q 558"])
+        let made = try machine.host().create(
+            VgpuProfile("A40-2Q"), for: web, device: "gpu0", on: PciAddress("0000:3b:00.0"))
+        let path = "\(machine.folder.path)/state/vgpus.json"
+        let text = String(decoding: try Files.read(path), as: UTF8.self)
+        try Files.writeAtomically(Array(text.replacing("\"present\"", with: "\"creating\"").utf8), to: path)
+        let again = try machine.host().create(VgpuProfile("A40-2Q"), for: web, device: "gpu0")
+        #expect(again == made)
+        try Files.writeAtomically(Array(text.replacing("\"present\"", with: "\"destroying\"").utf8), to: path)
+        #expect(try machine.host().create(VgpuProfile("A40-2Q"), for: web, device: "gpu0") == made)
+        try machine.host().destroy(of: web)
+        #expect(try machine.host().records().isEmpty && machine.ledger.reservations().isEmpty)
+    }
+}
+
+@Suite struct GpuMappingTests {
+    static func kind(_ text: String) throws -> GpuKind { try #require(GpuKind(parsing: text)) }
+
+    static func vgpu(_ id: String, _ profile: String) -> AssignedDevice {
+        .with {
+            $0.id = id
+            $0.vgpu.profile = profile
+        }
+    }
+
+    /// An L40S with two virtual functions that offer a profile.
+    static func host() -> HostProfile {
+        gpuHost { host in
+            for n in 4...5 {
+                host.pciFunctions.append(
+                    function("0000:3b:00.\(n)", 0x10de, 0x20f1, group: Int32(70 + n)) {
+                        $0.physicalFunction = "0000:3b:00.0"
+                        $0.vgpuTypes = [.with { ($0.id, $0.name, $0.available) = ("1", "NVIDIA A100-40C", 1) }]
+                    })
+            }
+        }
+    }
+
+    @Test func everyKindOfMapping() throws {
+        let table: [GpuMapping] = try [
+            ("10de:20f1", "10de:2204"), ("10de:2235", "A100-40C"), ("grid_t4-8q", "10de:20f1"),
+            ("grid_a40-4q", "A100-40C"),
+        ].map { pair in
+            try .with { ($0.source, $0.target) = (try Self.kind(pair.0), try Self.kind(pair.1)) }
+        }
+        #expect(mapped(passthrough("gpu0", 0x10de, 0x20f1), by: table).dynamic.allowed.map(\.device) == [0x2204])
+        #expect(mapped(passthrough("gpu0", 0x10de, 0x2235), by: table).vgpu.profile == "A100-40C")
+        #expect(mapped(Self.vgpu("gpu0", "NVIDIA T4-8Q"), by: table).dynamic.allowed.map(\.device) == [0x20f1])
+        #expect(mapped(Self.vgpu("gpu0", "GRID A40-4Q"), by: table).vgpu.profile == "A100-40C")
+        let other = Self.vgpu("gpu0", "grid_a100-40c")
+        #expect(mapped(other, by: table) == other)
+        #expect(GpuKind(parsing: "10de:xyz") == nil && GpuKind(parsing: "a;b-1") == nil && GpuKind(parsing: "") == nil)
+    }
+
+    @Test func capacityIsCounted() {
+        let wanted = (0..<3).map { Self.vgpu("gpu\($0)", "grid_a100-40c") }
+        let match = matchDevices(wanted, on: Self.host())
+        #expect(match.findings.map(\.subject) == ["gpu2"] && match.vgpus.count == 3)
+        #expect(match.findings.first?.message.contains("room for 2 vGPUs A100-40C") == true)
+        // What an earlier attempt of the migration made serves again.
+        var host = Self.host()
+        host.vgpus = [
+            .with { ($0.function, $0.profile, $0.migrationID) = ("0000:3b:00.6", "NVIDIA A100-40C", "m-1") }
+        ]
+        #expect(matchDevices(wanted, on: host, migration: "m-1").isComplete)
+        #expect(!matchDevices(wanted, on: host, migration: "m-2").isComplete)
+    }
+
+    /// Two A100 behind one switch chip: the group can go to a VM only with the NVSwitch, which nobody wants.
+    @Test func anNVSwitchInTheGroupRefuses() {
+        let host = gpuHost {
+            $0.pciFunctions[2].iommuGroup = 42
+            $0.pciFunctions.append(
+                function("0000:c1:00.0", 0x10de, 0x1af1, 0x0680, driver: "nvidia-nvswitch", group: 42) {
+                    $0.bridge = true
+                })
+        }
+        let match = matchDevices([passthrough("gpu0", 0x10de, 0x20f1), passthrough("gpu1", 0x10de, 0x20f1)], on: host)
+        #expect(match.devices.isEmpty && !match.isComplete)
+        #expect(match.findings.contains { $0.message.contains("0000:c1:00.0 (10de:1af1, nvidia-nvswitch)") })
+    }
+}
