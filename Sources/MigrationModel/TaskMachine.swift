@@ -3,7 +3,7 @@
 /// ```
 ///            dispatch          accepted            ended ok
 ///  waiting ------------> sent ----------> running ------------> succeeded
-///     ^                    |                 |   ended, retryable / lease expired
+///     ^                    |                 |   ended, retryable / lease expired or released
 ///     +--------------------+-----------------+--------------------------+
 ///                                            |   ended, final  --> failed
 ///                                            |   cancel        --> cancelled
@@ -29,6 +29,8 @@ package struct TaskMachine: Hashable, Sendable, Codable {
         case accepted(fence: UInt64)
         case heartbeat(fence: UInt64)
         case ended(fence: UInt64, outcome: Outcome)
+        /// The host's new process says that the one which held this fence is gone.
+        case released(fence: UInt64)
         /// Time has passed.
         case tick
         /// The worker that had it is known to be gone (its process ended), so no lease needs to run out.
@@ -113,6 +115,11 @@ package struct TaskMachine: Hashable, Sendable, Codable {
         case (.tick, .running(let leaseUntil)) where leaseUntil <= now:
             state = .waiting(notBefore: now)
             return [.revoke(fence: fence)]
+
+        // One that counts as sent is still in its host's queue, or comes again from there.
+        case (.released(let from), .running) where from == fence:
+            state = .waiting(notBefore: now)
+            return []
 
         case (.orphaned, .sent), (.orphaned, .running):
             state = .waiting(notBefore: now)
