@@ -126,6 +126,19 @@ private let dataLoss = MigrationError.Code.dataLoss.rawValue
         #expect(machine.state == .sent)
     }
 
+    /// A lease or a wait that was reckoned by a clock that has been set back since ends as soon as any other.
+    @Test func clockSetBackKeepsNothingWaiting() {
+        var machine = TaskMachine(now: moment(100_000))
+        #expect(machine.handle(.dispatch, now: moment(0), policy: policy).isEmpty)
+        _ = machine.handle(.tick, now: moment(0), policy: policy)
+        #expect(machine.handle(.dispatch, now: moment(0), policy: policy) == [.send(attempt: 1, fence: 1)])
+        _ = machine.handle(.accepted(fence: 1), now: moment(100_000), policy: policy)
+        _ = machine.handle(.tick, now: moment(10), policy: policy)
+        #expect(machine.state == .running(leaseUntil: moment(10) + policy.leaseDuration))
+        #expect(
+            machine.handle(.tick, now: moment(10) + policy.leaseDuration, policy: policy) == [.revoke(fence: 1)])
+    }
+
     @Test func cancelTellsTheWorkerOnlyWhenThereIsOne() {
         var waiting = TaskMachine(now: moment(0))
         #expect(waiting.handle(.cancel, now: moment(0), policy: policy) == [.finish(.failure(code: 1))])

@@ -10,6 +10,7 @@ import threading
 import time
 
 from bus import Tap
+from clock import clock_jumps
 from cluster import leader_partitioned
 from fleet import HOSTS, LEASE, Fleet, Violation, wait
 from permissions import permissions
@@ -323,7 +324,7 @@ def random_schedule(fleet, seed, seconds):
 CASES = {
     "worker-failpoints": worker_failpoints, "coordinator-failpoints": coordinator_failpoints,
     "broker-at-failpoints": broker_at_failpoints, "worker-restarted": worker_restarted, "permissions": permissions,
-    "duplicated": duplicated, "leader-partitioned": leader_partitioned,
+    "duplicated": duplicated, "leader-partitioned": leader_partitioned, "clock-jumps": clock_jumps,
     "broker-killed": broker_killed, "broker-restarted": broker_restarted, "paused-worker": paused_worker,
     "coordinator-away": coordinator_away, "all-killed": all_killed, "replayed": replayed, "bad-network": bad_network,
     "full-disks": full_disks, "key-rotated": key_rotated,

@@ -51,8 +51,8 @@ class Fleet:
     def kill(self, name):
         self.bed("kill", name)
 
-    def begin(self, name, failpoint=""):
-        self.bed("start", name, FLOTILLA_FAILPOINT=failpoint)
+    def begin(self, name, failpoint="", **environment):
+        self.bed("start", name, FLOTILLA_FAILPOINT=failpoint, **environment)
 
     def pid(self, name):
         for line in self.bed("status").splitlines():
@@ -124,8 +124,9 @@ class Fleet:
 
     # Judgement
 
-    def judge(self):
-        """Checks this round's migrations, by what is there and by the event log, and clears the ground for the next."""
+    def judge(self, in_order=True):
+        """Checks this round's migrations, by what is there and by the event log, and clears the ground for the next.
+        Where the log's own clock was set, its times don't tell the order of permits: `in_order` is false then."""
         lost = []
         self.wait_api()
         found = self.migrations()
@@ -149,7 +150,7 @@ class Fleet:
                 if compared.returncode != 0:
                     raise Violation(f"{image} differs from its source: {compared.stderr}")
         wait(60, "the work folders to be swept", lambda: not self.left_over())
-        stale = self.stale_permits()
+        stale = in_order and self.stale_permits()
         if stale:
             raise Violation(f"stale-fence writes: {stale}")
         attempts = sum(step["attempt"] for name, _ in self.names for step in found[name]["stages"])
