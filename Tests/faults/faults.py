@@ -99,6 +99,8 @@ def broker_at_failpoints(fleet, points=tuple(WORKER_FAILPOINTS + COORDINATOR_FAI
         fleet.signal(name, signal.SIGCONT)
         fleet.begin("broker")
         asking.join()
+        for member in ("coordinator", "kvm1"):  # whichever ended for want of a broker, as a service manager would
+            fleet.begin(member)
         wait(60, f"the coordinator to take {wanted[0]}", lambda: fleet.ask(*wanted))
     fleet.wait_ended()
 
