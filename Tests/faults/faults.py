@@ -92,12 +92,19 @@ def broker_at_failpoints(fleet, points=tuple(WORKER_FAILPOINTS + COORDINATOR_FAI
         fleet.number += 1
         wanted = (f"fault-{fleet.number}", "kvm1")
         fleet.names.append(wanted)
-        asking = threading.Thread(target=fleet.ask, args=wanted)
+        enough = threading.Event()
+
+        def ask():  # it may not answer yet, or stand still before it does
+            while not fleet.ask(*wanted) and not enough.wait(0.1):
+                pass
+
+        asking = threading.Thread(target=ask)
         asking.start()
         wait(60, f"{name} to stand at {point}", lambda: fleet.is_stopped(name))
         fleet.kill("broker")
         fleet.signal(name, signal.SIGCONT)
         fleet.begin("broker")
+        enough.set()
         asking.join()
         for member in ("coordinator", "kvm1"):  # whichever ended for want of a broker, as a service manager would
             fleet.begin(member)
