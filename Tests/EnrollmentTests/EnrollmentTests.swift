@@ -102,18 +102,20 @@ import Testing
     @Test func permissionsOfHostsDoNotOverlap() throws {
         struct Definitions: Decodable {
             struct Permission: Decodable { let user, write, read: String }
-            let permissions, topic_permissions: [Permission]
+            let permissions, topicPermissions: [Permission]
         }
         let hosts = ["kvm1", "kvm1.lab", "kvm1.lab.x", "kvm10", "kvm1xlab", "1"]
         let names = Names()
         let json = try BrokerDefinitions(names, hosts: hosts, virtualHost: "/").json()
-        let made = try JSONDecoder().decode(Definitions.self, from: Data(json.utf8))
+        let decoder = JSONDecoder()
+        decoder.keyDecodingStrategy = .convertFromSnakeCase
+        let made = try decoder.decode(Definitions.self, from: Data(json.utf8))
         func allows(_ pattern: String, _ text: String) -> Bool {
             text.range(of: pattern, options: .regularExpression) != nil
         }
         for host in hosts {
             let may = try #require(made.permissions.first { $0.user == host })
-            let speaks = try #require(made.topic_permissions.first { $0.user == host })
+            let speaks = try #require(made.topicPermissions.first { $0.user == host })
             for other in hosts {
                 for queue in [names.tasks(of: other), names.control(of: other)] {
                     #expect(allows(may.read, queue) == (other == host), "\(host) reads \(queue)")
