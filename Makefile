@@ -6,7 +6,7 @@ SHELL := bash
 GUEST := $(CURDIR)/.demo/guest
 SWIFT_SOURCES = $(shell find Sources Tests -name '*.swift' -not -path '*/Generated/*') Package.swift
 
-.PHONY: help setup build demo demo-fleet test test-disk test-asan test-tsan test-kill test-faults test-protocol test-vsphere test-vfio fuzz \
+.PHONY: help setup build demo demo-fleet test test-disk test-asan test-tsan test-kill test-faults test-bus test-protocol test-vsphere test-vfio fuzz \
 	bench-disk bench-export format lint protos protos-check clean
 
 help: ## list these targets
@@ -39,6 +39,14 @@ test-vfio: ## bind, release and migrate onto devices of an emulated IOMMU; FAST=
 	deploy/setup --test
 	swift build --product flotilla
 	Tests/vfio/run $(if $(FAST),--fast) $$(swift build --show-bin-path)/flotilla $(CASES)
+
+NODES ?= 1 3
+test-bus: ## run the message bus's tests in process, on one broker and on a cluster of three
+	deploy/setup --test
+	swift build --build-tests
+	for nodes in $(NODES); do \
+		FLOTILLA_TEST_BROKERS=$$nodes swift test --skip-build --no-parallel --filter '$(or $(BUS),MessagingAMQPTests)'; \
+	done
 
 test-protocol: ## check the protocol's documents, vectors and Python examples with a real fleet
 	deploy/setup --test

@@ -41,11 +41,19 @@ extension Coordinator {
             }
             try await bus.publish(
                 call.message(settings.names, messageID: row.id, from: member, validity: settings.taskValidity))
+            logger.info("task sent", metadata: metadata(row))
             return nil
         } catch {
-            logger.error("task not sent", metadata: ["task": "\(row.identity)", "error": "\(error)"])
+            logger.error("task not sent", metadata: metadata(row).merging(["error": "\(error)"]) { $1 })
             return error as? MigrationError ?? MigrationError(.unavailable, "\(error)")
         }
+    }
+
+    private func metadata(_ row: OutboxRecord) -> Logger.Metadata {
+        [
+            "task": "\(row.identity.task)", "attempt": "\(row.identity.attempt)", "fence": "\(row.identity.fence)",
+            "host": "\(row.host)", "method": "\(row.method)", "traceparent": "\(traceparent(row.identity) ?? "-")",
+        ]
     }
 
     /// W3C Trace Context: all of a migration's tasks are one trace, each attempt a span.

@@ -181,7 +181,8 @@ package final class Coordinator: Sendable {
         while !Task.isCancelled {
             let hears = hasHeard(for: settings.policy.leaseDuration)
             try await decide { transitions in
-                for task in try transitions.store.dueTasks(now: transitions.now) {
+                let horizon = transitions.now + transitions.policy.longestWait
+                for task in try transitions.store.dueTasks(now: transitions.now, or: horizon) {
                     // While nobody can be heard, silence is no sign of death.
                     if case .running = task.machine.state, !hears { continue }
                     let task = try transitions.apply(.tick, to: task)
@@ -197,10 +198,12 @@ package final class Coordinator: Sendable {
         let status = bus.status
         let start = Moment.now - duration
         let consumer = status.consumers.first { $0.queue == settings.names.coordinatorEvents }
-        guard let since = consumer?.activeSince, !bus.isDurable || since <= start else { return false }
+        // What began in the future did so before the clock was set back.
+        func isLong(_ since: Moment) -> Bool { since <= start || since > .now + duration }
+        guard let since = consumer?.activeSince, !bus.isDurable || isLong(since) else { return false }
         return status.connections.allSatisfy { connection in
             guard case .connected(let since) = connection.state else { return false }
-            return since <= start
+            return isLong(since)
         }
     }
 
@@ -293,7 +296,8 @@ package final class Coordinator: Sendable {
         let patience = settings.acceptanceTimeout
         try await decide { transitions in
             try transitions.store.touch(host: host, at: transitions.now)
-            for task in try transitions.store.tasksSent(to: host, before: transitions.now - patience) {
+            let (earliest, latest) = (transitions.now - patience, transitions.now + patience)
+            for task in try transitions.store.tasksSent(to: host, before: earliest, or: latest) {
                 let task = try transitions.apply(.orphaned, to: task)
                 _ = try transitions.apply(.dispatch, to: task)
             }

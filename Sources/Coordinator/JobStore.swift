@@ -19,10 +19,11 @@ package protocol JobTransaction {
     func task(id: String) throws -> TaskRecord?
     /// In stage order.
     func tasks(ofMigration id: String) throws -> [TaskRecord]
-    /// Tasks whose wait is over, but for those of drained hosts, or whose lease has run out.
-    func dueTasks(now: Moment) throws -> [TaskRecord]
-    /// Tasks that wait in the queue of a host since before `moment`, for all the store knows.
-    func tasksSent(to host: String, before moment: Moment) throws -> [TaskRecord]
+    /// Tasks whose wait is over, but for those of drained hosts, or whose lease has run out. Also those that would wait
+    /// beyond `horizon`, farther than any task waits: the clock was set back.
+    func dueTasks(now: Moment, or horizon: Moment) throws -> [TaskRecord]
+    /// Tasks that wait in the queue of a host since before `moment`, for all the store knows, or since after `horizon`.
+    func tasksSent(to host: String, before moment: Moment, or horizon: Moment) throws -> [TaskRecord]
     /// Tasks that were sent or run.
     func tasksWithWorkers() throws -> [TaskRecord]
     func save(_ task: TaskRecord) throws

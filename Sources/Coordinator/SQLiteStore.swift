@@ -155,21 +155,24 @@ private struct Transaction: JobTransaction {
         return Stage.allCases.compactMap { stage in found.first { $0.stage == stage } }
     }
 
-    func dueTasks(now: Moment) throws -> [TaskRecord] {
+    func dueTasks(now: Moment, or horizon: Moment) throws -> [TaskRecord] {
         try Row.fetchAll(
             database,
             sql: """
-                SELECT * FROM task WHERE due_at <= ?
+                SELECT * FROM task WHERE (due_at <= ? OR due_at > ?)
                     AND (has_worker OR host NOT IN (SELECT name FROM host WHERE drained)) ORDER BY due_at
                 """,
-            arguments: [now.milliseconds]
+            arguments: [now.milliseconds, horizon.milliseconds]
         ).map(task)
     }
 
-    func tasksSent(to host: String, before moment: Moment) throws -> [TaskRecord] {
+    func tasksSent(to host: String, before moment: Moment, or horizon: Moment) throws -> [TaskRecord] {
         try Row.fetchAll(
-            database, sql: "SELECT * FROM task WHERE host = ? AND has_worker AND due_at IS NULL AND sent_at < ?",
-            arguments: [host, moment.milliseconds]
+            database,
+            sql: """
+                SELECT * FROM task WHERE host = ? AND has_worker AND due_at IS NULL AND (sent_at < ? OR sent_at > ?)
+                """,
+            arguments: [host, moment.milliseconds, horizon.milliseconds]
         ).map(task)
     }
 

@@ -56,6 +56,10 @@ struct Transitions {
             _ = try apply(.accepted(fence: event.fence), to: task, answering: event.seq)
         case .heartbeat:
             _ = try apply(.heartbeat(fence: event.fence), to: task, answering: event.seq)
+        case .released:
+            _ = try store.note(event, kind: "released", at: now)
+            let after = try apply(.released(fence: event.fence), to: task)
+            _ = try apply(.dispatch, to: after)
         case .permit(let permit):
             try answer(permit, event, task)
         case .ended(let ended):

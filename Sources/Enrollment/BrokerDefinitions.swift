@@ -11,7 +11,7 @@ package struct BrokerDefinitions: Encodable {
     private struct User: Encodable {
         let name: String
         let passwordHash = ""
-        let hashingAlgorithm = "rabbit_passwordHashing_sha256"
+        let hashingAlgorithm = "rabbit_password_hashing_sha256"
         let tags = ""
         let limits: [String: Int] = [:]
     }

@@ -371,6 +371,20 @@ package final class BusServerTransport: ServerTransport {
 
     package func publishInventory(_ profile: HostProfile) async throws { try await events.publish(.inventory(profile)) }
 
+    /// Says of what an earlier process held that nobody works on it any more. Called before anything is served. What
+    /// can't be said goes on when its lease has run out.
+    package func release(_ calls: [CallIdentity]) async {
+        for call in calls {
+            logger.info(
+                "task released",
+                metadata: ["task": "\(call.task)", "attempt": "\(call.attempt)", "fence": "\(call.fence)"])
+            try? await events.publish(TaskEvent(call, sequence: Self.releaseSequence, .released(TaskReleased())))
+        }
+    }
+
+    /// Far above what one process counts to: how far the one that is gone had come is not known.
+    private static let releaseSequence: UInt64 = 1 << 40
+
     /// Says again what ended and was never confirmed. Called at start as well.
     package func republish() async {
         for event in await ledger.unacknowledged() { try? await events.publish(event) }

@@ -3,7 +3,7 @@
 /// ```
 ///            dispatch          accepted            ended ok
 ///  waiting ------------> sent ----------> running ------------> succeeded
-///     ^                    |                 |   ended, retryable / lease expired
+///     ^                    |                 |   ended, retryable / lease expired or released
 ///     +--------------------+-----------------+--------------------------+
 ///                                            |   ended, final  --> failed
 ///                                            |   cancel        --> cancelled
@@ -29,6 +29,8 @@ package struct TaskMachine: Hashable, Sendable, Codable {
         case accepted(fence: UInt64)
         case heartbeat(fence: UInt64)
         case ended(fence: UInt64, outcome: Outcome)
+        /// The host's new process says that the one which held this fence is gone.
+        case released(fence: UInt64)
         /// Time has passed.
         case tick
         /// The worker that had it is known to be gone (its process ended), so no lease needs to run out.
@@ -63,6 +65,11 @@ package struct TaskMachine: Hashable, Sendable, Codable {
         package var maximumFailures: Int
         /// Wait after the first failure; doubles with each, up to a minute.
         package var backoff: Duration
+
+        static let longestBackoff = Duration.seconds(60)
+
+        /// No task waits for longer, for its lease or for its turn.
+        package var longestWait: Duration { max(leaseDuration, Self.longestBackoff) }
 
         package init(
             leaseDuration: Duration = .seconds(60), maximumFailures: Int = 3, backoff: Duration = .seconds(1)
@@ -114,6 +121,20 @@ package struct TaskMachine: Hashable, Sendable, Codable {
             state = .waiting(notBefore: now)
             return [.revoke(fence: fence)]
 
+        // Nothing waits that long: the clock was set back since.
+        case (.tick, .running(let leaseUntil)) where leaseUntil > now + policy.leaseDuration:
+            state = .running(leaseUntil: now + policy.leaseDuration)
+            return []
+
+        case (.tick, .waiting(let notBefore)) where notBefore > now + Policy.longestBackoff:
+            state = .waiting(notBefore: now)
+            return []
+
+        // One that counts as sent is still in its host's queue, or comes again from there.
+        case (.released(let from), .running) where from == fence:
+            state = .waiting(notBefore: now)
+            return []
+
         case (.orphaned, .sent), (.orphaned, .running):
             state = .waiting(notBefore: now)
             return []
@@ -142,7 +163,7 @@ package struct TaskMachine: Hashable, Sendable, Codable {
         let retryable = MigrationError.Code(rawValue: code)?.isRetryable ?? false
         if retryable && failures < policy.maximumFailures {
             let factor = 1 << min(failures - 1, 6)
-            state = .waiting(notBefore: now + min(policy.backoff * factor, .seconds(60)))
+            state = .waiting(notBefore: now + min(policy.backoff * factor, Policy.longestBackoff))
             return []
         }
         state = .failed(code: code)

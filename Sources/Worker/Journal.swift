@@ -41,6 +41,9 @@ package final class Journal: TaskLedger {
     /// Forgotten tasks whose fences are remembered.
     private static let remembered = 10_000
 
+    /// What an earlier process had taken on and not ended.
+    package let interrupted: [CallIdentity]
+
     private let file: File
     private let state: Mutex<State>
     private let cleanUp: @Sendable (String) throws -> Void
@@ -66,6 +69,8 @@ package final class Journal: TaskLedger {
         for task in state.order { if let entry = state.entries[task] { bytes += try Self.line(entry) } }
         try Files.writeAtomically(bytes, to: path)
         state.end = UInt64(bytes.count)
+        interrupted = state.order.compactMap { state.entries[$0] }.filter { $0.ended == nil && !$0.forgotten }
+            .map(\.identity)
         file = try File(path, O_WRONLY)
         self.state = Mutex(state)
         self.cleanUp = cleanUp

@@ -52,6 +52,7 @@ package final class Worker: Sendable {
         try await Self.announce(configuration, transport)
         // Found before any new task makes its own.
         let left = try await blocking("exports") { [configuration] in try leftExports(in: configuration.exportFolder) }
+        await transport.release(journal.interrupted)
         await transport.republish()
         try await withThrowingTaskGroup(of: Void.self) { group in
             if !left.isEmpty {

@@ -98,6 +98,42 @@ import Testing
         #expect(try rig.coordinator.hosts().isEmpty)
     }
 
+    /// Names with dots share words of routing keys and queues with shorter ones, and '.' is any letter to a pattern.
+    @Test func permissionsOfHostsDoNotOverlap() throws {
+        struct Definitions: Decodable {
+            struct Permission: Decodable { let user, write, read: String }
+            let permissions, topicPermissions: [Permission]
+        }
+        let hosts = ["kvm1", "kvm1.lab", "kvm1.lab.x", "kvm10", "kvm1xlab", "1"]
+        let names = Names()
+        let json = try BrokerDefinitions(names, hosts: hosts, virtualHost: "/").json()
+        let decoder = JSONDecoder()
+        decoder.keyDecodingStrategy = .convertFromSnakeCase
+        let made = try decoder.decode(Definitions.self, from: Data(json.utf8))
+        func allows(_ pattern: String, _ text: String) -> Bool {
+            text.range(of: pattern, options: .regularExpression) != nil
+        }
+        for host in hosts {
+            let may = try #require(made.permissions.first { $0.user == host })
+            let speaks = try #require(made.topicPermissions.first { $0.user == host })
+            for other in hosts {
+                for queue in [names.tasks(of: other), names.control(of: other)] {
+                    #expect(allows(may.read, queue) == (other == host), "\(host) reads \(queue)")
+                }
+                for kind in ["task", "inventory", "heartbeat", "rejected"] {
+                    let key = names.eventKey(host: other, kind: kind)
+                    #expect(allows(speaks.write, key) == (other == host), "\(host) says \(key)")
+                }
+            }
+            for exchange in [
+                "", names.tasks, names.control, names.requests, names.dead, "flotilla-events", "amq.topic",
+            ] {
+                #expect(!allows(may.write, exchange), "\(host) writes to '\(exchange)'")
+            }
+            #expect(allows(may.write, names.events))
+        }
+    }
+
     @Test func keysChangeWithAnOverlap() throws {
         let rig = try Rig()
         let first = try Enrollment.ask(host: "kvm1", in: rig.host)

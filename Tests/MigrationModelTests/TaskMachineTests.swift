@@ -108,6 +108,37 @@ private let dataLoss = MigrationError.Code.dataLoss.rawValue
         #expect(machine.failures == 0)
     }
 
+    @Test func releaseOfItsOwnFenceAloneEndsALease() {
+        var machine = TaskMachine(now: moment(0))
+        _ = machine.handle(.dispatch, now: moment(0), policy: policy)
+        // Still in the queue, or on its way back to it: another attempt would be one too many.
+        #expect(machine.handle(.released(fence: 1), now: moment(0), policy: policy).isEmpty && machine.state == .sent)
+        _ = machine.handle(.accepted(fence: 1), now: moment(0), policy: policy)
+        let running = machine
+        for other in [0, 2] as [UInt64] { _ = machine.handle(.released(fence: other), now: moment(1), policy: policy) }
+        #expect(machine == running)
+        _ = machine.handle(.released(fence: 1), now: moment(1), policy: policy)
+        #expect(machine.state == .waiting(notBefore: moment(1)) && machine.failures == 0)
+        #expect(machine.handle(.dispatch, now: moment(1), policy: policy) == [.send(attempt: 2, fence: 2)])
+        // The released attempt's late words change nothing any more.
+        #expect(machine.handle(.heartbeat(fence: 1), now: moment(1), policy: policy) == [.revoke(fence: 1)])
+        _ = machine.handle(.ended(fence: 1, outcome: .success), now: moment(1), policy: policy)
+        #expect(machine.state == .sent)
+    }
+
+    /// A lease or a wait that was reckoned by a clock that has been set back since ends as soon as any other.
+    @Test func clockSetBackKeepsNothingWaiting() {
+        var machine = TaskMachine(now: moment(100_000))
+        #expect(machine.handle(.dispatch, now: moment(0), policy: policy).isEmpty)
+        _ = machine.handle(.tick, now: moment(0), policy: policy)
+        #expect(machine.handle(.dispatch, now: moment(0), policy: policy) == [.send(attempt: 1, fence: 1)])
+        _ = machine.handle(.accepted(fence: 1), now: moment(100_000), policy: policy)
+        _ = machine.handle(.tick, now: moment(10), policy: policy)
+        #expect(machine.state == .running(leaseUntil: moment(10) + policy.leaseDuration))
+        #expect(
+            machine.handle(.tick, now: moment(10) + policy.leaseDuration, policy: policy) == [.revoke(fence: 1)])
+    }
+
     @Test func cancelTellsTheWorkerOnlyWhenThereIsOne() {
         var waiting = TaskMachine(now: moment(0))
         #expect(waiting.handle(.cancel, now: moment(0), policy: policy) == [.finish(.failure(code: 1))])

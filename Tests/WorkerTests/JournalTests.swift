@@ -41,6 +41,23 @@ import Testing
         #expect(try await reopened.admit(call("t", fence: 2)) == .stale)
     }
 
+    /// What a killed process had taken on is what its successor releases: nothing that ended, under its last fence.
+    @Test func interruptedTasksAreKnownToTheNextProcess() async throws {
+        do {
+            let journal = try open()
+            #expect(journal.interrupted.isEmpty)
+            for (task, fence) in [("a", 1), ("b", 1), ("c", 1), ("a", 2)] as [(String, UInt64)] {
+                _ = try await journal.admit(call(task, fence: fence))
+            }
+            for task in ["b", "c"] {
+                let ended = call(task, fence: 1)
+                try await journal.recordEnd(of: ended.identity, end(ended))
+            }
+            try await journal.acknowledge(task: "c", fence: 1)
+        }
+        #expect(try open().interrupted == [CallIdentity(task: "a", attempt: 2, fence: 2)])
+    }
+
     @Test func successOutlivesTheProcessAndAnswersTheNextAttempt() async throws {
         let first = call("t", fence: 1)
         do {

@@ -8,8 +8,8 @@ import pika
 
 class Tap:
     def __init__(self, fleet):
-        tls = ssl.create_default_context(cafile=fleet.dir / "rabbitmq/tls/ca.pem")
-        tls.load_cert_chain(fleet.dir / "rabbitmq/tls/coordinator.pem", fleet.dir / "rabbitmq/tls/coordinator.key")
+        tls = ssl.create_default_context(cafile=fleet.members / "coordinator/ca.pem")
+        tls.load_cert_chain(fleet.members / "coordinator/tls.pem", fleet.members / "coordinator/tls.key")
         self.parameters = pika.ConnectionParameters(
             "localhost", fleet.port(), credentials=pika.credentials.ExternalCredentials(),
             ssl_options=pika.SSLOptions(tls, "localhost"), heartbeat=0)
@@ -19,7 +19,7 @@ class Tap:
         self.connection = pika.BlockingConnection(self.parameters)
         self.channel = self.connection.channel()
         self.channel.confirm_delivery()
-        self.queue = self.channel.queue_declare("", exclusive=True).method.queue
+        self.queue = self.channel.queue_declare("flotilla.tap", exclusive=True).method.queue
         for host in self.hosts:
             self.channel.queue_bind(self.queue, "flotilla.tasks", host)
         self.channel.queue_bind(self.queue, "flotilla.events", "evt.#")
@@ -34,14 +34,15 @@ class Tap:
             method, properties, body = self.channel.basic_get(self.queue, auto_ack=True)
             if method is None:
                 return found
+            if "x-copy" in properties.headers:
+                continue
             found.append(SimpleNamespace(exchange=method.exchange, key=method.routing_key, properties=properties,
                                          body=body))
 
     def replay(self, messages):
-        for queue_host in self.hosts:
-            self.channel.queue_unbind(self.queue, "flotilla.tasks", queue_host)
-        self.channel.queue_unbind(self.queue, "flotilla.events", "evt.#")
         for message in messages:
             # The broker verifies who publishes; a thief of messages has another account than their author.
             message.properties.user_id = None
+            # Headers of this kind are not signed. It keeps copies of copies away.
+            message.properties.headers["x-copy"] = 1
             self.channel.basic_publish(message.exchange, message.key, message.body, message.properties, mandatory=True)

@@ -6,10 +6,14 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 from bus import Tap
+from clock import clock_jumps
+from cluster import leader_partitioned
 from fleet import HOSTS, LEASE, Fleet, Violation, wait
+from permissions import permissions
 from proxy import ChaosProxy
 
 WORKER_FAILPOINTS = [
@@ -31,6 +35,27 @@ def worker_failpoints(fleet, points=WORKER_FAILPOINTS):
         wait(60, f"kvm1 to die at {point}", lambda: fleet.pid("kvm1") is None)
         fleet.begin("kvm1")
     fleet.wait_ended()
+
+
+def worker_restarted(fleet):
+    """kill -9 of a worker and a start at once: its tasks go on without waiting for their leases"""
+    fleet.kill("kvm1")
+    fleet.begin("kvm1", "convert.checkpoint=stop")
+    fleet.submit(["kvm1"])
+    wait(60, "the worker to stand in the middle of a conversion", lambda: fleet.is_stopped("kvm1"))
+    held = fleet.log("SELECT id, json_extract(machine, '$.fence') FROM task WHERE stage = 'convert' AND has_worker")
+    if len(held) != 1:
+        raise Violation(f"the worker holds {held}")
+    fleet.kill("kvm1")
+    fleet.begin("kvm1")
+    fleet.wait_ended()
+    for task, fence in held:
+        said = {(kind, at) for at, kind in fleet.log(
+            f"SELECT at, kind FROM event WHERE task_id = '{task}' AND (fence = {fence} AND kind = 'released'"
+            f" OR fence = {fence + 1} AND kind = 'accepted')")}
+        times = {kind: at for kind, at in said}
+        if times.keys() != {"released", "accepted"} or times["accepted"] - times["released"] > LEASE * 500:
+            raise Violation(f"{task} did not go on at once: {said}")
 
 
 def coordinator_failpoints(fleet, points=COORDINATOR_FAILPOINTS):
@@ -55,6 +80,35 @@ def broker_killed(fleet):
     wait(60, "a conversion", lambda: fleet.in_stage("convert"))
     fleet.kill("broker")
     fleet.begin("broker")
+    fleet.wait_ended()
+
+
+def broker_at_failpoints(fleet, points=tuple(WORKER_FAILPOINTS + COORDINATOR_FAILPOINTS)):
+    """kill -9 of the broker while a worker or the coordinator stands at a failpoint"""
+    for point in points:
+        name = "coordinator" if point.startswith("coordinator.") else "kvm1"
+        fleet.kill(name)
+        fleet.begin(name, f"{point}=stop")
+        fleet.number += 1
+        wanted = (f"fault-{fleet.number}", "kvm1")
+        fleet.names.append(wanted)
+        enough = threading.Event()
+
+        def ask():  # it may not answer yet, or stand still before it does
+            while not fleet.ask(*wanted) and not enough.wait(0.1):
+                pass
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        wait(60, f"{name} to stand at {point}", lambda: fleet.is_stopped(name))
+        fleet.kill("broker")
+        fleet.signal(name, signal.SIGCONT)
+        fleet.begin("broker")
+        enough.set()
+        asking.join()
+        for member in ("coordinator", "kvm1"):  # whichever ended for want of a broker, as a service manager would
+            fleet.begin(member)
+        wait(60, f"the coordinator to take {wanted[0]}", lambda: fleet.ask(*wanted))
     fleet.wait_ended()
 
 
@@ -114,6 +168,22 @@ def replayed(fleet):
         fleet.api("queue", "replay", "--all")
     fleet.submit()
     fleet.wait_ended()
+
+
+def duplicated(fleet):
+    """every task and event sent again and again, in another order, while the tasks run"""
+    chance = random.Random(2)
+    copies = 0
+    with Tap(fleet) as tap:
+        fleet.submit(HOSTS * 2)
+        seen = []
+        while not fleet.ended():
+            seen += tap.messages()
+            chosen = chance.sample(seen, min(len(seen), 40))
+            tap.replay(chosen)
+            copies += len(chosen)
+    if copies < 40:
+        raise Violation(f"only {copies} copies were sent")
 
 
 def bad_network(fleet, seconds=20):
@@ -183,35 +253,28 @@ def full_disks(fleet):
 def key_rotated(fleet):
     """the coordinator's and a worker's signing keys changed with an overlap, while tasks run"""
     fleet.submit()
-    for name, believers in (("coordinator", HOSTS), ("kvm1", ["coordinator"])):
-        new = fleet.dir / f"keys/{name}.new"
-        subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", new], check=True, stderr=subprocess.DEVNULL)
-        os.chmod(new, 0o600)
-        for believer in believers:
-            subprocess.run(["openssl", "pkey", "-in", new, "-pubout", "-out",
-                            fleet.dir / f"trusted/{believer}/{name}/2.pem"], check=True)
-        new.rename(fleet.dir / f"keys/{name}.key")
+    for name in ("coordinator", "kvm1"):
+        earlier = set((fleet.members / f"coordinator/trusted/{name}").iterdir())
+        (fleet.members / name / "signing.key").unlink()
+        if name == "coordinator":
+            subprocess.run([fleet.flotilla, "fleet", "init", "--dir", fleet.members / name], check=True,
+                           stdout=subprocess.DEVNULL)
+        # Each host's answer holds all keys of the coordinator.
+        fleet.bed("enroll", *(HOSTS if name == "coordinator" else [name]))
         fleet.bed("stop", name)
         fleet.begin(name)
-        for believer in believers:
-            (fleet.dir / f"trusted/{believer}/{name}/2.pem").replace(fleet.dir / f"trusted/{believer}/{name}/1.pem")
         fleet.submit()
+        for holder in ["coordinator", *(HOSTS if name == "coordinator" else [])]:
+            for key in earlier:
+                (fleet.members / holder / "trusted" / name / key.name).unlink()
     fleet.wait_ended()
 
 
 def certificate_rotated(fleet):
-    """a worker's broker certificate replaced, and its connections closed while tasks run"""
+    """a worker's broker certificate and its key replaced, and its connections closed while tasks run"""
     fleet.submit(["kvm1", "kvm2"])
-    tls = fleet.dir / "rabbitmq/tls"
-    run = lambda *words: subprocess.run(words, check=True, cwd=tls, stderr=subprocess.DEVNULL)
-    run("openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=kvm1",
-        "-keyout", "new.key", "-out", "new.csr")
-    (tls / "new.ext").write_text("extendedKeyUsage=clientAuth\nsubjectAltName=DNS:kvm1\n")
-    run("openssl", "x509", "-req", "-in", "new.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days",
-        "30", "-extfile", "new.ext", "-out", "new.pem")
-    os.chmod(tls / "new.key", 0o600)
-    (tls / "new.key").replace(tls / "kvm1.key")
-    (tls / "new.pem").replace(tls / "kvm1.pem")
+    (fleet.members / "kvm1/tls.key").unlink()
+    fleet.bed("enroll", "kvm1")
     fleet.rabbitmqctl("close_all_connections", "certificates change")
     fleet.submit(["kvm1"])
     fleet.wait_ended()
@@ -269,6 +332,8 @@ def random_schedule(fleet, seed, seconds):
 
 CASES = {
     "worker-failpoints": worker_failpoints, "coordinator-failpoints": coordinator_failpoints,
+    "broker-at-failpoints": broker_at_failpoints, "worker-restarted": worker_restarted, "permissions": permissions,
+    "duplicated": duplicated, "leader-partitioned": leader_partitioned, "clock-jumps": clock_jumps,
     "broker-killed": broker_killed, "broker-restarted": broker_restarted, "paused-worker": paused_worker,
     "coordinator-away": coordinator_away, "all-killed": all_killed, "replayed": replayed, "bad-network": bad_network,
     "full-disks": full_disks, "key-rotated": key_rotated,

@@ -1,6 +1,7 @@
 import ArgumentParser
 import Deploy
 import FlotillaProtocol
+import Glibc
 import HostKit
 import Messaging
 import MessagingAMQP
@@ -52,7 +53,11 @@ struct DoctorCommand: AsyncParsableCommand {
 
 /// What was looked at and found.
 struct Examination {
-    enum Verdict: String, Encodable { case pass, warn, fail }
+    enum Verdict: String, Encodable {
+        case pass, warn, fail
+        /// Can't be seen from here; the remedy says how to look.
+        case unknown
+    }
 
     struct Finding: Encodable {
         var verdict: Verdict
@@ -60,7 +65,16 @@ struct Examination {
         var found: String
         var remedy: String?
 
-        var row: [String] { [verdict == .pass ? "ok" : verdict == .warn ? "warning" : "FAILS", subject, found] }
+        private var label: String {
+            switch verdict {
+            case .pass: "ok"
+            case .warn: "warning"
+            case .fail: "FAILS"
+            case .unknown: "unknown"
+            }
+        }
+
+        var row: [String] { [label, subject, found] }
     }
 
     private(set) var findings: [Finding] = []
@@ -89,6 +103,7 @@ struct Examination {
         do {
             let file = try CoordinatorConfiguration(path: path)
             note("configuration", .pass, path)
+            examineClock()
             examineKeys(file.keys, of: FleetMember.coordinator)
             await examineBroker(file.broker, queues: [file.names.coordinatorEvents, file.names.dead])
         } catch { note("configuration", error) }
@@ -125,11 +140,30 @@ struct Examination {
             for (queue, depth) in depths.sorted(by: { $0.key < $1.key }) {
                 note("queue \(queue)", .pass, "\(depth.ready) waiting, \(depth.consumers) consumers")
             }
+            note(
+                "consumer_timeout", .unknown, "a setting of each broker node, which tells it to no client",
+                "rabbitmqctl environment | grep consumer_timeout: what is delivered is acknowledged within seconds, so "
+                    + "the default of 30 minutes is right; below 60000 (ms) busy members lose their consumers")
             await bus.close()
         } catch { note("broker", error) }
     }
 
+    /// Members refuse messages from clocks that are more than `FleetMember.clockTolerance` ahead. The kernel knows whether
+    /// something keeps its clock right: adjtimex(2).
+    private mutating func examineClock() {
+        var clock = timex()
+        let remedy =
+            "run chrony or systemd-timesyncd: members refuse what is signed more than "
+            + "\(FleetMember.clockTolerance.components.seconds) s in the future"
+        guard adjtimex(&clock) != -1 else {
+            return note("clock", .unknown, "the kernel does not say whether it is set by NTP", remedy)
+        }
+        guard clock.status & STA_UNSYNC == 0 else { return note("clock", .warn, "nothing keeps it right", remedy) }
+        note("clock", .pass, "set by NTP, \(max(clock.maxerror, 0) / 1000) ms off at most")
+    }
+
     mutating func examineHost(libvirt uri: String, pools: [PoolFolder]) async {
+        examineClock()
         do {
             let profile = try await blocking("doctor") {
                 try hostProfile(name: "this host", connection: LibvirtConnection(uri: uri), pools: pools)

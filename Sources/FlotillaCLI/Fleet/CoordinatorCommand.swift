@@ -35,6 +35,7 @@ struct CoordinatorCommand: AsyncParsableCommand {
         let bus = try AMQPBus(configuration.broker) { logger.note($0) }
         var settings = Coordinator.Settings(names: configuration.names, policy: configuration.policy)
         settings.requesters = Set(configuration.requesters)
+        settings.acceptanceTimeout = configuration.policy.leaseDuration * 2
         let coordinator = Coordinator(
             store: try SQLiteStore(path: "\(configuration.stateDirectory)/coordinator.sqlite"), bus: bus,
             member: member, settings: settings, logger: logger)

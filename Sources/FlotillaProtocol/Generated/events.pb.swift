@@ -199,6 +199,14 @@ package nonisolated struct TaskEvent: Sendable {
     set {kind = .permit(newValue)}
   }
 
+  package var released: TaskReleased {
+    get {
+      if case .released(let v)? = kind {return v}
+      return TaskReleased()
+    }
+    set {kind = .released(newValue)}
+  }
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package nonisolated enum OneOf_Kind: Equatable, Sendable {
@@ -208,6 +216,7 @@ package nonisolated struct TaskEvent: Sendable {
     case update(Data)
     case ended(TaskEnded)
     case permit(PermitRequest)
+    case released(TaskReleased)
 
   }
 
@@ -225,6 +234,18 @@ package nonisolated struct TaskAccepted: Sendable {
 }
 
 package nonisolated struct TaskHeartbeat: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+/// The process that held the attempt is gone, and the host's next one has found it in its journal: nobody works on it any
+/// more. The coordinator need not wait for its lease to run out before it issues the next attempt.
+package nonisolated struct TaskReleased: Sendable {
   // SwiftProtobuf.Message conformance is added in an extension below. See the
   // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
   // methods supported on all messages.
@@ -624,7 +645,7 @@ nonisolated extension MessageRejected: SwiftProtobuf.Message, SwiftProtobuf._Mes
 
 nonisolated extension TaskEvent: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".TaskEvent"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}task_id\0\u{1}attempt\0\u{1}fence\0\u{1}seq\0\u{1}accepted\0\u{1}heartbeat\0\u{1}update\0\u{1}ended\0\u{1}permit\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}task_id\0\u{1}attempt\0\u{1}fence\0\u{1}seq\0\u{1}accepted\0\u{1}heartbeat\0\u{1}update\0\u{1}ended\0\u{1}permit\0\u{1}released\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -696,6 +717,19 @@ nonisolated extension TaskEvent: SwiftProtobuf.Message, SwiftProtobuf._MessageIm
           self.kind = .permit(v)
         }
       }()
+      case 10: try {
+        var v: TaskReleased?
+        var hadOneofValue = false
+        if let current = self.kind {
+          hadOneofValue = true
+          if case .released(let m) = current {v = m}
+        }
+        try decoder.decodeSingularMessageField(value: &v)
+        if let v = v {
+          if hadOneofValue {try decoder.handleConflictingOneOf()}
+          self.kind = .released(v)
+        }
+      }()
       default: break
       }
     }
@@ -738,6 +772,10 @@ nonisolated extension TaskEvent: SwiftProtobuf.Message, SwiftProtobuf._MessageIm
     case .permit?: try {
       guard case .permit(let v)? = self.kind else { preconditionFailure() }
       try visitor.visitSingularMessageField(value: v, fieldNumber: 9)
+    }()
+    case .released?: try {
+      guard case .released(let v)? = self.kind else { preconditionFailure() }
+      try visitor.visitSingularMessageField(value: v, fieldNumber: 10)
     }()
     case nil: break
     }
@@ -788,6 +826,25 @@ nonisolated extension TaskHeartbeat: SwiftProtobuf.Message, SwiftProtobuf._Messa
   }
 
   package static func ==(lhs: TaskHeartbeat, rhs: TaskHeartbeat) -> Bool {
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension TaskReleased: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".TaskReleased"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap()
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    // Load everything into unknown fields
+    while try decoder.nextFieldNumber() != nil {}
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: TaskReleased, rhs: TaskReleased) -> Bool {
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

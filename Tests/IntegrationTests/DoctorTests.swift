@@ -1,0 +1,54 @@
+import Foundation
+import HostKit
+import TestKit
+import Testing
+
+extension Integration {
+    /// What `flotilla doctor` finds where something is wrong; on a fleet that is well it is run by the fleet's demo.
+    @Suite struct Doctor {
+        private struct Finding: Decodable { let verdict, subject, found: String; let remedy: String? }
+
+        private func examine(_ arguments: String...) throws -> (status: Int32, findings: [String: Finding]) {
+            let outcome = try run(Environment.flotilla(), ["doctor", "--json"] + arguments)
+            let findings = try outcome.output.split(separator: "\n").map {
+                try JSONDecoder().decode(Finding.self, from: Data($0.utf8))
+            }
+            return (
+                outcome.status, Dictionary(findings.map { ($0.subject, $0) }, uniquingKeysWith: { first, _ in first })
+            )
+        }
+
+        @Test func hostAlone() throws {
+            let (status, findings) = try examine("--libvirt", "test:///default")
+            #expect(status == 0)
+            #expect(findings["libvirt"]?.verdict == "pass")
+            for subject in ["clock", "KVM", "IOMMU", "EFI guests"] { #expect(findings[subject] != nil, "\(subject)") }
+            #expect(findings.values.allSatisfy { $0.verdict == "pass" || $0.remedy != nil })
+        }
+
+        @Test func libvirtThatIsNotThereFails() throws {
+            let (status, findings) = try examine("--libvirt", "qemu+unix:///system?socket=/nowhere")
+            #expect(status == 1 && findings["libvirt"]?.verdict == "fail")
+        }
+
+        /// Its key may be read by all, its broker isn't there: both are said at once.
+        @Test func worker() throws {
+            let folder = try TemporaryFolder()
+            let path = folder.path
+            for part in ["pool", "trusted"] { try Files.createDirectories("\(path)/\(part)", mode: 0o700) }
+            try Files.writeAtomically(Array("key".utf8), to: "\(path)/key", mode: 0o644)
+            let settings = """
+                host: kvm1
+                broker: {addresses: ["localhost:1"], plaintext: true, password-file: \(path)/password}
+                keys: {own: \(path)/key, trusted: \(path)/trusted}
+                libvirt: test:///default
+                pools: [{name: default, path: \(path)/pool}]
+                """
+            try Files.writeAtomically(Array(settings.utf8), to: "\(path)/worker.yaml", mode: 0o600)
+            let (status, findings) = try examine("--worker", "\(path)/worker.yaml")
+            #expect(status == 1)
+            #expect(findings["keys"]?.verdict == "fail" && findings["broker"]?.verdict == "fail")
+            #expect(findings["pool default"]?.verdict == "pass" && findings["libvirt"]?.verdict == "pass")
+        }
+    }
+}

@@ -1,0 +1,107 @@
+"""A fleet whose three brokers have a network that can be cut."""
+
+import subprocess
+import time
+
+from fleet import HOSTS, LEASE, Fleet, Violation, wait
+
+PEERS = (1, 2, 3)
+
+
+def run(*words, node=None):
+    inside = [] if node is None else ["nsenter", f"--net=/run/netns/rabbit{node}"]
+    return subprocess.run([*inside, *map(str, words)], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+class Network:
+    """A bridge with a network namespace for each broker: rabbit1 is 10.77.0.1. `run` gave this process a network and
+    mounts of its own, so that nothing of it is seen elsewhere, and all of it ends with the process."""
+
+    def __init__(self, folder):
+        run("mount", "-t", "tmpfs", "none", "/run/netns")
+        hosts = folder.with_suffix(".hosts")
+        hosts.write_text("127.0.0.1 localhost\n" + "".join(f"10.77.0.{node} rabbit{node}\n" for node in PEERS))
+        run("mount", "--bind", hosts, "/etc/hosts")
+        run("ip", "link", "add", "brokers", "type", "bridge")
+        run("ip", "address", "add", "10.77.0.254/24", "dev", "brokers")
+        run("ip", "link", "set", "brokers", "up")
+        for node in PEERS:
+            run("ip", "netns", "add", f"rabbit{node}")
+            run("ip", "link", "add", f"to{node}", "type", "veth", "peer", "name", "net", "netns", f"rabbit{node}")
+            run("ip", "link", "set", f"to{node}", "master", "brokers", "up")
+            run("ip", "address", "add", f"10.77.0.{node}/24", "dev", "net", node=node)
+            for device in ("lo", "net"):
+                run("ip", "link", "set", device, "up", node=node)
+
+    def cut(self, node, peers_only):
+        """From the other brokers alone, so that coordinator and workers still reach it, or from everybody. Packets in both
+        directions go to an address that nobody has; neither side hears of it."""
+        for ends in self.ends(node) if peers_only else [*self.ends(node), *self.ends(node, None)]:
+            for (inside, device), address in ends:
+                run("ip", "neigh", "replace", address, "lladdr", "02:00:00:00:00:01", "dev", device, "nud", "permanent",
+                    node=inside)
+
+    def heal(self, node):
+        for ends in [*self.ends(node), *self.ends(node, None)]:
+            for (inside, device), address in ends:
+                subprocess.run(["nsenter", *([f"--net=/run/netns/rabbit{inside}"] if inside else []), "ip", "neigh", "del",
+                                address, "dev", device], check=False, stderr=subprocess.DEVNULL)
+
+    def ends(self, node, *others):
+        """Both ends of the ways from a node to its peers, or to this process."""
+        for other in others or [peer for peer in PEERS if peer != node]:
+            there = (other, "net") if other else (None, "brokers")
+            yield (((node, "net"), f"10.77.0.{other or 254}"), (there, f"10.77.0.{node}"))
+
+
+def leader(fleet, queue, asked):
+    for line in fleet.rabbitmqctl("list_queues", "name", "leader", "--no-table-headers", node=asked).splitlines():
+        name, _, node = line.partition("\t")
+        if name == queue:
+            return int(node.rpartition(".")[2])
+    raise Violation(f"{queue} has no leader")
+
+
+def leader_partitioned(outer):
+    """3 brokers, of which the leader of a queue is cut off: from its peers, then from everybody"""
+    network = Network(outer.dir)
+    fleet = Fleet(outer.dir.with_name(outer.dir.name + "-cluster"), outer.flotilla, outer.guest, nodes=3,
+                  FLEET_NAMESPACES="yes")
+    fleet.start()
+    try:
+        for queue in ("flotilla.events.coordinator", "flotilla.tasks.kvm1"):
+            for peers_only in (True, False):
+                node = leader(fleet, queue, 1)
+                witness = next(peer for peer in PEERS if peer != node)
+                fleet.submit(HOSTS)
+                wait(60, "a conversion", lambda: fleet.in_stage("convert"))
+                network.cut(node, peers_only)
+                try:
+                    wait(60, f"another leader of {queue}", lambda: leader_or_none(fleet, queue, witness) not in (None, node))
+                    time.sleep(LEASE)  # the outage, beyond the election
+                finally:
+                    network.heal(node)
+                fleet.submit(["kvm1"])
+                fleet.wait_ended(240)
+                wait(60, f"node {node} to be back", lambda: is_back(fleet, node))
+                print(f"  {queue} on node {node}, cut off from {'its peers' if peers_only else 'everybody'}: "
+                      f"{fleet.judge()}", flush=True)
+    except Violation as violation:
+        raise Violation(f"{violation}\n  of the cluster in {fleet.dir}") from violation
+    finally:
+        fleet.stop()
+
+
+def leader_or_none(fleet, queue, asked):
+    try:
+        return leader(fleet, queue, asked)
+    except (subprocess.CalledProcessError, ValueError, Violation):
+        return None
+
+
+def is_back(fleet, node):
+    try:
+        fleet.rabbitmqctl("await_online_nodes", "3", "--timeout", "1", node=node)
+        return True
+    except subprocess.CalledProcessError:
+        return False
