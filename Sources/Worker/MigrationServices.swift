@@ -30,7 +30,8 @@ struct ExportHandler: ExportService.ServiceProtocol {
             try configuration.requireSource(source.path)
             let vmName = request.vmName.isEmpty ? nil : request.vmName
             var manifest = try await blockingCancellable("export") { stop in
-                try captureManifest(from: source, vmName: vmName, stop: stop)
+                try captureManifest(
+                    from: source, vmName: vmName, stop: stop, allow: configuration.requireSource)
             }
             manifest.migrationID = request.migrationID
             manifest.capturedAt = Moment.now.timestamp

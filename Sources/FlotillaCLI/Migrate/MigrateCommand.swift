@@ -12,7 +12,7 @@ struct MigrateCommand: AsyncParsableCommand {
         commandName: "migrate",
         abstract: "Moves VMs to this host: export, convert and deploy in one process.",
         discussion: """
-            SOURCE is ova:PATH, ovf:PATH or vmx:PATH. Sources are only read.
+            SOURCE is ova:PATH, ovf:PATH, vmx:PATH or manifest:PATH. Sources are only read.
 
             Run the same command again after an interruption, a crash or a full disk: it continues, disks from their \
             last checkpoint. Run it again after it is done: it checks that source, disks and domain are as they were \
