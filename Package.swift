@@ -74,7 +74,7 @@ let package = Package(
             "Enrollment", ["MigrationModel", "HostKit", "Messaging", "MessagingAMQP", x509, crypto, asn1]),
 
         module("DiskImage", ["MigrationModel", "HostKit", "CDeflate", "CLinux", "CZstd"]),
-        module("Export", ["MigrationModel", "FlotillaProtocol", "HostKit", "CXML", protobuf]),
+        module("Export", ["MigrationModel", "FlotillaProtocol", "HostKit", "CXML", protobuf, yaml]),
         module("Convert", ["MigrationModel", "HostKit", "DiskImage"]),
         module("Download", ["MigrationModel", "HostKit", "DiskImage", "CCurl"]),
         module(
@@ -85,6 +85,7 @@ let package = Package(
         module(
             "Deploy", ["MigrationModel", "FlotillaProtocol", "HostKit", "Passthrough", "CLibvirt", "CXML", protobuf]),
 
+        module("Assessment", ["MigrationModel", "FlotillaProtocol", "Passthrough", protobuf]),
         module(
             "Worker",
             [
@@ -102,7 +103,8 @@ let package = Package(
             "FlotillaCLI",
             [
                 "MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", "MessagingAMQP", "Enrollment", "Export",
-                "DiskImage", "Convert", "Download", "Volumes", "VSphere", "Passthrough", "Deploy", "Worker",
+                "DiskImage", "Convert", "Download", "Volumes", "VSphere", "Passthrough", "Deploy", "Assessment",
+                "Worker",
                 "Coordinator",
                 grpc, grpcHTTP2, grpcInProcess, grpcProtobuf, protobuf, logging, yaml, arguments,
             ]),
@@ -121,6 +123,7 @@ let package = Package(
         tests("DiskImageTests", ["DiskImage", "HostKit", "MigrationModel", "TestKit"]),
         tests(
             "ConvertTests", ["Convert", "DiskImage", "Download", "HostKit", "MigrationModel", "TestKit", "Volumes"]),
+        tests("AssessmentTests", ["Assessment", "Passthrough", "FlotillaProtocol", "MigrationModel", protobuf]),
         tests("ExportTests", ["Export", "FlotillaProtocol", "HostKit", "MigrationModel", "TestKit", protobuf]),
         tests(
             "VSphereTests",

@@ -6,7 +6,7 @@ import MigrationModel
 /// SHA-256 over path, size and modification time of every file of a manifest's source, hexadecimal. Computed from the
 /// files as they are now: differs from `source.fingerprint` when the source changed since its capture.
 ///
-/// - Throws: `notFound` when a file is gone, `invalidArgument` for a manifest that isn't from an OVA, OVF or VMX.
+/// - Throws: `notFound` when a file is gone, `invalidArgument` for a manifest that isn't from an OVA, OVF, VMX or manifest.
 package func fingerprint(of manifest: Manifest) throws -> String {
     let digest = Digest()
     var seen: Set<String> = []
@@ -33,9 +33,10 @@ private func sourceFiles(of manifest: Manifest) throws -> [String] {
         let stem = path.lowercased().hasSuffix(".ovf") ? String(path.dropLast(4)) : path
         if Files.exists(stem + ".mf") { files.append(stem + ".mf") }
     case .vmx: break
+    case .manifest: return files + (try manifest.disks.flatMap(filesOfManifestDisk))
     default:
         throw MigrationError(
-            .invalidArgument, "the manifest of \(manifest.vm.name) is not from an OVA, OVF or VMX file")
+            .invalidArgument, "the manifest of \(manifest.vm.name) is not from an OVA, OVF, VMX or manifest file")
     }
     for disk in manifest.disks where disk.hasSource {
         let prefix = folder.path == "/" ? "/" : folder.path + "/"
@@ -47,4 +48,11 @@ private func sourceFiles(of manifest: Manifest) throws -> [String] {
         files += try VMDKChain(name, in: folder, owner: path).files(in: folder)
     }
     return files
+}
+
+/// A disk's file and, of a VMDK with extents, those beside it.
+private func filesOfManifestDisk(_ disk: Disk) throws -> [String] {
+    guard disk.source.format == "vmdk", disk.source.offset == 0 else { return [disk.source.path] }
+    let beside = SourceFolder(path: Files.parent(of: disk.source.path))
+    return try VMDKChain(Files.name(of: disk.source.path), in: beside, owner: disk.id).files(in: beside)
 }

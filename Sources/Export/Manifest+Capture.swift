@@ -10,10 +10,13 @@ import SwiftProtobuf
 /// - Parameters:
 ///   - vmName: which VM of a source that holds several; nil when there is one.
 ///   - stop: checked between disks.
+///   - allow: throws for a file that must not be read although a manifest names it by an absolute path.
 /// - Throws: `invalidArgument` for descriptors that can't be right, `notFound` for files they name that aren't there,
 ///   `dataLoss` for truncated or altered files, `unimplemented` for features with no reader, `failedPrecondition` for
 ///   an encrypted VM or a source that changed meanwhile. What merely blocks the migration is a BLOCKED finding.
-package func captureManifest(from source: SourceURL, vmName: String?, stop: StopFlag) throws -> Manifest {
+package func captureManifest(
+    from source: SourceURL, vmName: String?, stop: StopFlag, allow: @escaping (String) throws -> Void = { _ in }
+) throws -> Manifest {
     try stop.check()
     let before = try identity(of: source.path)
     var manifest: Manifest
@@ -35,6 +38,14 @@ package func captureManifest(from source: SourceURL, vmName: String?, stop: Stop
         var capture = try OVFCapture(package, vmName: vmName)
         manifest = try capture.run(stop)
         manifest.source.kind = source.kind == .ova ? .ova : .ovf
+    case .manifest:
+        descriptor = try ManifestFile.read(source.path)
+        manifest = try ManifestCapture(path: source.path, allow: allow).run(descriptor, stop)
+        if let vmName, vmName != manifest.vm.name {
+            throw MigrationError(
+                .notFound, "\(source.path): describes \(manifest.vm.name.printable), not \(vmName.printable)",
+                hint: "leave --vm out, or give the manifest of the VM you mean")
+        }
     }
     manifest.schemaVersion = 1
     manifest.source.url = source.description

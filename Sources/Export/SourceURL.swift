@@ -1,14 +1,14 @@
 import Glibc
 import MigrationModel
 
-/// Where a VM comes from, as a person writes it: `ova:PATH`, `ovf:PATH` or `vmx:PATH`.
+/// Where a VM comes from, as a person writes it: `ova:PATH`, `ovf:PATH`, `vmx:PATH` or `manifest:PATH`.
 package struct SourceURL: Sendable, Hashable, CustomStringConvertible {
     package enum Kind: String, Sendable, CaseIterable {
-        case ova, ovf, vmx
+        case ova, ovf, vmx, manifest
     }
 
     package let kind: Kind
-    /// Absolute path of the OVA, OVF or VMX file.
+    /// Absolute path of the OVA, OVF, VMX or manifest file.
     package let path: String
     /// The text it was parsed from.
     package let description: String
@@ -19,13 +19,12 @@ package struct SourceURL: Sendable, Hashable, CustomStringConvertible {
     ///   will know.
     package init(parsing text: String) throws {
         let shown = text.printable
-        if text.hasPrefix("vsphere:") || text.hasPrefix("manifest:") {
-            let scheme = text.prefix { $0 != ":" }
+        if text.hasPrefix("vsphere:") {
             throw MigrationError(
-                .unimplemented, "source \(shown): \(scheme) sources are not available in this version",
+                .unimplemented, "source \(shown): vsphere sources are not available in this version",
                 hint: "export the VM to an OVA and give ova:PATH, or give ovf:PATH or vmx:PATH")
         }
-        let forms = "give ova:PATH, ovf:PATH or vmx:PATH"
+        let forms = "give ova:PATH, ovf:PATH, vmx:PATH or manifest:PATH"
         guard let colon = text.firstIndex(of: ":"), let kind = Kind(rawValue: String(text[..<colon])) else {
             throw MigrationError(.invalidArgument, "source '\(shown)' is not one this program reads", hint: forms)
         }
@@ -57,7 +56,7 @@ package struct SourceURL: Sendable, Hashable, CustomStringConvertible {
         guard !parts.isEmpty else {
             throw MigrationError(
                 .invalidArgument, "source '\(path)' is a directory, not a file",
-                hint: "give ova:PATH, ovf:PATH or vmx:PATH")
+                hint: "give ova:PATH, ovf:PATH, vmx:PATH or manifest:PATH")
         }
         return "/" + parts.joined(separator: "/")
     }

@@ -16,9 +16,9 @@ package struct Flotilla: AsyncParsableCommand {
             """,
         version: "flotilla \(version)",
         subcommands: [
-            MigrateCommand.self, InventoryCommand.self, DiskCommand.self, CoordinatorCommand.self, WorkerCommand.self,
-            MigrationCommand.self,
-            HostCommand.self, GPUCommand.self, QueueCommand.self, FleetCommand.self, DoctorCommand.self,
+            MigrateCommand.self, AssessCommand.self, InventoryCommand.self, ManifestCommand.self, DiskCommand.self,
+            CoordinatorCommand.self, WorkerCommand.self, MigrationCommand.self, HostCommand.self, GPUCommand.self,
+            QueueCommand.self, FleetCommand.self, DoctorCommand.self,
         ])
 
     package init() {}

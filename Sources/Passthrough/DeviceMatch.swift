@@ -46,6 +46,7 @@ package func inUseBy(domain name: String) -> String { "domain \(name)" }
 package func matchDevices(
     _ wanted: [AssignedDevice], on host: HostProfile, for domain: String = "", migration: String = ""
 ) -> DeviceMatch {
+    guard !wanted.isEmpty else { return DeviceMatch(entries: []) }
     let requests = DeviceRequest.group(wanted)
     let inventory = HostDevices(host, owner: domain)
     var entries = wanted.map { DeviceMatch.Entry(device: $0, functions: [], findings: []) }

@@ -9,7 +9,7 @@ package import FlotillaProtocol
 package func preflight(
     manifest: Manifest, options: DeployOptions, pool: String, diskFormat: String = "qcow2", host: HostProfile
 ) -> [Finding] {
-    manifest.findings.filter { $0.severity == .blocked }
+    (manifest.findings + sourceFindings(manifest)).filter { $0.severity == .blocked }
         + domainFindings(manifest, options, host)
         + sizeFindings(manifest.vm, host)
         + firmwareFindings(manifest.vm, host)
@@ -17,6 +17,30 @@ package func preflight(
         + poolFindings(manifest, pool, diskFormat, host)
         + deviceFindings(manifest, options, host)
         + guestFindings(manifest.vm, options)
+}
+
+/// The part of `preflight` that needs no host: networks without a mapping, devices that no host can serve, what the
+/// guest gets differently. A whole GPU is left open: which host has it isn't known.
+package func hostlessFindings(manifest: Manifest, options: DeployOptions) -> [Finding] {
+    let unmapped = manifest.nics.filter { options.mapping(for: $0.network) == nil }.map {
+        Finding.blocked(
+            $0.id, "\($0.id): network \"\($0.network)\" is mapped to nothing",
+            remedy: "map it, for example `--network '\($0.network)=bridge:br0'`")
+    }
+    let devices = manifest.gpus + manifest.otherDevices
+    let served =
+        options.gpu == .gpuDrop
+        ? devices.map {
+            Finding.warning(
+                $0.id, "\($0.text) is left out, as asked", remedy: "the guest starts without this device")
+        }
+        : devices.map {
+            unsupportedBacking($0)
+                ?? .warning(
+                    $0.id, "\($0.text) needs a host with the same device, and no host was given to look at",
+                    remedy: "give the hosts' profiles with `--hosts`")
+        }
+    return unmapped + served + guestFindings(manifest.vm, options)
 }
 
 private func domainFindings(_ manifest: Manifest, _ options: DeployOptions, _ host: HostProfile) -> [Finding] {

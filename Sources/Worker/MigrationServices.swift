@@ -37,7 +37,8 @@ struct ExportHandler: ExportService.ServiceProtocol {
                 let source = try SourceURL(parsing: request.sourceURL)
                 try configuration.requireSource(source.path)
                 manifest = try await blockingCancellable("export") { stop in
-                    try captureManifest(from: source, vmName: vmName, stop: stop)
+                    try captureManifest(
+                        from: source, vmName: vmName, stop: stop, allow: configuration.requireSource)
                 }
             }
             manifest.migrationID = request.migrationID

@@ -8,7 +8,10 @@ import SwiftProtobuf
 struct HostCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "host", abstract: "The fleet's hosts: what they have, and whether they get tasks.",
-        subcommands: [List.self, Show.self, Drain.self, Undrain.self, HostEnrollCommand.self, HostForgetCommand.self])
+        subcommands: [
+            List.self, Show.self, HostProfileCommand.self, Drain.self, Undrain.self, HostEnrollCommand.self,
+            HostForgetCommand.self,
+        ])
 
     struct List: AsyncParsableCommand {
         static let configuration = CommandConfiguration(abstract: "Lists the hosts whose worker was heard of.")

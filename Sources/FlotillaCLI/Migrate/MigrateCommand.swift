@@ -14,8 +14,8 @@ struct MigrateCommand: AsyncParsableCommand {
         commandName: "migrate",
         abstract: "Moves VMs to this host: export, convert and deploy in one process.",
         discussion: """
-            SOURCE is ova:PATH, ovf:PATH, vmx:PATH or vsphere://USER@HOST[/DATACENTER] with --vm. Sources are only \
-            read; of a vSphere VM the disks come straight from the server, and nothing is staged.
+            SOURCE is ova:PATH, ovf:PATH, vmx:PATH, manifest:PATH or vsphere://USER@HOST[/DATACENTER] with --vm. Sources are \
+            only read; of a vSphere VM the disks come straight from the server, and nothing is staged.
 
             Run the same command again after an interruption, a crash or a full disk: it continues, disks from their \
             last checkpoint. Run it again after it is done: it checks that source, disks and domain are as they were \

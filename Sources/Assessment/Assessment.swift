@@ -1,0 +1,213 @@
+package import FlotillaProtocol
+package import Passthrough
+
+/// Whether and how VMs can be moved, judged by what migrations judge: captures' findings and preflight.
+package struct Assessment: Sendable, Encodable {
+    package enum Verdict: String, Sendable, Encodable, CaseIterable, Comparable {
+        case ready, warning, blocked
+
+        package static func < (a: Verdict, b: Verdict) -> Bool {
+            (allCases.firstIndex(of: a) ?? 0) < (allCases.firstIndex(of: b) ?? 0)
+        }
+    }
+
+    package struct Reason: Sendable, Encodable, Equatable {
+        package var severity: Verdict
+        package var subject: String
+        package var message: String
+        package var remedy: String
+
+        package init(_ finding: Finding) {
+            severity = finding.severity == .blocked ? .blocked : finding.severity == .warning ? .warning : .ready
+            subject = finding.subject
+            message = finding.message
+            remedy = finding.remedy
+        }
+    }
+
+    /// A device of the VM that isn't emulated.
+    package struct Device: Sendable, Encodable {
+        package var id: String
+        package var isGPU: Bool
+        /// "10de:20b5", "grid_a100-40c", "DVX …".
+        package var kind: String
+        package var name: String
+        /// Where it would fit, by host: the addresses of the functions that would be handed over.
+        package var fits: [Fit]
+    }
+
+    package struct Fit: Sendable, Encodable {
+        package var host: String
+        package var functions: [String]
+    }
+
+    package struct VM: Sendable, Encodable {
+        package var name: String
+        package var source: String
+        package var verdict: Verdict
+        package var cpus: UInt32
+        package var memoryBytes: UInt64
+        package var diskBytes: [UInt64]
+        package var firmware: String
+        package var guest: String
+        package var power: String
+        package var networks: [String]
+        package var devices: [Device]
+        package var reasons: [Reason]
+        /// Hosts on which nothing blocks it.
+        package var hosts: [String]
+    }
+
+    package struct Summary: Sendable, Encodable {
+        package var ready = 0
+        package var warning = 0
+        package var blocked = 0
+        package var diskBytes: UInt64 = 0
+        package var memoryBytes: UInt64 = 0
+        package var gpus = 0
+    }
+
+    /// How many GPUs of a kind the VMs want, and how many of it the hosts have that nothing uses.
+    package struct Demand: Sendable, Encodable {
+        package var kind: String
+        package var wanted: Int
+        package var free: Int
+    }
+
+    package private(set) var summary = Summary()
+    package private(set) var demand: [Demand] = []
+    package private(set) var hosts: [String]
+    package private(set) var vms: [VM] = []
+
+    private let profiles: [HostProfile]
+    private let options: DeployOptions
+    private let pool: String?
+    private let format: String
+
+    private enum CodingKeys: String, CodingKey { case summary, demand, hosts, vms }
+
+    /// - Parameter pool: the pool's name on each host; nil for each host's largest.
+    package init(hosts: [HostProfile], options: DeployOptions, pool: String?, format: String) {
+        profiles = hosts
+        self.hosts = hosts.map(\.name)
+        self.options = options
+        self.pool = pool
+        self.format = format
+    }
+
+    package mutating func add(_ manifest: Manifest, source: String) {
+        var options = options
+        options.domainName = ""
+        var findings = manifest.findings + sourceFindings(manifest)
+        var possible: [String] = []
+        var best: [Finding]?
+        for host in profiles {
+            let pool = pool ?? host.pools.filter(\.writable).max { $0.freeBytes < $1.freeBytes }?.name ?? ""
+            let judged = preflight(
+                manifest: manifest, options: options, pool: pool, diskFormat: format, host: host)
+            if !judged.contains(where: { $0.severity == .blocked }) { possible.append(host.name) }
+            // The host that is nearest to taking it says what is left to do.
+            if Self.weight(judged) < best.map(Self.weight) ?? .max { best = judged }
+        }
+        findings += best ?? hostlessFindings(manifest: manifest, options: options)
+        let reasons = Self.distinct(findings)
+        add(
+            VM(
+                name: manifest.vm.name, source: source, verdict: reasons.map(\.severity).max() ?? .ready,
+                cpus: manifest.vm.cpu.count, memoryBytes: manifest.vm.memory.bytes,
+                diskBytes: manifest.disks.map(\.capacityBytes), firmware: manifest.vm.firmware == .efi ? "EFI" : "BIOS",
+                guest: manifest.vm.guestFullName.isEmpty ? manifest.vm.guestID : manifest.vm.guestFullName,
+                power: manifest.vm.powerState.word, networks: manifest.nics.map(\.network),
+                devices: devices(manifest), reasons: reasons, hosts: possible))
+        for device in manifest.gpus { count(device) }
+    }
+
+    /// A source that can't be captured at all.
+    package mutating func add(unreadable source: String, message: String, remedy: String) {
+        add(
+            VM(
+                name: source, source: source, verdict: .blocked, cpus: 0, memoryBytes: 0, diskBytes: [], firmware: "",
+                guest: "", power: "", networks: [], devices: [],
+                reasons: [Reason(.blocked("source", message, remedy: remedy))], hosts: []))
+    }
+
+    private mutating func add(_ vm: VM) {
+        switch vm.verdict {
+        case .ready: summary.ready += 1
+        case .warning: summary.warning += 1
+        case .blocked: summary.blocked += 1
+        }
+        for bytes in vm.diskBytes { summary.diskBytes = summary.diskBytes &+ bytes }
+        summary.memoryBytes = summary.memoryBytes &+ vm.memoryBytes
+        summary.gpus += vm.devices.count(where: \.isGPU)
+        vms.append(vm)
+    }
+
+    private static func weight(_ findings: [Finding]) -> Int {
+        findings.reduce(0) { $0 + ($1.severity == .blocked ? 1000 : 1) }
+    }
+
+    /// Worst first, each once.
+    private static func distinct(_ findings: [Finding]) -> [Reason] {
+        var seen: Set<String> = []
+        let reasons = findings.filter { seen.insert("\($0.subject) \($0.message)").inserted }.map(Reason.init)
+        // Preflight speaks of the TPM's new state as captures do.
+        let tpm = reasons.indices.filter { reasons[$0].subject == "vm" && reasons[$0].message.contains("TPM") }
+            .dropFirst()
+        return reasons.indices.filter { !tpm.contains($0) }.map { reasons[$0] }.enumerated()
+            .sorted { ($1.element.severity, $0.offset) < ($0.element.severity, $1.offset) }.map(\.element)
+    }
+
+    private func devices(_ manifest: Manifest) -> [Device] {
+        let all = manifest.gpus + manifest.otherDevices
+        guard !all.isEmpty else { return [] }
+        let matches = profiles.map { ($0.name, matchDevices(all, on: $0)) }
+        return all.enumerated().map { index, device in
+            Device(
+                id: device.id, isGPU: index < manifest.gpus.count, kind: device.kindText, name: device.name,
+                fits: matches.compactMap { host, match in
+                    let functions = match.entries[index].functions
+                    return functions.isEmpty ? nil : Fit(host: host, functions: functions.map(\.address))
+                })
+        }
+    }
+
+    private mutating func count(_ device: AssignedDevice) {
+        let kind = device.kindText
+        if let known = demand.firstIndex(where: { $0.kind == kind }) {
+            demand[known].wanted += 1
+            return
+        }
+        let ids = device.allowedIDs
+        let free = profiles.flatMap(\.pciFunctions).count { function in
+            !function.bridge && !function.bootVga && function.inUseBy.isEmpty
+                && ids.contains { $0.vendor == function.id.vendor && $0.device == function.id.device }
+        }
+        demand.append(Demand(kind: kind, wanted: 1, free: free))
+    }
+}
+
+extension AssignedDevice {
+    /// What a target must have for it.
+    var kindText: String {
+        switch backing {
+        case .vgpu(let vgpu): vgpu.profile
+        case .dvx(let dvx): "DVX \(dvx.deviceClass)"
+        case .sriov(let function): "SR-IOV \(function.id.text)"
+        case .passthrough, .dynamic:
+            allowedIDs.isEmpty ? "unknown" : allowedIDs.map(\.text).joined(separator: " or ")
+        case nil: "unknown"
+        }
+    }
+}
+
+extension PowerState {
+    fileprivate var word: String {
+        switch self {
+        case .poweredOff: "off"
+        case .poweredOn: "on"
+        case .suspended: "suspended"
+        default: ""
+        }
+    }
+}

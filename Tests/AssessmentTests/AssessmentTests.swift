@@ -1,0 +1,201 @@
+import Assessment
+import FlotillaProtocol
+import MigrationModel
+import Passthrough
+import Testing
+
+@Suite struct AssessmentTests {
+    static func manifest(_ change: (inout Manifest) -> Void = { _ in }) -> Manifest {
+        var manifest = Manifest()
+        manifest.schemaVersion = 1
+        manifest.vm.name = "web"
+        manifest.vm.cpu.count = 2
+        manifest.vm.memory.bytes = 1 << 30
+        manifest.vm.powerState = .poweredOff
+        var disk = Disk()
+        disk.id = "disk0"
+        disk.capacityBytes = 20 << 30
+        disk.mode = "persistent"
+        manifest.disks = [disk]
+        var nic = NIC()
+        nic.id = "nic0"
+        nic.network = "VM Network"
+        manifest.nics = [nic]
+        change(&manifest)
+        return manifest
+    }
+
+    static func host(free: UInt64 = 1 << 40, gpu: Bool = true) -> HostProfile {
+        var host = HostProfile()
+        host.name = "kvm1"
+        host.cpus = 16
+        host.memoryBytes = 64 << 30
+        host.bridges = ["br0"]
+        host.iommuEnabled = true
+        host.vfioAvailable = true
+        var pool = Pool()
+        (pool.name, pool.path, pool.freeBytes, pool.writable) = ("images", "/images", free, true)
+        host.pools = [pool]
+        if gpu {
+            var function = PciFunction()
+            function.address = "0000:3b:00.0"
+            function.id.vendor = 0x10de
+            function.id.device = 0x20b5
+            function.classCode = 0x0302
+            function.iommuGroup = 7
+            function.driver = "vfio-pci"
+            host.pciFunctions = [function]
+        }
+        return host
+    }
+
+    static func gpu(_ backing: AssignedDevice.OneOf_Backing) -> AssignedDevice {
+        var device = AssignedDevice()
+        device.id = "gpu0"
+        device.backing = backing
+        return device
+    }
+
+    static var mapped: DeployOptions {
+        var options = DeployOptions()
+        var mapping = NetworkMapping()
+        (mapping.source, mapping.bridge) = ("VM Network", "br0")
+        options.networks = [mapping]
+        return options
+    }
+
+    static func assess(
+        _ manifest: Manifest, hosts: [HostProfile] = [], options: DeployOptions = mapped
+    ) throws -> Assessment.VM {
+        var assessment = Assessment(hosts: hosts, options: options, pool: nil, format: "raw")
+        assessment.add(manifest, source: "manifest:web.json")
+        return try #require(assessment.vms.first)
+    }
+
+    @Test func nothingInTheWay() throws {
+        let vm = try Self.assess(Self.manifest(), hosts: [Self.host()])
+        #expect(vm.verdict == .ready)
+        #expect(vm.reasons.isEmpty)
+        #expect(vm.hosts == ["kvm1"])
+    }
+
+    /// Every reason that has to be told, by the words it is told with.
+    @Test(arguments: [
+        ("raw device mapping", Assessment.Verdict.blocked), ("is shared", .blocked), ("independent", .warning),
+        ("encrypted", .blocked), ("TPM", .warning), ("snapshots", .warning), ("Device Virtualization", .blocked),
+        ("running", .blocked), ("vGPU", .blocked), ("suspended", .blocked),
+    ])
+    func blockers(_ word: String, _ verdict: Assessment.Verdict) throws {
+        let manifest = Self.manifest {
+            switch word {
+            case "raw device mapping": $0.disks[0].rawDeviceMapping = "physicalMode"
+            case "is shared": $0.disks[0].shared = true
+            case "independent": $0.disks[0].mode = "independent_persistent"
+            case "encrypted": $0.vm.encrypted = true
+            case "TPM": $0.vm.tpm = true
+            case "snapshots": $0.vm.snapshots = [Snapshot()]
+            case "running": $0.vm.powerState = .poweredOn
+            case "suspended": $0.vm.powerState = .suspended
+            case "vGPU": $0.gpus = [Self.gpu(.vgpu(.with { $0.profile = "grid_a100-40c" }))]
+            default: $0.gpus = [Self.gpu(.dvx(.with { $0.deviceClass = "com.acme.fpga" }))]
+            }
+        }
+        for hosts in [[], [Self.host()]] {
+            let vm = try Self.assess(manifest, hosts: hosts)
+            #expect(vm.verdict == verdict)
+            let reasons = vm.reasons.filter { $0.message.contains(word) }
+            #expect(reasons.count == 1, "told once: \(vm.reasons)")
+            #expect(reasons.first?.severity == verdict)
+            #expect(reasons.first?.remedy.isEmpty == false)
+        }
+    }
+
+    @Test func networkWithoutMapping() throws {
+        for hosts in [[], [Self.host()]] {
+            let vm = try Self.assess(Self.manifest(), hosts: hosts, options: DeployOptions())
+            #expect(vm.verdict == .blocked)
+            #expect(vm.reasons.contains { $0.message.contains("\"VM Network\" is mapped to nothing") })
+        }
+    }
+
+    @Test func poolTooSmall() throws {
+        let vm = try Self.assess(Self.manifest(), hosts: [Self.host(free: 1 << 30)])
+        #expect(vm.verdict == .blocked)
+        #expect(vm.reasons.contains { $0.message.contains("pool images of host kvm1 has 1 GiB free") })
+        #expect(vm.hosts.isEmpty)
+    }
+
+    @Test func gpuFitsWhereItIs() throws {
+        let id = PciId.with {
+            $0.vendor = 0x10de
+            $0.device = 0x20b5
+        }
+        let manifest = Self.manifest { $0.gpus = [Self.gpu(.passthrough(.with { $0.id = id }))] }
+        var without = Self.host(gpu: false)
+        without.name = "kvm2"
+        let vm = try Self.assess(manifest, hosts: [without, Self.host()])
+        #expect(vm.verdict == .ready)
+        #expect(vm.hosts == ["kvm1"])
+        #expect(vm.devices.first?.fits.map(\.host) == ["kvm1"])
+        #expect(vm.devices.first?.fits.first?.functions == ["0000:3b:00.0"])
+
+        let nowhere = try Self.assess(manifest, hosts: [without])
+        #expect(nowhere.verdict == .blocked)
+        #expect(nowhere.reasons.contains { $0.message.contains("kvm2 has no such device") })
+        #expect(try Self.assess(manifest).verdict == .warning, "no host was looked at")
+    }
+
+    @Test func aCapturesOwnWordsAreNotRepeated() throws {
+        let manifest = Self.manifest {
+            $0.disks[0].shared = true
+            $0.findings = [.blocked("disk0", "scsi0:1 is shared with other VMs (multi-writer)", remedy: "stop it")]
+        }
+        #expect(try Self.assess(manifest).reasons.count == 1)
+    }
+
+    @Test func preflightBlocksWhatTheFieldsSay() {
+        let manifest = Self.manifest { $0.vm.encrypted = true }
+        let findings = preflight(
+            manifest: manifest, options: Self.mapped, pool: "images", diskFormat: "raw", host: Self.host())
+        #expect(findings.contains { $0.severity == .blocked && $0.message.contains("encrypted") })
+    }
+}
+
+@Suite struct PageTests {
+    @Test func hostileTextStaysText() throws {
+        let evil = "</script><img src=x onerror=alert(1)>&\"'"
+        let manifest = AssessmentTests.manifest {
+            $0.vm.name = evil
+            $0.nics[0].network = evil
+            $0.gpus = [AssessmentTests.gpu(.vgpu(.with { $0.profile = evil }))]
+        }
+        var assessment = Assessment(hosts: [], options: DeployOptions(), pool: nil, format: "qcow2")
+        assessment.add(manifest, source: evil)
+        let html = try Page(assessment, title: evil, date: evil).html()
+        #expect(!html.contains("<img"))
+        #expect(html.count(of: "</script>") == 2)
+        #expect(!html.contains("src=\"") && !html.contains("href="), "loads nothing")
+    }
+
+    @Test func fiveThousandVMsStayQuickAndSmall() throws {
+        var assessment = Assessment(
+            hosts: [AssessmentTests.host()], options: AssessmentTests.mapped, pool: nil, format: "qcow2")
+        for number in 0..<5000 {
+            assessment.add(
+                AssessmentTests.manifest {
+                    $0.vm.name = "vm-\(number)"
+                    $0.vm.tpm = number % 3 == 0
+                    $0.disks[0].shared = number % 7 == 0
+                }, source: "manifest:vm-\(number).json")
+        }
+        let html = try Page(assessment, title: "Assessment", date: "today").html()
+        #expect(assessment.summary.ready + assessment.summary.warning + assessment.summary.blocked == 5000)
+        #expect(html.utf8.count < 3_000_000)
+    }
+}
+
+extension String {
+    fileprivate func count(of text: String) -> Int {
+        split(separator: text, omittingEmptySubsequences: false).count - 1
+    }
+}
