@@ -12,7 +12,7 @@ import Testing
     /// More writes than the kernel takes at once, some of several pieces, leaving holes.
     @Test func whatIsWrittenAtOnceIsThere() throws {
         let folder = try TemporaryFolder("direct")
-        let path = folder.file("image")
+        let path = "\(folder.path)/image"
         let image = try ImageFile(path)
         guard image.isDirect else { return }
         let count = Int(FLOTILLA_AIO_DEPTH) * 2 + 3
@@ -42,14 +42,14 @@ import Testing
     /// A file that can't be written: every write is handed back, for the ordinary way to say why.
     @Test func whatCannotBeWrittenIsHandedBack() throws {
         let folder = try TemporaryFolder("direct")
-        try Files.writeAtomically([UInt8](repeating: 1, count: Self.block), to: folder.file("image"))
+        try Files.writeAtomically([UInt8](repeating: 1, count: Self.block), to: "\(folder.path)/image")
         let memory = UnsafeMutableRawBufferPointer.allocate(byteCount: Self.block, alignment: Self.block)
         defer { memory.deallocate() }
         zero(memory)
-        let writes = DirectWrites(try File(folder.file("image"), O_RDONLY))
+        let writes = DirectWrites(try File("\(folder.path)/image", O_RDONLY))
         let request = DirectWrites.Request(
             offset: 0, pieces: [iovec(iov_base: memory.baseAddress, iov_len: memory.count)])
         #expect(writes.write([request, request]) == [0, 1])
-        #expect(try Files.read(folder.file("image")).allSatisfy { $0 == 1 })
+        #expect(try Files.read("\(folder.path)/image").allSatisfy { $0 == 1 })
     }
 }
