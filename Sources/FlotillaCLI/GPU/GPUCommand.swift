@@ -4,5 +4,8 @@ struct GPUCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "gpu", abstract: "This host's GPUs: what there is, and handing it to virtual machines.",
         discussion: "Needs no fleet. Everything that changes the host has --dry-run, and goes back.",
-        subcommands: [GPUListCommand.self, GPUCheckCommand.self, GPUBindCommand.self, GPUReleaseCommand.self])
+        subcommands: [
+            GPUListCommand.self, GPUCheckCommand.self, GPUPrepareCommand.self, GPUBindCommand.self,
+            GPUReleaseCommand.self,
+        ])
 }

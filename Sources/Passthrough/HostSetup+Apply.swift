@@ -1,0 +1,157 @@
+import FoundationEssentials
+import Glibc
+import HostKit
+import MigrationModel
+
+/// What `flotilla gpu prepare` did to this host, and the way back. Originals are kept, synced, before a file changes.
+package struct PreparedHost: Sendable {
+    struct Entry: Codable {
+        var path: String
+        /// Bytes of before the first change; nil: the file was not there.
+        var original: Data?
+        var mode: UInt32
+        /// SHA-256 of what was written last.
+        var written: String
+    }
+
+    struct Record: Codable {
+        var version = 1
+        var entries: [Entry] = []
+        /// Still to run, after a crash or a failure too.
+        var commands: [[String]] = []
+    }
+
+    private let root: String
+    private let path: String
+    private let run: @Sendable ([String]) throws -> Void
+
+    /// - Parameters:
+    ///   - root: "" for this host.
+    ///   - run: runs an argument vector.
+    package init(root: String, run: @escaping @Sendable ([String]) throws -> Void = PreparedHost.runProgram) {
+        self.root = root
+        path = "\(root)\(GPULedger.folder)/prepared.json"
+        self.run = run
+    }
+
+    /// Programs that an earlier run could not finish.
+    package func pending() throws -> [[String]] { try read().commands }
+
+    /// Writes the files and runs the programs. Nothing to change and nothing left over: does nothing.
+    ///
+    /// - Throws: with a program that failed the files are written; the next run tries it again.
+    package func apply(_ setup: HostSetup) throws {
+        var record = try read()
+        for change in setup.changes {
+            guard let after = change.after else { continue }
+            let digest = hex(Digest.hash(.sha256, after))
+            if let index = record.entries.firstIndex(where: { $0.path == change.path }) {
+                record.entries[index].written = digest
+            } else {
+                record.entries.append(
+                    Entry(
+                        path: change.path, original: change.before.map { Data($0) },
+                        mode: mode(of: change.path) ?? change.mode, written: digest))
+            }
+        }
+        record.commands += setup.commands.filter { !record.commands.contains($0) }
+        guard !setup.changes.isEmpty || !record.commands.isEmpty else { return }
+        try Files.createDirectories(Files.parent(of: path), mode: 0o700)
+        try write(record)
+        for change in setup.changes {
+            try put(change.path, change.after, mode: mode(of: change.path) ?? change.mode)
+        }
+        try finish(&record)
+    }
+
+    /// The changes that take everything back, to the byte.
+    ///
+    /// - Throws: `failedPrecondition` naming each file that somebody else changed since.
+    package func reverting() throws -> [HostSetup.FileChange] {
+        let record = try read()
+        var changed: [String] = []
+        let changes = record.entries.compactMap { entry -> HostSetup.FileChange? in
+            let now = try? Files.read("\(root)\(entry.path)", limit: 1 << 20)
+            let original = entry.original.map { [UInt8]($0) }
+            if now == original { return nil }
+            // A file that is gone needs nothing but to come back.
+            if let now, hex(Digest.hash(.sha256, now)) != entry.written { changed.append(entry.path) }
+            return HostSetup.FileChange(path: entry.path, before: now, after: original, mode: entry.mode)
+        }
+        guard changed.isEmpty else {
+            throw MigrationError(
+                .failedPrecondition, "changed by somebody else since: \(changed.joined(separator: ", "))",
+                hint: "undo that change first; the originals are in \(path)")
+        }
+        return changes
+    }
+
+    /// - Parameter commands: programs that carry the change into the boot, those of `HostSetup`.
+    package func revert(commands: [[String]]) throws {
+        let changes = try reverting()
+        var record = try read()
+        record.commands = changes.isEmpty ? record.commands : commands
+        try write(record)
+        for change in changes { try put(change.path, change.after, mode: change.mode) }
+        record.entries = []
+        try finish(&record)
+        try Files.remove(path)
+    }
+
+    // MARK: -
+
+    private func finish(_ record: inout Record) throws {
+        try write(record)
+        while let command = record.commands.first {
+            try run(command)
+            record.commands.removeFirst()
+            try write(record)
+        }
+    }
+
+    private func put(_ path: String, _ bytes: [UInt8]?, mode: UInt32) throws {
+        // A link stays a link: what it leads to changes.
+        let full = "\(root)\(path)"
+        let target = root.isEmpty && Files.exists(full) ? try Files.canonical(full) : full
+        guard let bytes else {
+            try Files.remove(target)
+            return try Files.synchronizeDirectory(of: target)
+        }
+        try Files.createDirectories(Files.parent(of: target))
+        try Files.writeAtomically(bytes, to: target, mode: mode)
+        guard chmod(target, mode) == 0 else { throw systemError("chmod", target) }
+    }
+
+    private func mode(of path: String) -> UInt32? {
+        (try? File("\(root)\(path)", O_RDONLY).status()).map { $0.st_mode & 0o7777 }
+    }
+
+    private func read() throws -> Record {
+        guard Files.exists(path) else { return Record() }
+        guard let record = try? JSONDecoder().decode(Record.self, from: Data(Files.read(path))), record.version == 1
+        else {
+            throw MigrationError(
+                .dataLoss, "the record of what was prepared, \(path), is damaged or of another version",
+                hint: "its entries hold the original files, in base64")
+        }
+        return record
+    }
+
+    private func write(_ record: Record) throws {
+        let encoder = JSONEncoder()
+        encoder.outputFormatting = [.sortedKeys, .prettyPrinted, .withoutEscapingSlashes]
+        try Files.writeAtomically([UInt8](encoder.encode(record)), to: path)
+    }
+
+    /// Up to ten minutes: an initramfs for each of several kernels takes its time.
+    package static func runProgram(_ command: [String]) throws {
+        guard let program = command.first else { return }
+        let outcome = try Program.run(program, Array(command.dropFirst()), limit: .seconds(600))
+        guard outcome.status == 0 else {
+            throw MigrationError(
+                .internal,
+                "\(command.joined(separator: " ")) failed (\(outcome.status)): \(outcome.output.suffix(2000))",
+                hint: "the files are written; run the same command again once that is mended, or --revert")
+        }
+    }
+}

@@ -1,0 +1,213 @@
+import FlotillaProtocol
+import Glibc
+import HostKit
+import MigrationModel
+
+/// What a host needs to boot with its IOMMU on and, if asked, with some devices waiting at vfio-pci: as changes of files,
+/// and the programs that carry them into the boot. Looking changes nothing.
+package struct HostSetup: Sendable {
+    package struct FileChange: Sendable {
+        /// Below the root: "/etc/default/grub".
+        package var path: String
+        /// Nil: not there.
+        package var before: [UInt8]?
+        package var after: [UInt8]?
+        var mode: UInt32 = 0o644
+
+        package var diff: String { unifiedDiff(path, before: before, after: after) }
+    }
+
+    package private(set) var changes: [FileChange] = []
+    /// Argument vectors, to run after the files are written.
+    package private(set) var commands: [[String]] = []
+    /// What a person should know.
+    package private(set) var notes: [String] = []
+    package let parameters: [String]
+
+    /// An empty root is this host's "/".
+    let root: String
+
+    /// - Parameters:
+    ///   - devices: bound at boot; complete slots.
+    ///   - amd: the CPU's maker.
+    /// - Throws: `failedPrecondition` when no known boot loader is there or one's file can't be understood.
+    package init(root: String, devices: [DeviceFunction], in tree: DeviceTree?, amd: Bool) throws {
+        self.root = root
+        let kernel = KernelParameters(amd: amd)
+        parameters = kernel.wanted
+        try planBootLoaders(kernel)
+        planModules(devices, tree)
+        planInitramfs(devices)
+        changes.removeAll { $0.before == $0.after }
+        let paths = changes.map(\.path)
+        commands = Self.commands(root: root, for: paths)
+        if commands.isEmpty, paths.contains(where: { $0.hasPrefix("/etc/default/grub") }) {
+            notes.append("there is no update-grub or grub-mkconfig here: make GRUB's configuration again by hand")
+        }
+    }
+
+    private func read(_ path: String) -> [UInt8]? { try? Files.read("\(root)\(path)", limit: 1 << 20) }
+    private func text(_ path: String) -> String? { read(path).map { String(decoding: $0, as: UTF8.self) } }
+    private func has(_ path: String) -> Bool { Files.exists("\(root)\(path)") }
+
+    private mutating func change(_ path: String, to text: String?, mode: UInt32 = 0o644) {
+        changes.append(FileChange(path: path, before: read(path), after: text.map { Array($0.utf8) }, mode: mode))
+    }
+
+    // MARK: - Boot loaders
+
+    private mutating func planBootLoaders(_ kernel: KernelParameters) throws {
+        var isKnown = false
+        if let grub = text("/etc/default/grub") {
+            isKnown = true
+            try planGRUB(grub, kernel)
+        }
+        for folder in ["/boot/loader/entries", "/boot/efi/loader/entries", "/efi/loader/entries"] {
+            for name in (try? Files.list("\(root)\(folder)")) ?? [] where name.hasSuffix(".conf") {
+                guard let entry = text("\(folder)/\(name)") else { continue }
+                isKnown = true
+                change("\(folder)/\(name)", to: kernel.edited(entry: entry))
+            }
+        }
+        if let line = text("/etc/kernel/cmdline") {
+            isKnown = true
+            let body = line.hasSuffix("\n") ? String(line.dropLast()) : line
+            let edited = kernel.edited(body)
+            change("/etc/kernel/cmdline", to: edited == body ? line : edited + "\n")
+            for folder in ["/boot/efi/EFI/Linux", "/efi/EFI/Linux", "/boot/EFI/Linux"] {
+                if ((try? Files.list("\(root)\(folder)")) ?? []).contains(where: { $0.hasSuffix(".efi") }) {
+                    notes.append(
+                        "\(folder) holds unified kernel images, which carry their command line: make them again "
+                            + "(kernel-install add, or dracut --uefi)")
+                }
+            }
+        }
+        guard isKnown else {
+            throw MigrationError(
+                .failedPrecondition,
+                "no boot loader that this program knows: neither /etc/default/grub, nor loader/entries, nor "
+                    + "/etc/kernel/cmdline",
+                hint: "add \"\(kernel.wanted.joined(separator: " "))\" to the kernel's command line by hand")
+        }
+    }
+
+    private mutating func planGRUB(_ grub: String, _ kernel: KernelParameters) throws {
+        let own = "/etc/default/grub.d/90-flotilla-gpu.cfg"
+        let dropIns = ((try? Files.list("\(root)/etc/default/grub.d")) ?? []).filter { $0.hasSuffix(".cfg") }
+            .map { "/etc/default/grub.d/\($0)" }.filter { $0 != own }
+        let words = ([grub] + dropIns.compactMap(text)).reduce(into: Set<String>()) {
+            $0.formUnion(kernel.grubWords($1))
+        }
+        let missing = kernel.wanted.filter { !words.contains($0) }
+        if missing.isEmpty && !kernel.isOpposed(words) {
+            // Somebody wrote it there already.
+            change(own, to: text(own))
+        } else if has("/etc/default/grub.d"), !kernel.isOpposed(words) {
+            change(
+                own,
+                to: "# Written by `flotilla gpu prepare`; `flotilla gpu prepare --revert` takes it away.\n"
+                    + "GRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX \(missing.joined(separator: " "))\"\n")
+        } else {
+            guard let edited = kernel.edited(grub: grub) else {
+                throw MigrationError(
+                    .failedPrecondition,
+                    "/etc/default/grub sets the kernel's command line in a way this program can't edit",
+                    hint: "add \"\(kernel.wanted.joined(separator: " "))\" to GRUB_CMDLINE_LINUX by hand")
+            }
+            change("/etc/default/grub", to: edited)
+        }
+    }
+
+    // MARK: - Devices
+
+    static let rules = "/etc/udev/rules.d/10-flotilla-vfio.rules"
+    static let modprobe = "/etc/modprobe.d/flotilla-vfio.conf"
+    private static let hook = "/etc/initramfs-tools/hooks/flotilla-vfio"
+    private static let dracut = "/etc/dracut.conf.d/90-flotilla-vfio.conf"
+    private static let head = "# Written by `flotilla gpu prepare`; `flotilla gpu prepare --revert` takes it away.\n"
+
+    private mutating func planModules(_ devices: [DeviceFunction], _ tree: DeviceTree?) {
+        change("/etc/modules-load.d/flotilla-vfio.conf", to: Self.head + "vfio-pci\n")
+        guard !devices.isEmpty else { return }
+        var rules =
+            Self.head + "# These functions wait for a VM. The ids keep another card in the slot with its own driver.\n"
+        for device in devices {
+            let id = device.function.id
+            rules +=
+                "ACTION==\"add\", SUBSYSTEM==\"pci\", KERNEL==\"\(device.address)\", "
+                + "ATTR{vendor}==\"0x\(padded(id.vendor, 4))\", ATTR{device}==\"0x\(padded(id.device, 4))\", "
+                + "ATTR{driver_override}=\"vfio-pci\"\n"
+        }
+        change(Self.rules, to: rules)
+
+        var modprobe = Self.head
+        let chosen = Set(devices.map(\.address))
+        // By id only what goes as a whole: a twin that stays with the host would lose its driver.
+        let ids = Set(devices.map(\.function.id.text)).filter { id in
+            tree?.functions.allSatisfy { $0.function.id.text != id || chosen.contains($0.address) } ?? false
+        }
+        if !ids.isEmpty { modprobe += "options vfio-pci ids=\(ids.sorted().joined(separator: ","))\n" }
+        var drivers = Set(devices.map(\.function.driver).filter { !$0.isEmpty && !isVfio(driver: $0) })
+        // After a reboot they have vfio-pci: who had them before is known from the last time.
+        for line in (text(Self.modprobe) ?? "").split(separator: "\n") {
+            let words = line.split(separator: " ")
+            if words.count == 4, words[0] == "softdep", words[2...] == ["pre:", "vfio-pci"] {
+                drivers.insert(String(words[1]))
+            }
+        }
+        if devices.contains(where: { $0.function.id.vendor == 0x10de && $0.isGPU }) {
+            drivers.formUnion(["nvidia", "nouveau"])
+        }
+        for driver in drivers.sorted() { modprobe += "softdep \(driver) pre: vfio-pci\n" }
+        if drivers.contains("nouveau"),
+            !(tree?.functions.contains { !chosen.contains($0.address) && $0.function.driver == "nouveau" } ?? false)
+        {
+            modprobe += "blacklist nouveau\n"
+        }
+        change(Self.modprobe, to: modprobe)
+    }
+
+    private mutating func planInitramfs(_ devices: [DeviceFunction]) {
+        guard !devices.isEmpty else { return }
+        if Self.program("update-initramfs", root) != nil {
+            change(
+                Self.hook,
+                to: "#!/bin/sh\n" + Self.head
+                    + "[ \"$1\" = prereqs ] && exit 0\n. /usr/share/initramfs-tools/hook-functions\n"
+                    + "manual_add_modules vfio-pci\nmkdir -p \"$DESTDIR/etc/udev/rules.d\"\n"
+                    + "cp -p \(Self.rules) \"$DESTDIR/etc/udev/rules.d/\"\n", mode: 0o755)
+        } else if Self.program("dracut", root) != nil {
+            change(
+                Self.dracut,
+                to: Self.head + "add_drivers+=\" vfio-pci \"\ninstall_items+=\" \(Self.rules) \(Self.modprobe) \"\n")
+        } else {
+            notes.append(
+                "neither update-initramfs nor dracut is here: drivers in the initramfs come before the binding")
+        }
+    }
+
+    /// Programs that carry changes of these files into the boot, as argument vectors.
+    package static func commands(root: String, for paths: [String]) -> [[String]] {
+        var commands: [[String]] = []
+        if paths.contains(where: { $0.hasPrefix("/etc/default/grub") }) {
+            if let update = program("update-grub", root) {
+                commands.append([update])
+            } else if let make = program("grub2-mkconfig", root) ?? program("grub-mkconfig", root) {
+                let target = ["/boot/grub2/grub.cfg", "/boot/grub/grub.cfg"].first { Files.exists("\(root)\($0)") }
+                commands.append([make, "-o", target ?? "/boot/grub/grub.cfg"])
+            }
+        }
+        if paths.contains(where: [rules, modprobe, hook, dracut].contains) {
+            if let update = program("update-initramfs", root) {
+                commands.append([update, "-u", "-k", "all"])
+            } else if let dracut = program("dracut", root) {
+                commands.append([dracut, "--force", "--regenerate-all"])
+            }
+        }
+        return commands
+    }
+
+    private static func program(_ name: String, _ root: String) -> String? {
+        ["/usr/sbin", "/usr/bin", "/sbin", "/bin"].map { "\($0)/\(name)" }.first { access("\(root)\($0)", X_OK) == 0 }
+    }
+}

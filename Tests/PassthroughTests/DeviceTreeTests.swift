@@ -1,0 +1,175 @@
+import FlotillaProtocol
+import Foundation
+import HostKit
+import MigrationModel
+import Passthrough
+import TestKit
+import Testing
+
+/// Makes device trees that no machine at hand has.
+struct MadeTree {
+    let folder: TemporaryFolder
+    var sysfs: Sysfs { Sysfs(root: folder.path) }
+
+    init(iommu: Bool = true) throws {
+        folder = try TemporaryFolder("bus/pci/devices", "bus/pci/drivers/vfio-pci")
+        if iommu { _ = try folder.sub("class/iommu/dmar0") }
+    }
+
+    func device(
+        _ address: String, _ vendor: Int, _ device: Int, class code: Int, driver: String = "", group: Int? = nil,
+        header: UInt8 = 0, _ attributes: [String: String] = [:]
+    ) throws {
+        let path = try folder.sub("bus/pci/devices/\(address)")
+        var all = [
+            "vendor": "0x\(padded(vendor, 4))", "device": "0x\(padded(device, 4))", "class": "0x\(padded(code, 4))00",
+        ]
+        all.merge(attributes) { $1 }
+        for (name, text) in all {
+            try Files.createDirectories(Files.parent(of: "\(path)/\(name)"))
+            try Files.writeAtomically(Array("\(text)\n".utf8), to: "\(path)/\(name)")
+        }
+        try Files.writeAtomically([UInt8](repeating: 0, count: 14) + [header, 0], to: "\(path)/config")
+        if !driver.isEmpty { try link("\(path)/driver", "../../drivers/\(driver)") }
+        if let group {
+            _ = try folder.sub("kernel/iommu_groups/\(group)")
+            try link("\(path)/iommu_group", "../../../../kernel/iommu_groups/\(group)")
+        }
+    }
+
+    func link(_ path: String, _ target: String) throws {
+        try FileManager.default.createSymbolicLink(atPath: path, withDestinationPath: target)
+    }
+
+    func verdicts(_ addresses: String..., vgpu: String? = nil) throws -> [String] {
+        try checkDevices(addresses.map { try pci($0) }, vgpu: vgpu, in: DeviceTree(sysfs)).filter {
+            $0.verdict != .pass
+        }
+        .map { "\($0.verdict.rawValue) \($0.subject) \($0.requirement)" }
+    }
+}
+
+@Suite struct DeviceTreeTests {
+    @Test func aGroupWithoutACS() throws {
+        let tree = try MadeTree()
+        let reset = ["reset": ""]
+        try tree.device("10000:e0:01.0", 0x8086, 0x2030, class: 0x0604, driver: "pcieport", group: 7, header: 1)
+        try tree.device("10000:e1:00.0", 0x10de, 0x2230, class: 0x0300, driver: "nvidia", group: 7, reset)
+        try tree.device("10000:e1:00.1", 0x10de, 0x1aef, class: 0x0403, driver: "snd_hda_intel", group: 7, reset)
+        try tree.device("10000:e2:00.0", 0x10de, 0x2230, class: 0x0300, driver: "nvidia", group: 7, reset)
+        #expect(try tree.verdicts("10000:e1:00.0") == ["fail 10000:e1:00.0 IOMMU group"])
+        // Both cards of the group together are fine.
+        #expect(try tree.verdicts("10000:e1:00.0", "10000:e2:00.0") == [])
+        #expect(try tree.verdicts("10000:e0:01.0") == ["fail 10000:e0:01.0 not a bridge"])
+    }
+
+    @Test func anNVSwitchInTheGroupBlocksIt() throws {
+        let tree = try MadeTree()
+        try tree.device("0000:3b:00.0", 0x10de, 0x20b0, class: 0x0302, driver: "nvidia", group: 3, ["reset": ""])
+        try tree.device("0000:3c:00.0", 0x10de, 0x1af1, class: 0x0680, driver: "nvidia-nvswitch", group: 3)
+        #expect(try tree.verdicts("0000:3b:00.0") == ["fail 0000:3b:00.0 IOMMU group"])
+        let error = failure {
+            try Binder(sysfs: tree.sysfs, folder: "\(tree.folder.path)/state", boot: "b", loadDriver: {})
+                .bind([pci("0000:3b:00.0")], consent: [.group]) { try DeviceTree(tree.sysfs) }
+        }
+        #expect(error?.message.contains("0000:3c:00.0 (10de:1af1, nvidia-nvswitch) is a bridge (class 0680)") == true)
+    }
+
+    @Test func noIOMMUIsSaidOnce() throws {
+        let tree = try MadeTree(iommu: false)
+        try tree.device("0000:3b:00.0", 0x10de, 0x20b0, class: 0x0302, driver: "nvidia", ["reset": ""])
+        #expect(try tree.verdicts("0000:3b:00.0") == ["fail host IOMMU"])
+    }
+
+    @Test func bareDevicesAreJudged() throws {
+        let tree = try MadeTree()
+        _ = try tree.folder.sub("bus/pci/devices/0000:01:00.0")
+        _ = try tree.folder.sub("kernel/iommu_groups/1")
+        #expect(
+            try tree.verdicts("0000:01:00.0", "0000:02:00.0") == [
+                "fail 0000:01:00.0 IOMMU group", "warn 0000:01:00.0 reset", "fail 0000:02:00.0 present",
+            ])
+    }
+
+    @Test func qualityIsWarnedOf() throws {
+        let tree = try MadeTree()
+        for node in ["node0", "node1"] { _ = try tree.folder.sub("devices/system/node/\(node)") }
+        let unassigned = "0x0000000000000000 0x00000003ffffffff 0x000000000014220c"
+        try tree.device(
+            "0000:3b:00.0", 0x10de, 0x20b0, class: 0x0302, group: 3,
+            ["resource": unassigned, "numa_node": "-1", "current_link_width": "8", "max_link_width": "16", "reset": ""])
+        #expect(
+            try tree.verdicts("0000:3b:00.0") == [
+                "fail 0000:3b:00.0 memory windows", "warn 0000:3b:00.0 NUMA", "warn 0000:3b:00.0 link",
+            ])
+        let bar = try #require(try DeviceTree(tree.sysfs)[pci("0000:3b:00.0")]?.bars.first)
+        #expect(bar.bytes == 16 << 30 && bar.is64bit && bar.prefetchable && !bar.io)
+    }
+
+    @Test func vgpuProfilesAreFoundOnVirtualFunctions() throws {
+        let tree = try MadeTree()
+        try tree.device(
+            "0000:41:00.0", 0x10de, 0x2235, class: 0x0302, driver: "nvidia", group: 5,
+            ["sriov_totalvfs": "32", "reset": ""])
+        #expect(try tree.verdicts("0000:41:00.0", vgpu: "grid_a40-2q") == ["fail 0000:41:00.0 virtual functions"])
+        for (index, address) in ["0000:41:00.4", "0000:41:00.5"].enumerated() {
+            try tree.device(
+                address, 0x10de, 0x2235, class: 0x0302, driver: "nvidia", group: 6 + index,
+                [
+                    "nvidia/creatable_vgpu_types": "NVIDIA A40-1Q 557\nNVIDIA A40-2Q 558",
+                    "nvidia/current_vgpu_type": index == 0 ? "558" : "0",
+                ])
+            try tree.link("\(tree.folder.path)/bus/pci/devices/0000:41:00.0/virtfn\(index)", "../\(address)")
+            try tree.link("\(tree.folder.path)/bus/pci/devices/\(address)/physfn", "../0000:41:00.0")
+        }
+        #expect(try tree.verdicts("0000:41:00.0", vgpu: "grid_a40-2q") == [])
+        #expect(try tree.verdicts("0000:41:00.0", vgpu: "grid_a40-8q") == ["fail 0000:41:00.0 profile"])
+        let read = try DeviceTree(tree.sysfs)
+        let busy = try #require(read[pci("0000:41:00.4")])
+        #expect(busy.uses.map(\.by) == ["a vGPU of type 558"] && busy.physicalFunction == (try pci("0000:41:00.0")))
+        #expect(read[try pci("0000:41:00.0")]?.virtualFunctions.count == 2)
+        // The whole GPU can't go while its parts are in use.
+        #expect(try tree.verdicts("0000:41:00.0") == ["fail 0000:41:00.0 free"])
+        #expect(try tree.verdicts("0000:41:00.4").contains("fail 0000:41:00.4 free"))
+    }
+
+    @Test func namesComeFromTheFile() throws {
+        let folder = try TemporaryFolder()
+        let text =
+            "# c\n10de  NVIDIA Corporation\n\t20b0  GA100 [A100]\n\t\t10de 134f  A100-SXM4\n\t20b1  Other\nC 03  Display controller\n\t02  3D controller\n"
+        try Files.writeAtomically(Array(text.utf8), to: "\(folder.path)/pci.ids")
+        let wanted = PciNames.Wanted(vendor: 0x10de, device: 0x20b0, subsystemVendor: 0x10de, subsystemDevice: 0x134f)
+        let names = PciNames(for: [wanted], files: ["/nonexistent", "\(folder.path)/pci.ids"])
+        #expect(names.vendor(0x10de) == "NVIDIA Corporation" && names.device(0x10de, 0x20b0) == "GA100 [A100]")
+        #expect(names.subsystem(wanted) == "A100-SXM4" && names.device(0x10de, 0x20b1) == nil)
+        #expect(names.className(0x0302) == "3D controller" && names.className(0x0380) == "Display controller")
+        #expect(PciNames(for: [wanted], files: ["/nonexistent"]).file == nil)
+    }
+
+    @Test func sixtyFourDevicesAreReadInTime() throws {
+        let tree = try MadeTree()
+        for slot in 0..<64 {
+            try tree.device(
+                "0000:\(padded(slot + 1, 2)):00.0", 0x10de, 0x20b0, class: 0x0302, driver: "nvidia", group: slot,
+                [
+                    "resource": String(
+                        repeating: "0x0000000080000000 0x0000000080ffffff 0x0000000000040200\n", count: 13),
+                    "numa_node": "\(slot / 32)", "reset": "",
+                ])
+        }
+        if ProcessInfo.processInfo.environment["FLOTILLA_KEEP_TREE"] != nil {
+            _ = try Program.run("/bin/cp", ["-a", tree.folder.path, "/tmp/flotilla-64-devices"])
+        }
+        let clock = ContinuousClock()
+        let took = try (0..<5).map { _ in
+            try clock.measure {
+                let read = try DeviceTree(tree.sysfs)
+                _ = PciNames(for: [PciNames.Wanted(vendor: 0x10de, device: 0x20b0)])
+                #expect(read.functions.count == 64)
+            }
+        }
+        print("64 devices: \(took.sorted()[2])")
+        // Less than 150 ms on a quiet machine.
+        #expect(try #require(took.min()) < .seconds(1.5))
+    }
+}

@@ -1,0 +1,193 @@
+import FlotillaProtocol
+import HostKit
+import MigrationModel
+import Passthrough
+import Synchronization
+import TestKit
+import Testing
+
+/// Files of a host that is not this one.
+struct SetupRig {
+    let folder: TemporaryFolder
+    var root: String { "\(folder.path)/root" }
+
+    init(_ files: [String: String], programs: [String] = []) throws {
+        folder = try TemporaryFolder("root")
+        for (path, text) in files { try write(path, text) }
+        for program in programs {
+            try write(program, "")
+            try #require(Program.run("/usr/bin/chmod", ["755", "\(root)\(program)"]).status == 0)
+        }
+    }
+
+    func write(_ path: String, _ text: String) throws {
+        try Files.createDirectories(Files.parent(of: "\(root)\(path)"))
+        try Files.writeAtomically(Array(text.utf8), to: "\(root)\(path)", mode: 0o640)
+    }
+
+    func text(_ path: String) -> String? {
+        (try? Files.read("\(root)\(path)")).map { String(decoding: $0, as: UTF8.self) }
+    }
+
+    func setup(_ addresses: [String] = [], amd: Bool = false) throws -> HostSetup {
+        let sysfs = try folder.sub("sys")
+        if !Files.exists("\(sysfs)/bus") { try unpackRecordedMachine(to: sysfs) }
+        let tree = try DeviceTree(Sysfs(root: sysfs))
+        let devices = try addresses.flatMap { tree.together(with: try pci($0)) }
+        return try HostSetup(root: root, devices: devices, in: tree, amd: amd)
+    }
+
+    /// Every file with its bytes and mode.
+    func snapshot() throws -> [String] {
+        let outcome = try Program.run(
+            "/usr/bin/find",
+            [root, "-type", "f", "-not", "-path", "*/var/lib/*", "-printf", "%P %m ", "-exec", "md5sum", "{}", ";"])
+        return outcome.output.split(separator: "\n").map(String.init).sorted()
+    }
+}
+
+@Suite struct PrepareTests {
+    static let grub = "GRUB_DEFAULT=0\nGRUB_CMDLINE_LINUX_DEFAULT=\"quiet\"\nGRUB_CMDLINE_LINUX=\"\"\n"
+    static let entry = "title Linux\nlinux /vmlinuz\noptions root=/dev/sda1 ro quiet\n"
+
+    @Test func debianWithADeviceThereAndBack() throws {
+        let rig = try SetupRig(
+            ["/etc/default/grub": Self.grub, "/etc/default/grub.d/init.cfg": "# nothing\n"],
+            programs: ["/usr/sbin/update-grub", "/usr/sbin/update-initramfs"])
+        let ran = Mutex<[[String]]>([])
+        let host = PreparedHost(root: rig.root) { command in ran.withLock { $0.append(command) } }
+        let before = try rig.snapshot()
+        let setup = try rig.setup(["0000:01:00.0"])
+        #expect(try rig.snapshot() == before)
+        try host.apply(setup)
+        #expect(ran.withLock { $0 } == [["/usr/sbin/update-grub"], ["/usr/sbin/update-initramfs", "-u", "-k", "all"]])
+        #expect(
+            rig.text("/etc/default/grub.d/90-flotilla-gpu.cfg")?.contains(
+                "GRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX intel_iommu=on iommu=pt\"") == true)
+        let rules = try #require(rig.text("/etc/udev/rules.d/10-flotilla-vfio.rules"))
+        #expect(
+            rules.contains(
+                "KERNEL==\"0000:01:00.0\", ATTR{vendor}==\"0x1234\", ATTR{device}==\"0x1111\", ATTR{driver_override}=\"vfio-pci\""
+            ))
+        #expect(rules.contains("KERNEL==\"0000:01:00.1\""))
+        // The GPU's id goes as a whole; the audio function has a twin in the boot display's slot.
+        let modprobe = try #require(rig.text("/etc/modprobe.d/flotilla-vfio.conf"))
+        #expect(
+            modprobe.contains("options vfio-pci ids=1234:1111\n")
+                && modprobe.contains("softdep bochs-drm pre: vfio-pci"))
+        #expect(rig.text("/etc/initramfs-tools/hooks/flotilla-vfio")?.hasPrefix("#!/bin/sh\n") == true)
+
+        let again = try rig.setup(["0000:01:00.0"])
+        #expect(again.changes.isEmpty && again.commands.isEmpty)
+        try host.apply(again)
+        #expect(ran.withLock { $0.count } == 2)
+        try host.revert(commands: HostSetup.commands(root: rig.root, for: host.reverting().map(\.path)))
+        #expect(try rig.snapshot() == before)
+        #expect(ran.withLock { $0.count } == 4)
+        #expect(try host.reverting().isEmpty)
+    }
+
+    struct Loader: Sendable, CustomTestStringConvertible {
+        var testDescription: String
+        var path: String
+        var before: String
+        var after: String
+        var amd = false
+    }
+
+    static let loaders = [
+        Loader(
+            testDescription: "GRUB without drop-ins", path: "/etc/default/grub", before: grub,
+            after: grub.replacing("LINUX=\"\"", with: "LINUX=\"intel_iommu=on iommu=pt\"")),
+        Loader(
+            testDescription: "single quotes, AMD", path: "/etc/default/grub", before: "GRUB_CMDLINE_LINUX='a b'\n",
+            after: "GRUB_CMDLINE_LINUX='a b iommu=pt'\n", amd: true),
+        Loader(
+            testDescription: "no assignment", path: "/etc/default/grub", before: "GRUB_DEFAULT=0",
+            after: "GRUB_DEFAULT=0\nGRUB_CMDLINE_LINUX=\"intel_iommu=on iommu=pt\"\n"),
+        Loader(
+            testDescription: "what undoes it goes", path: "/etc/default/grub",
+            before: "GRUB_CMDLINE_LINUX_DEFAULT=\"quiet intel_iommu=off\"\nGRUB_CMDLINE_LINUX=\"\"\n",
+            after: "GRUB_CMDLINE_LINUX_DEFAULT=\"quiet\"\nGRUB_CMDLINE_LINUX=\"intel_iommu=on iommu=pt\"\n"),
+        Loader(
+            testDescription: "half there", path: "/etc/default/grub", before: "GRUB_CMDLINE_LINUX=\"iommu=pt x\"\n",
+            after: "GRUB_CMDLINE_LINUX=\"iommu=pt x intel_iommu=on\"\n"),
+        Loader(
+            testDescription: "there", path: "/etc/default/grub",
+            before: "GRUB_CMDLINE_LINUX_DEFAULT=\"intel_iommu=on iommu=pt\"\n",
+            after: "GRUB_CMDLINE_LINUX_DEFAULT=\"intel_iommu=on iommu=pt\"\n"),
+        Loader(
+            testDescription: "BLS entry", path: "/boot/loader/entries/fedora.conf", before: entry,
+            after: entry.replacing("ro quiet", with: "ro quiet intel_iommu=on iommu=pt")),
+        Loader(
+            testDescription: "BLS entry with kernelopts", path: "/boot/loader/entries/rhel.conf",
+            before: "options $kernelopts $tuned_params\n",
+            after: "options $kernelopts $tuned_params intel_iommu=on iommu=pt\n"),
+        Loader(
+            testDescription: "systemd-boot, two options lines", path: "/boot/efi/loader/entries/arch.conf",
+            before: "options iommu=pt root=x\noptions rw\n",
+            after: "options iommu=pt root=x\noptions rw intel_iommu=on\n"),
+        Loader(
+            testDescription: "kernel-install", path: "/etc/kernel/cmdline", before: "root=x rw\n",
+            after: "root=x rw intel_iommu=on iommu=pt\n"),
+    ]
+
+    @Test(arguments: loaders) func editsBootLoaders(_ loader: Loader) throws {
+        let rig = try SetupRig([loader.path: loader.before])
+        let before = try rig.snapshot()
+        let host = PreparedHost(root: rig.root) { _ in }
+        try host.apply(rig.setup(amd: loader.amd))
+        #expect(rig.text(loader.path) == loader.after)
+        #expect(try rig.setup(amd: loader.amd).changes.isEmpty)
+        try host.revert(commands: [])
+        #expect(try rig.snapshot() == before)
+    }
+
+    @Test func saysWhatItCantDo() throws {
+        #expect(failure { try SetupRig([:]).setup() }?.message.contains("no boot loader") == true)
+        let shell = try SetupRig(["/etc/default/grub": "GRUB_CMDLINE_LINUX=\"`cat x`\"\n"])
+        #expect(failure { try shell.setup() }?.message.contains("can't edit") == true)
+    }
+
+    @Test func othersChangesAreNotOverwritten() throws {
+        let rig = try SetupRig(["/etc/kernel/cmdline": "root=x\n"])
+        let host = PreparedHost(root: rig.root) { _ in }
+        try host.apply(rig.setup())
+        try rig.write("/etc/kernel/cmdline", "root=y intel_iommu=on iommu=pt\n")
+        let error = failure { try host.revert(commands: []) }
+        #expect(error?.code == .failedPrecondition && error?.message.contains("/etc/kernel/cmdline") == true)
+        #expect(rig.text("/etc/modules-load.d/flotilla-vfio.conf") != nil)
+    }
+
+    @Test func aFailedProgramIsRunAgain() throws {
+        let rig = try SetupRig(["/etc/default/grub": Self.grub], programs: ["/usr/sbin/update-grub"])
+        let failing = PreparedHost(root: rig.root) { _ in throw MigrationError(.internal, "disk full") }
+        #expect(failure { try failing.apply(rig.setup()) }?.message == "disk full")
+        let ran = Mutex(0)
+        let host = PreparedHost(root: rig.root) { _ in ran.withLock { $0 += 1 } }
+        #expect(try host.pending() == [["/usr/sbin/update-grub"]])
+        try host.apply(rig.setup())
+        #expect(ran.withLock { $0 } == 1)
+        #expect(try host.pending().isEmpty)
+    }
+
+    /// patch(1) is the judge.
+    @Test(arguments: [
+        ("a\nb\nc\n", "a\nB\nc\n"), ("a\nb", "a\nb\n"), ("", "x\n"),
+        (
+            "1\n2\n3\n4\n5\n6\n7\n8\n9\n10\n11\n12\n13\n14\n15\n16\n",
+            "0\n1\n2\n3\n4\n5\n6\n7\n8\n9\n10\n11\n12\n13\n14\nx\n16\n"
+        ),
+        ("x\n\n\ny\n", "\nx\n\ny\nz"),
+    ])
+    func differencesApply(_ before: String, _ after: String) throws {
+        let folder = try TemporaryFolder()
+        let diff = unifiedDiff("file", before: Array(before.utf8), after: Array(after.utf8))
+        try Files.writeAtomically(Array(before.utf8), to: "\(folder.path)/file")
+        try Files.writeAtomically(Array(diff.utf8), to: "\(folder.path)/diff")
+        let outcome = try Program.run(
+            "/usr/bin/patch", ["-s", "-d", folder.path, "-i", "\(folder.path)/diff", "file"])
+        #expect(outcome.status == 0, "\(outcome.output)\(diff)")
+        #expect(try Files.read("\(folder.path)/file") == Array(after.utf8))
+    }
+}
