@@ -82,7 +82,7 @@ private func checkFunction(_ device: DeviceFunction, besides: [PciAddress], in t
     obstacles += blockers.map { groupObstacle($0, of: together) }
     let failed = Set(obstacles.map(\.requirement))
     if !failed.contains("not a bridge") { found.append(.pass(subject, "not a bridge", "an ordinary device")) }
-    if failed.contains("not a bridge") { return found + obstacles }
+    if failed.contains("not a bridge") { return found + obstacles.filter { $0.requirement == "not a bridge" } }
     if !failed.contains("not the boot display") {
         found.append(
             .pass(subject, "not the boot display", device.function.isDisplay ? "another one is, or none" : "no display")

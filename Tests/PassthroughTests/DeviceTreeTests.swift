@@ -126,8 +126,9 @@ struct MadeTree {
         #expect(try tree.verdicts("0000:41:00.0", vgpu: "grid_a40-8q") == ["fail 0000:41:00.0 profile"])
         let read = try DeviceTree(tree.sysfs)
         let busy = try #require(read[pci("0000:41:00.4")])
-        #expect(busy.uses.map(\.by) == ["a vGPU of type 558"] && busy.physicalFunction == (try pci("0000:41:00.0")))
-        #expect(read[try pci("0000:41:00.0")]?.virtualFunctions.count == 2)
+        let physical = try pci("0000:41:00.0")
+        #expect(busy.uses.map(\.by) == ["a vGPU of type 558"] && busy.physicalFunction == physical)
+        #expect(read[physical]?.virtualFunctions.count == 2)
         // The whole GPU can't go while its parts are in use.
         #expect(try tree.verdicts("0000:41:00.0") == ["fail 0000:41:00.0 free"])
         #expect(try tree.verdicts("0000:41:00.4").contains("fail 0000:41:00.4 free"))
