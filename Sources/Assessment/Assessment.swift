@@ -1,5 +1,5 @@
 package import FlotillaProtocol
-package import Passthrough
+import Passthrough
 
 /// Whether and how VMs can be moved, judged by what migrations judge: captures' findings and preflight.
 package struct Assessment: Sendable, Encodable {
