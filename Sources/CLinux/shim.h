@@ -70,3 +70,14 @@ static inline unsigned int flotilla_minor(unsigned long long device) {
 }
 // memfd_create(2): a file in memory without a name.
 static inline int flotilla_memory_file(const char *name) { return (int)syscall(SYS_memfd_create, name, 1U); }
+
+#include <sys/timex.h>
+
+// adjtimex(2): the most the clock may be off, in microseconds; -1 when nothing keeps it right, -2 when the kernel
+// doesn't say.
+static inline long flotilla_clock_error(void) {
+    struct timex clock = {0};
+    if (adjtimex(&clock) == -1) return -2;
+    if (clock.status & STA_UNSYNC) return -1;
+    return clock.maxerror > 0 ? clock.maxerror : 0;
+}

@@ -2,6 +2,7 @@ import Assessment
 import FlotillaProtocol
 import MigrationModel
 import Passthrough
+import SwiftProtobuf
 import Testing
 
 @Suite struct AssessmentTests {

@@ -3,6 +3,7 @@ import Export
 import FlotillaProtocol
 import HostKit
 import MigrationModel
+import SwiftProtobuf
 import VSphere
 
 /// Where an assessment's VMs come from.
@@ -47,8 +48,8 @@ enum AssessSource {
                 try inventory.virtualMachines(stop: stop) { take($0, url.description) }
             }
         case .folder(let folder):
-            let names = try Files.list(folder).filter {
-                [".json", ".yaml", ".yml"].contains { suffix in $0.lowercased().hasSuffix(suffix) }
+            let names = try Files.list(folder).filter { name in
+                [".json", ".yaml", ".yml"].contains { name.lowercased().hasSuffix($0) }
             }
             guard !names.isEmpty else {
                 throw MigrationError(.notFound, "\(folder): holds no manifests", hint: "they end in .json or .yaml")

@@ -1,4 +1,5 @@
 import ArgumentParser
+import CLinux
 import Deploy
 import FlotillaProtocol
 import Glibc
@@ -151,15 +152,14 @@ struct Examination {
     /// Members refuse messages from clocks that are more than `FleetMember.clockTolerance` ahead. The kernel knows whether
     /// something keeps its clock right: adjtimex(2).
     private mutating func examineClock() {
-        var clock = timex()
         let remedy =
             "run chrony or systemd-timesyncd: members refuse what is signed more than "
             + "\(FleetMember.clockTolerance.components.seconds) s in the future"
-        guard adjtimex(&clock) != -1 else {
-            return note("clock", .unknown, "the kernel does not say whether it is set by NTP", remedy)
+        switch flotilla_clock_error() {
+        case -2: note("clock", .unknown, "the kernel does not say whether it is set by NTP", remedy)
+        case -1: note("clock", .warn, "nothing keeps it right", remedy)
+        case let microseconds: note("clock", .pass, "set by NTP, \(microseconds / 1000) ms off at most")
         }
-        guard clock.status & STA_UNSYNC == 0 else { return note("clock", .warn, "nothing keeps it right", remedy) }
-        note("clock", .pass, "set by NTP, \(max(clock.maxerror, 0) / 1000) ms off at most")
     }
 
     mutating func examineHost(libvirt uri: String, pools: [PoolFolder]) async {
