@@ -104,7 +104,8 @@ let package = Package(
             [
                 "MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", "MessagingAMQP", "Enrollment", "Export",
                 "DiskImage", "Convert", "Download", "Volumes", "VSphere", "Passthrough", "Deploy", "Assessment",
-                "Worker", "Coordinator", "CLinux", grpc, grpcHTTP2, grpcInProcess, grpcProtobuf, protobuf, logging, yaml, arguments,
+                "Worker", "Coordinator", "CLinux", grpc, grpcHTTP2, grpcInProcess, grpcProtobuf, protobuf, logging,
+                yaml, arguments,
             ]),
         .executableTarget(name: "flotilla", dependencies: ["FlotillaCLI"], swiftSettings: settings),
 
