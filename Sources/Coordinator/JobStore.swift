@@ -19,8 +19,8 @@ package protocol JobTransaction {
     func task(id: String) throws -> TaskRecord?
     /// In stage order.
     func tasks(ofMigration id: String) throws -> [TaskRecord]
-    /// Tasks whose wait is over, but for those of drained hosts, or whose lease has run out.
-    func dueTasks(now: Moment) throws -> [TaskRecord]
+    /// Ids of tasks whose wait is over, but for those of drained hosts, or whose lease has run out.
+    func dueTasks(now: Moment) throws -> [String]
     /// Tasks that wait in the queue of a host since before `moment`, for all the store knows.
     func tasksSent(to host: String, before moment: Moment) throws -> [TaskRecord]
     /// Tasks that were sent or run.
@@ -54,5 +54,7 @@ package protocol JobTransaction {
     func save(_ profile: HostProfile, at: Moment) throws
     /// Notes that the host was heard of.
     func touch(host: String, at: Moment) throws
+    /// False for a host that is unknown.
+    func isDrained(host: String) throws -> Bool
     func setDrained(_ isDrained: Bool, host: String) throws
 }
