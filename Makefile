@@ -7,7 +7,7 @@ GUEST := $(CURDIR)/.demo/guest
 SWIFT_SOURCES = $(shell find Sources Tests -name '*.swift' -not -path 'Sources/FlotillaProtocol/Generated/*') Package.swift
 
 .PHONY: help setup build demo demo-fleet test test-disk test-asan test-tsan test-kill test-faults test-protocol test-vsphere fuzz \
-	bench-disk format lint protos protos-check clean
+	bench-disk bench-fleet format lint protos protos-check clean
 
 help: ## list these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
@@ -70,6 +70,11 @@ fuzz: ## fuzz the VMDK readers for FUZZ_SECONDS (60)
 
 bench-disk: build ## compare disk conversion with qemu-img and a bare C loop (about 45 GB, 25 minutes)
 	Tests/benchmarks/disk/run
+
+bench-fleet: ## compare the fleet's rate with Celery's on the same broker; latency, waves, 1,000 hosts, memory
+	deploy/setup --test
+	swift build -c release --product FleetBenchmark
+	Tests/benchmarks/fleet/run
 
 format: ## format all Swift code
 	@swift format -i --configuration .swift-format $(SWIFT_SOURCES)
