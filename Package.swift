@@ -109,6 +109,13 @@ let package = Package(
             ]),
         .executableTarget(name: "flotilla", dependencies: ["FlotillaCLI"], swiftSettings: settings),
 
+        .executableTarget(
+            name: "FleetBenchmark",
+            dependencies: [
+                "MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", "MessagingAMQP", "Worker", "Coordinator",
+                grpc, grpcInProcess, protobuf, logging, arguments,
+            ],
+            path: "Tests/benchmarks/fleet/FleetBenchmark", swiftSettings: settings),
         .target(
             name: "TestKit",
             dependencies: ["MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", grpc, protobuf],

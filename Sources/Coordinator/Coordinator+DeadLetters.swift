@@ -95,7 +95,7 @@ extension Coordinator {
     /// task; nil when the letter is of no consequence any more.
     private func makeUp(for letter: Messaging.Message) async throws -> String? {
         if let events = try? verified(letter) {
-            try await handle(events)
+            try await handle([events])
             return nil
         }
         let id = letter.correlationID

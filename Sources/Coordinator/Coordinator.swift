@@ -180,13 +180,19 @@ package final class Coordinator: Sendable {
     private func watchTime() async throws {
         while !Task.isCancelled {
             let hears = hasHeard(for: settings.policy.leaseDuration)
-            try await decide { transitions in
-                let horizon = transitions.now + transitions.policy.longestWait
-                for task in try transitions.store.dueTasks(now: transitions.now, or: horizon) {
-                    // While nobody can be heard, silence is no sign of death.
-                    if case .running = task.machine.state, !hears { continue }
-                    let task = try transitions.apply(.tick, to: task)
-                    _ = try transitions.apply(.dispatch, to: task)
+            let due = try await store.write { [policy = settings.policy] in
+                try $0.dueTasks(now: .now, or: .now + policy.longestWait)
+            }
+            // In portions, so that the start of a large wave keeps nobody's events waiting.
+            for start in stride(from: 0, to: due.count, by: 256) {
+                try await decide { transitions in
+                    for id in due[start...].prefix(256) {
+                        guard let task = try transitions.store.task(id: id) else { continue }
+                        // While nobody can be heard, silence is no sign of death.
+                        if case .running = task.machine.state, !hears { continue }
+                        let ticked = try transitions.apply(.tick, to: task)
+                        _ = try transitions.apply(.dispatch, to: ticked)
+                    }
                 }
             }
             try await Task.sleep(for: settings.tick)
@@ -207,22 +213,48 @@ package final class Coordinator: Sendable {
         }
     }
 
+    /// Takes together what has come while the last batch was handled: one transaction, one fsync.
     private func consume(_ deliveries: Subscription) async throws {
-        for await delivery in deliveries.deliveries {
-            let events: WorkerEvents
-            do { events = try verified(delivery.message) } catch {
-                try await reject(delivery, from: settings.names.coordinatorEvents, "\(error)")
-                continue
+        let waiting = Waiting()
+        let (signal, continuation) = AsyncStream<Void>.makeStream(bufferingPolicy: .bufferingNewest(1))
+        try await withThrowingTaskGroup(of: Void.self) { group in
+            group.addTask {
+                for await delivery in deliveries.deliveries {
+                    waiting.deliveries.withLock { $0.append(delivery) }
+                    continuation.yield()
+                }
+                continuation.finish()
             }
-            do {
-                try await handle(events)
-                await delivery.settle(.ack)
-            } catch  where Task.isCancelled || error.isOfTheStore {
-                // This process ends; what is not settled comes again, to the next one.
-                throw error
-            } catch {
+            defer { group.cancelAll() }
+            for await _ in signal {
+                let batch = waiting.deliveries.withLock { deliveries in
+                    defer { deliveries = [] }
+                    return deliveries
+                }
+                if !batch.isEmpty { try await handle(batch) }
+            }
+        }
+    }
+
+    private func handle(_ batch: [Delivery]) async throws {
+        var good: [(delivery: Delivery, events: WorkerEvents)] = []
+        for delivery in batch {
+            do { good.append((delivery, try verified(delivery.message))) } catch {
                 try await reject(delivery, from: settings.names.coordinatorEvents, "\(error)")
             }
+        }
+        guard !good.isEmpty else { return }
+        do {
+            try await handle(good.map(\.events))
+            for (delivery, _) in good { await delivery.settle(.ack) }
+        } catch  where Task.isCancelled || error.isOfTheStore {
+            // This process ends; what is not settled comes again, to the next one.
+            throw error
+        } catch  where good.count > 1 {
+            // Nothing of it was stored: one of them is to blame, and the others must not be.
+            for (delivery, _) in good { try await handle([delivery]) }
+        } catch {
+            try await reject(good[0].delivery, from: settings.names.coordinatorEvents, "\(error)")
         }
     }
 
@@ -259,50 +291,67 @@ package final class Coordinator: Sendable {
         await delivery.settle(.reject(reason: reason))
     }
 
-    /// What a worker said. Safe to call twice with the same events.
-    func handle(_ events: WorkerEvents) async throws {
-        let host = events.host
-        var decisions: [TaskEvent] = []
-        for event in events.events {
-            // Signs of life are worth something for as long as a lease lasts: old ones must not keep a dead worker alive.
-            let isOld = event.time.moment < .now - settings.policy.leaseDuration
-            switch event.event {
-            case .task(let task) where isOld && task.kind == .heartbeat(TaskHeartbeat()): continue
-            case .heartbeat where isOld: continue
-            case .task(let task):
-                if case .update(let bytes) = task.kind { try relay(task, bytes) } else { decisions.append(task) }
-            case .inventory(let profile):
-                guard profile.name == host else { continue }
-                try await store.write { store in
-                    if let known = try store.host(host)?.profile, known.capturedAt.moment > profile.capturedAt.moment {
-                        return
-                    }
-                    try store.save(profile, at: .now)
-                }
-                watchers.publish(host: host)
-            case .heartbeat: try await noteAlive(host)
-            case .rejected(let rejected): try await store.write { try $0.note(rejected, by: host, at: .now) }
-            case nil: break
+    /// What workers said, in one transaction. Safe to call twice with the same events.
+    func handle(_ batch: [WorkerEvents]) async throws {
+        // Signs of life are worth something for as long as a lease lasts: old ones must not keep a dead worker alive.
+        let horizon = Moment.now - settings.policy.leaseDuration
+        let patience = settings.acceptanceTimeout
+        for events in batch {
+            for case .task(let task)? in events.events.map(\.event) {
+                if case .update(let bytes) = task.kind { try relay(task, bytes) }
             }
         }
-        guard !decisions.isEmpty else { return }
-        try await decide { [decisions] in for event in decisions { try $0.handle(event, from: host) } }
-        Failpoint.coordinatorResultStored.hit()
+        try await decide { transitions in
+            for events in batch {
+                for event in events.events {
+                    try transitions.take(
+                        event, from: events.host, isOld: event.time.moment < horizon, patience: patience)
+                }
+            }
+        }
+        let events = batch.flatMap(\.events)
+        let hosts = Set(events.compactMap { if case .inventory(let profile) = $0.event { profile.name } else { nil } })
+        for host in hosts where batch.contains(where: { $0.host == host }) { watchers.publish(host: host) }
+        if events.contains(where: { if case .task(let task) = $0.event { !task.isUpdate } else { false } }) {
+            Failpoint.coordinatorResultStored.hit()
+        }
+    }
+}
+
+private final class Waiting: Sendable {
+    let deliveries = Mutex<[Delivery]>([])
+}
+
+extension Transitions {
+    /// - Parameter patience: how long a task may go without being taken on by a worker that lives.
+    fileprivate mutating func take(
+        _ event: WorkerEvent, from host: String, isOld: Bool, patience: Duration
+    ) throws {
+        switch event.event {
+        case .task(let task) where task.isUpdate || isOld && task.kind == .heartbeat(TaskHeartbeat()): break
+        case .task(let task): try handle(task, from: host)
+        case .inventory(let profile) where profile.name == host:
+            if let known = try store.host(host)?.profile, known.capturedAt.moment > profile.capturedAt.moment { return }
+            try store.save(profile, at: now)
+        case .heartbeat where !isOld: try noteAlive(host, patience)
+        case .rejected(let rejected): try store.note(rejected, by: host, at: now)
+        case .heartbeat, .inventory, nil: break
+        }
     }
 
     /// A worker that lives takes a task on within seconds of its arrival. One that was sent long ago and is still not
     /// taken on is lost: dead-lettered, or in a queue that is gone.
-    private func noteAlive(_ host: String) async throws {
-        let patience = settings.acceptanceTimeout
-        try await decide { transitions in
-            try transitions.store.touch(host: host, at: transitions.now)
-            let (earliest, latest) = (transitions.now - patience, transitions.now + patience)
-            for task in try transitions.store.tasksSent(to: host, before: earliest, or: latest) {
-                let task = try transitions.apply(.orphaned, to: task)
-                _ = try transitions.apply(.dispatch, to: task)
-            }
+    private mutating func noteAlive(_ host: String, _ patience: Duration) throws {
+        try store.touch(host: host, at: now)
+        for task in try store.tasksSent(to: host, before: now - patience, or: now + patience) {
+            let orphan = try apply(.orphaned, to: task)
+            _ = try apply(.dispatch, to: orphan)
         }
     }
+}
+
+extension TaskEvent {
+    fileprivate var isUpdate: Bool { if case .update = kind { true } else { false } }
 }
 
 extension Error {

@@ -19,9 +19,9 @@ package protocol JobTransaction {
     func task(id: String) throws -> TaskRecord?
     /// In stage order.
     func tasks(ofMigration id: String) throws -> [TaskRecord]
-    /// Tasks whose wait is over, but for those of drained hosts, or whose lease has run out. Also those that would wait
+    /// Ids of tasks whose wait is over, but for those of drained hosts, or whose lease has run out. Also those that would wait
     /// beyond `horizon`, farther than any task waits: the clock was set back.
-    func dueTasks(now: Moment, or horizon: Moment) throws -> [TaskRecord]
+    func dueTasks(now: Moment, or horizon: Moment) throws -> [String]
     /// Tasks that wait in the queue of a host since before `moment`, for all the store knows, or since after `horizon`.
     func tasksSent(to host: String, before moment: Moment, or horizon: Moment) throws -> [TaskRecord]
     /// Tasks that were sent or run.
@@ -55,5 +55,7 @@ package protocol JobTransaction {
     func save(_ profile: HostProfile, at: Moment) throws
     /// Notes that the host was heard of.
     func touch(host: String, at: Moment) throws
+    /// False for a host that is unknown.
+    func isDrained(host: String) throws -> Bool
     func setDrained(_ isDrained: Bool, host: String) throws
 }

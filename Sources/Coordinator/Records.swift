@@ -15,6 +15,23 @@ package struct MigrationRecord: Sendable {
     package var error: TaskEnded?
     package var createdAt: Moment
     package var updatedAt: Moment
+
+    package init(
+        id: String, key: String, request: SubmitMigrationRequest, state: MigrationState, manifest: Manifest? = nil,
+        result: DeployResult? = nil, findings: [Finding] = [], error: TaskEnded? = nil, createdAt: Moment,
+        updatedAt: Moment
+    ) {
+        self.id = id
+        self.key = key
+        self.request = request
+        self.state = state
+        self.manifest = manifest
+        self.result = result
+        self.findings = findings
+        self.error = error
+        self.createdAt = createdAt
+        self.updatedAt = updatedAt
+    }
 }
 
 /// One stage's task. Its id is the same over all attempts.

@@ -101,32 +101,39 @@ package final class SQLiteStore: JobStore {
 private struct Transaction: JobTransaction {
     let database: Database
 
+    /// Compiled once per connection.
+    private func cached(_ sql: String) throws -> Statement { try database.cachedStatement(sql: sql) }
+
+    private func execute(_ sql: String, arguments: StatementArguments) throws {
+        try cached(sql).execute(arguments: arguments)
+    }
+
     // MARK: Migrations
 
     func migration(id: String) throws -> MigrationRecord? {
-        try Row.fetchOne(database, sql: "SELECT * FROM migration WHERE id = ?", arguments: [id]).map(migration)
+        try Row.fetchOne(cached("SELECT * FROM migration WHERE id = ?"), arguments: [id]).map(migration)
     }
 
     func migration(key: String) throws -> MigrationRecord? {
-        try Row.fetchOne(database, sql: "SELECT * FROM migration WHERE key = ?", arguments: [key]).map(migration)
+        try Row.fetchOne(cached("SELECT * FROM migration WHERE key = ?"), arguments: [key]).map(migration)
     }
 
     func migrations(limit: Int?) throws -> [MigrationRecord] {
         try Row.fetchAll(
-            database, sql: "SELECT * FROM migration ORDER BY created_at DESC, id LIMIT ?", arguments: [limit ?? -1]
+            cached("SELECT * FROM migration ORDER BY created_at DESC, id LIMIT ?"), arguments: [limit ?? -1]
         ).map(migration)
     }
 
     func save(_ record: MigrationRecord) throws {
         let findings = try Migration.with { $0.findings = record.findings }.serializedBytes() as [UInt8]
-        try database.execute(
-            sql: """
-                INSERT INTO migration (id, key, state, request, manifest, result, findings, error, created_at, updated_at)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-                ON CONFLICT (id) DO UPDATE SET state = excluded.state, request = excluded.request,
-                    manifest = excluded.manifest, result = excluded.result, findings = excluded.findings,
-                    error = excluded.error, updated_at = excluded.updated_at
-                """,
+        try execute(
+            """
+            INSERT INTO migration (id, key, state, request, manifest, result, findings, error, created_at, updated_at)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+            ON CONFLICT (id) DO UPDATE SET state = excluded.state, request = excluded.request,
+                manifest = excluded.manifest, result = excluded.result, findings = excluded.findings,
+                error = excluded.error, updated_at = excluded.updated_at
+            """,
             arguments: [
                 record.id, record.key, record.state.rawValue, try data(record.request), try record.manifest.map(data),
                 try record.result.map(data), Data(findings), try record.error.map(data),
@@ -146,38 +153,38 @@ private struct Transaction: JobTransaction {
     // MARK: Tasks
 
     func task(id: String) throws -> TaskRecord? {
-        try Row.fetchOne(database, sql: "SELECT * FROM task WHERE id = ?", arguments: [id]).map(task)
+        try Row.fetchOne(cached("SELECT * FROM task WHERE id = ?"), arguments: [id]).map(task)
     }
 
     func tasks(ofMigration id: String) throws -> [TaskRecord] {
-        let found = try Row.fetchAll(database, sql: "SELECT * FROM task WHERE migration_id = ?", arguments: [id])
+        let found = try Row.fetchAll(cached("SELECT * FROM task WHERE migration_id = ?"), arguments: [id])
             .map(task)
         return Stage.allCases.compactMap { stage in found.first { $0.stage == stage } }
     }
 
-    func dueTasks(now: Moment, or horizon: Moment) throws -> [TaskRecord] {
+    func dueTasks(now: Moment, or horizon: Moment) throws -> [String] {
         try Row.fetchAll(
-            database,
-            sql: """
-                SELECT * FROM task WHERE (due_at <= ? OR due_at > ?)
+            cached(
+                """
+                SELECT id FROM task WHERE (due_at <= ? OR due_at > ?)
                     AND (has_worker OR host NOT IN (SELECT name FROM host WHERE drained)) ORDER BY due_at
-                """,
+                """),
             arguments: [now.milliseconds, horizon.milliseconds]
-        ).map(task)
+        ).map { $0["id"] }
     }
 
     func tasksSent(to host: String, before moment: Moment, or horizon: Moment) throws -> [TaskRecord] {
         try Row.fetchAll(
-            database,
-            sql: """
+            cached(
+                """
                 SELECT * FROM task WHERE host = ? AND has_worker AND due_at IS NULL AND (sent_at < ? OR sent_at > ?)
-                """,
+                """),
             arguments: [host, moment.milliseconds, horizon.milliseconds]
         ).map(task)
     }
 
     func tasksWithWorkers() throws -> [TaskRecord] {
-        try Row.fetchAll(database, sql: "SELECT * FROM task WHERE has_worker").map(task)
+        try Row.fetchAll(cached("SELECT * FROM task WHERE has_worker")).map(task)
     }
 
     func save(_ record: TaskRecord) throws {
@@ -189,15 +196,15 @@ private struct Transaction: JobTransaction {
             case .succeeded, .failed, .cancelled: (nil, false)
             }
         let machine = String(decoding: try JSONEncoder().encode(record.machine), as: UTF8.self)
-        try database.execute(
-            sql: """
-                INSERT INTO task (id, migration_id, stage, host, request, machine, due_at, has_worker, started_at, ended_at)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-                ON CONFLICT (id) DO UPDATE SET host = excluded.host, request = excluded.request,
-                    machine = excluded.machine, due_at = excluded.due_at, has_worker = excluded.has_worker,
-                    sent_at = CASE WHEN machine = excluded.machine THEN sent_at END,
-                    started_at = excluded.started_at, ended_at = excluded.ended_at
-                """,
+        try execute(
+            """
+            INSERT INTO task (id, migration_id, stage, host, request, machine, due_at, has_worker, started_at, ended_at)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+            ON CONFLICT (id) DO UPDATE SET host = excluded.host, request = excluded.request,
+                machine = excluded.machine, due_at = excluded.due_at, has_worker = excluded.has_worker,
+                sent_at = CASE WHEN machine = excluded.machine THEN sent_at END,
+                started_at = excluded.started_at, ended_at = excluded.ended_at
+            """,
             arguments: [
                 record.id, record.migrationID, record.stage.rawValue, record.host, Data(record.request), machine,
                 due?.milliseconds, hasWorker, record.startedAt?.milliseconds, record.endedAt?.milliseconds,
@@ -220,11 +227,11 @@ private struct Transaction: JobTransaction {
     // MARK: Outbox
 
     func enqueue(_ message: OutboxRecord) throws {
-        try database.execute(
-            sql: """
-                INSERT INTO outbox (id, task_id, attempt, fence, method, host, deadline, body)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?)
-                """,
+        try execute(
+            """
+            INSERT INTO outbox (id, task_id, attempt, fence, method, host, deadline, body)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+            """,
             arguments: [
                 message.id, message.identity.task, message.identity.attempt, Int64(clamping: message.identity.fence),
                 message.method, message.host, message.deadline?.milliseconds, Data(message.body),
@@ -232,7 +239,7 @@ private struct Transaction: JobTransaction {
     }
 
     func unsent(limit: Int) throws -> [OutboxRecord] {
-        try Row.fetchAll(database, sql: "SELECT * FROM outbox ORDER BY number LIMIT ?", arguments: [limit]).map { row in
+        try Row.fetchAll(cached("SELECT * FROM outbox ORDER BY number LIMIT ?"), arguments: [limit]).map { row in
             OutboxRecord(
                 id: row["id"],
                 identity: CallIdentity(
@@ -244,37 +251,37 @@ private struct Transaction: JobTransaction {
     }
 
     func markSent(_ id: String, at: Moment) throws {
-        try database.execute(
-            sql: "UPDATE task SET sent_at = ? WHERE id = (SELECT task_id FROM outbox WHERE id = ?)",
+        try execute(
+            "UPDATE task SET sent_at = ? WHERE id = (SELECT task_id FROM outbox WHERE id = ?)",
             arguments: [at.milliseconds, id])
-        try database.execute(sql: "DELETE FROM outbox WHERE id = ?", arguments: [id])
+        try execute("DELETE FROM outbox WHERE id = ?", arguments: [id])
     }
 
     func discardUnsent(task: String) throws {
-        try database.execute(sql: "DELETE FROM outbox WHERE task_id = ?", arguments: [task])
+        try execute("DELETE FROM outbox WHERE task_id = ?", arguments: [task])
     }
 
     func enqueue(_ notification: NotificationRecord) throws {
-        try database.execute(
-            sql: "INSERT INTO notification (id, routing_key, body) VALUES (?, ?, ?)",
+        try execute(
+            "INSERT INTO notification (id, routing_key, body) VALUES (?, ?, ?)",
             arguments: [notification.id, notification.routingKey, Data(notification.body)])
     }
 
     func notifications(limit: Int) throws -> [NotificationRecord] {
-        try Row.fetchAll(database, sql: "SELECT * FROM notification ORDER BY number LIMIT ?", arguments: [limit]).map {
+        try Row.fetchAll(cached("SELECT * FROM notification ORDER BY number LIMIT ?"), arguments: [limit]).map {
             NotificationRecord(id: $0["id"], routingKey: $0["routing_key"], body: [UInt8]($0["body"] as Data))
         }
     }
 
     func removeNotification(_ id: String) throws {
-        try database.execute(sql: "DELETE FROM notification WHERE id = ?", arguments: [id])
+        try execute("DELETE FROM notification WHERE id = ?", arguments: [id])
     }
 
     // MARK: Events and hosts
 
     func note(_ event: TaskEvent, kind: String, at: Moment) throws -> Bool {
-        try database.execute(
-            sql: "INSERT OR IGNORE INTO event (task_id, fence, seq, kind, at) VALUES (?, ?, ?, ?, ?)",
+        try execute(
+            "INSERT OR IGNORE INTO event (task_id, fence, seq, kind, at) VALUES (?, ?, ?, ?, ?)",
             arguments: [
                 event.taskID, Int64(clamping: event.fence), Int64(clamping: event.seq), kind, at.milliseconds,
             ])
@@ -282,16 +289,15 @@ private struct Transaction: JobTransaction {
     }
 
     func note(_ rejected: MessageRejected, by member: String, at: Moment) throws {
-        try database.execute(
-            sql: "INSERT INTO rejection (member, rejected, at) VALUES (?, ?, ?)",
+        try execute(
+            "INSERT INTO rejection (member, rejected, at) VALUES (?, ?, ?)",
             arguments: [member, try data(rejected), at.milliseconds])
         // A storm of forged messages must not fill the disk.
-        try database.execute(
-            sql: "DELETE FROM rejection WHERE number <= ?", arguments: [database.lastInsertedRowID - 10_000])
+        try execute("DELETE FROM rejection WHERE number <= ?", arguments: [database.lastInsertedRowID - 10_000])
     }
 
     func rejections(limit: Int) throws -> [RejectionRecord] {
-        try Row.fetchAll(database, sql: "SELECT * FROM rejection ORDER BY number DESC LIMIT ?", arguments: [limit])
+        try Row.fetchAll(cached("SELECT * FROM rejection ORDER BY number DESC LIMIT ?"), arguments: [limit])
             .map { row in
                 RejectionRecord(
                     rejected: try message(row["rejected"]), member: row["member"],
@@ -303,30 +309,33 @@ private struct Transaction: JobTransaction {
         "profile, seen_at, drained, (SELECT count(*) FROM task WHERE task.host = host.name AND has_worker) AS tasks"
 
     func host(_ name: String) throws -> HostRecord? {
-        try Row.fetchOne(database, sql: "SELECT \(Self.hostColumns) FROM host WHERE name = ?", arguments: [name])
+        try Row.fetchOne(cached("SELECT \(Self.hostColumns) FROM host WHERE name = ?"), arguments: [name])
             .map(host)
     }
 
     func hosts() throws -> [HostRecord] {
-        try Row.fetchAll(database, sql: "SELECT \(Self.hostColumns) FROM host ORDER BY name").map(host)
+        try Row.fetchAll(cached("SELECT \(Self.hostColumns) FROM host ORDER BY name")).map(host)
     }
 
     func save(_ profile: HostProfile, at: Moment) throws {
-        try database.execute(
-            sql: """
-                INSERT INTO host (name, profile, seen_at) VALUES (?, ?, ?)
-                ON CONFLICT (name) DO UPDATE SET profile = excluded.profile, seen_at = excluded.seen_at
-                """,
+        try execute(
+            """
+            INSERT INTO host (name, profile, seen_at) VALUES (?, ?, ?)
+            ON CONFLICT (name) DO UPDATE SET profile = excluded.profile, seen_at = excluded.seen_at
+            """,
             arguments: [profile.name, try data(profile), at.milliseconds])
     }
 
     func touch(host: String, at: Moment) throws {
-        try database.execute(
-            sql: "UPDATE host SET seen_at = ? WHERE name = ?", arguments: [at.milliseconds, host])
+        try execute("UPDATE host SET seen_at = ? WHERE name = ?", arguments: [at.milliseconds, host])
+    }
+
+    func isDrained(host: String) throws -> Bool {
+        try Row.fetchOne(cached("SELECT drained FROM host WHERE name = ?"), arguments: [host])?["drained"] ?? false
     }
 
     func setDrained(_ isDrained: Bool, host: String) throws {
-        try database.execute(sql: "UPDATE host SET drained = ? WHERE name = ?", arguments: [isDrained, host])
+        try execute("UPDATE host SET drained = ? WHERE name = ?", arguments: [isDrained, host])
     }
 
     private func host(_ row: Row) throws -> HostRecord {

@@ -91,7 +91,7 @@ struct Transitions {
         _ event: TaskMachine.Event, to record: TaskRecord, answering sequence: UInt64 = 0, ended: TaskEnded? = nil
     ) throws -> TaskRecord {
         if case .dispatch = event {
-            guard isActive(record.migrationID), try store.host(record.host)?.isDrained != true else { return record }
+            guard isActive(record.migrationID), try !store.isDrained(host: record.host) else { return record }
         }
         var task = record
         let actions = task.machine.handle(event, now: now, policy: policy)

@@ -314,16 +314,25 @@ package final class BusServerTransport: ServerTransport {
             return await reject(delivery, from: names.control(of: member.name), "\(error)")
         }
         await delivery.settle(.ack)
-        for message in messages { await obey(message) }
+        await withDiscardingTaskGroup { group in
+            for message in messages {
+                if case .stored = message.kind {
+                    // At once, so that the ledger can write them together.
+                    group.addTask { await self.forget(message.taskID, message.fence) }
+                } else {
+                    obey(message)
+                }
+            }
+        }
     }
 
-    private func obey(_ control: ControlMessage) async {
-        if case .stored = control.kind {
-            do { try await ledger.acknowledge(task: control.taskID, fence: control.fence) } catch {
-                logger.error("ledger", metadata: ["task": "\(control.taskID)", "error": "\(error)"])
-            }
-            return
+    private func forget(_ task: String, _ fence: UInt64) async {
+        do { try await ledger.acknowledge(task: task, fence: fence) } catch {
+            logger.error("ledger", metadata: ["task": "\(task)", "error": "\(error)"])
         }
+    }
+
+    private func obey(_ control: ControlMessage) {
         guard let call = state.withLock({ $0.calls[control.taskID] }), call.identity.fence == control.fence else {
             return
         }

@@ -8,11 +8,13 @@ import SwiftProtobuf
 import Synchronization
 
 /// What a worker must still know after a crash: which tasks it took on, under which fence, and how those ended whose
-/// result the coordinator has not confirmed. One append-only text file, fsynced at every record.
+/// result the coordinator has not confirmed. One append-only text file, fsynced before anybody is told of a record.
 ///
-/// A line is sixteen hexadecimal digits of the SHA-256 of the rest, a space, and one JSON record. A line that a crash
-/// cut short or tore is the last one, and is dropped: nobody was told of it. A damaged line before the last means a
-/// damaged disk, and opening the journal fails. Opening rewrites the file with only what still matters.
+/// A line is sixteen hexadecimal digits of the SHA-256 of the rest, a separator, and one JSON record. Lines written with
+/// one fsync are a batch: a space separates in its first line, `+` in the others. Of the last batch a crash may have cut
+/// or torn any part, in any order; it is dropped from the first damaged line on: nobody was told of it. A damaged line
+/// before the last batch means a damaged disk, and opening the journal fails. Opening rewrites the file with only what
+/// still matters.
 package final class Journal: TaskLedger {
     private struct Entry: Codable {
         var task: String
@@ -29,15 +31,28 @@ package final class Journal: TaskLedger {
     }
 
     private struct State {
-        var entries: [String: Entry] = [:]
-        /// Tasks in the order of their last record.
-        var order: [String] = []
+        /// With the number of their last record: its place in the order of all.
+        var entries: [String: (entry: Entry, number: Int)] = [:]
+        var next = 0
         var end: UInt64 = 0
         var watchers: [AsyncStream<Void>.Continuation] = []
         /// Tasks whose clean-up failed in this process. They stay in the journal for the next.
         var unswept: Set<String> = []
+        var waiting: [Change] = []
+        var isWriting = false
+
+        var inOrder: [Entry] { entries.values.sorted { $0.number < $1.number }.map(\.entry) }
     }
 
+    /// One task's next record, to be decided and written on the journal's thread.
+    private struct Change: Sendable {
+        let task: String
+        /// From the task's present entry to the one to write, nil for none, and who waits for that to be durable.
+        let decide: @Sendable (Entry?) -> (Entry?, @Sendable (Result<Void, any Error>) -> Void)
+    }
+
+    /// Records written together, with one fsync.
+    private static let batch = 512
     /// Forgotten tasks whose fences are remembered.
     private static let remembered = 10_000
 
@@ -61,12 +76,11 @@ package final class Journal: TaskLedger {
         if Files.exists(path) {
             for entry in try Self.parse(Files.read(path, limit: 1 << 30), path) { Self.apply(entry, to: &state) }
         }
-        let surplus = state.order.filter { state.entries[$0]?.forgotten ?? true }.dropLast(Self.remembered)
-        for task in surplus { state.entries[task] = nil }
-        state.order.removeAll { state.entries[$0] == nil }
+        let surplus = state.inOrder.filter(\.forgotten).dropLast(Self.remembered)
+        for entry in surplus { state.entries[entry.task] = nil }
 
         var bytes: [UInt8] = []
-        for task in state.order { if let entry = state.entries[task] { bytes += try Self.line(entry) } }
+        for entry in state.inOrder { bytes += try Self.line(entry) }
         try Files.writeAtomically(bytes, to: path)
         state.end = UInt64(bytes.count)
         interrupted = state.order.compactMap { state.entries[$0] }.filter { $0.ended == nil && !$0.forgotten }
@@ -80,66 +94,57 @@ package final class Journal: TaskLedger {
     package func admit(_ call: TaskCall) async throws -> Admission {
         let request = hex(Digest.hash(.sha256, call.body))
         let identity = call.identity
-        return try await blocking("journal") { [self] in
-            try state.withLock { state in
-                let earlier = state.entries[identity.task]
-                if let earlier, identity.fence < earlier.fence { return .stale }
-                if let earlier, identity.fence == earlier.fence, earlier.forgotten { return .stale }
-                var entry = Entry(
-                    task: identity.task, attempt: identity.attempt, fence: identity.fence, request: request)
-                if let earlier, !earlier.forgotten, let data = earlier.ended, earlier.request == request,
-                    earlier.fence == identity.fence || answers(call.method)
-                {
-                    let event = try TaskEvent(serializedBytes: data)
-                    if earlier.fence == identity.fence || event.ended.code == 0 {
-                        entry.ended = try TaskEvent(identity, sequence: event.seq, .ended(event.ended))
-                            .serializedBytes()
-                        try append(entry, &state)
-                        return .ended(event.ended)
-                    }
+        return try await change(identity.task) { [answers] earlier in
+            if let earlier, identity.fence < earlier.fence { return (.stale, nil) }
+            if let earlier, identity.fence == earlier.fence, earlier.forgotten { return (.stale, nil) }
+            var entry = Entry(
+                task: identity.task, attempt: identity.attempt, fence: identity.fence, request: request)
+            if let earlier, !earlier.forgotten, let data = earlier.ended, earlier.request == request,
+                earlier.fence == identity.fence || answers(call.method)
+            {
+                let event = try TaskEvent(serializedBytes: data)
+                if earlier.fence == identity.fence || event.ended.code == 0 {
+                    entry.ended = try TaskEvent(identity, sequence: event.seq, .ended(event.ended)).serializedBytes()
+                    return (.ended(event.ended), entry)
                 }
-                try append(entry, &state)
-                return .run
             }
+            return (.run, entry)
         }
     }
 
     package func recordEnd(of call: CallIdentity, _ event: TaskEvent) async throws {
         let data: Data = try event.serializedBytes()
-        try await blocking("journal") { [self] in
-            try state.withLock { state in
-                guard var entry = state.entries[call.task], entry.identity == call else {
-                    throw MigrationError(.aborted, "\(call) is not the attempt the journal knows")
-                }
-                entry.ended = data
-                try append(entry, &state)
+        try await change(call.task) { earlier in
+            guard var entry = earlier, entry.identity == call else {
+                throw MigrationError(.aborted, "\(call) is not the attempt the journal knows")
             }
+            entry.ended = data
+            return ((), entry)
         }
     }
 
     package func acknowledge(task: String, fence: UInt64) async throws {
-        try await blocking("journal") { [self] in
-            // Swept under the lock: an attempt that is admitted meanwhile must not work in a folder that is going.
-            let watchers = try state.withLock { state in
-                guard var entry = state.entries[task], entry.fence == fence, let data = entry.ended else {
-                    return [AsyncStream<Void>.Continuation]()
-                }
-                // What failed may be tried again and goes on from its checkpoint; only an end for good is swept.
-                let ended = try TaskEvent(serializedBytes: data).ended
-                if ended.code == 0 || ended.code == MigrationError.Code.cancelled.rawValue {
-                    do { try cleanUp(task) } catch {
+        let isForgotten = try await change(task) { [self] earlier in
+            guard var entry = earlier, entry.fence == fence, let data = entry.ended else { return (false, nil) }
+            // What failed may be tried again and goes on from its checkpoint; only an end for good is swept. An attempt
+            // that is admitted meanwhile waits for this change: it must not work in a folder that is going.
+            let ended = try TaskEvent(serializedBytes: data).ended
+            if ended.code == 0 || ended.code == MigrationError.Code.cancelled.rawValue {
+                do { try cleanUp(task) } catch {
+                    let watchers = state.withLock { state in
                         state.unswept.insert(task)
-                        for watcher in state.watchers { watcher.yield() }
-                        throw error
+                        return state.watchers
                     }
+                    for watcher in watchers { watcher.yield() }
+                    throw error
                 }
-                entry.ended = nil
-                entry.forgotten = true
-                try append(entry, &state)
-                return state.watchers
             }
-            for watcher in watchers { watcher.yield() }
+            entry.ended = nil
+            entry.forgotten = true
+            return (true, entry)
         }
+        guard isForgotten else { return }
+        for watcher in state.withLock({ $0.watchers }) { watcher.yield() }
     }
 
     /// Returns once no result of the chosen tasks waits to be stored and swept any more, or when cancelled. Does not wait
@@ -155,38 +160,91 @@ package final class Journal: TaskLedger {
     }
 
     package func unacknowledged() async -> [TaskEvent] {
-        let events = try? await blocking("journal") { [self] in
-            state.withLock { state in
-                state.order.compactMap { state.entries[$0]?.ended }.compactMap { try? TaskEvent(serializedBytes: $0) }
-            }
-        }
-        return events ?? []
+        state.withLock { state in
+            state.entries.values.filter { $0.entry.ended != nil }.sorted { $0.number < $1.number }
+        }.compactMap { entry, _ in entry.ended.flatMap { try? TaskEvent(serializedBytes: $0) } }
     }
 
     // MARK: - The file
 
-    private func append(_ entry: Entry, _ state: inout State) throws {
-        let bytes = try Self.line(entry)
+    /// Returns once what `decide` makes of the task's present entry is durable. Changes that come while others are being
+    /// written are written together, with one fsync; those of one task one after the other.
+    private func change<Value: Sendable>(
+        _ task: String, _ decide: @escaping @Sendable (Entry?) throws -> (Value, Entry?)
+    ) async throws -> Value {
+        try await withCheckedThrowingContinuation { continuation in
+            let change = Change(task: task) { earlier in
+                do {
+                    let (value, entry) = try decide(earlier)
+                    return (entry, { continuation.resume(with: $0.map { value }) })
+                } catch {
+                    return (nil, { _ in continuation.resume(throwing: error) })
+                }
+            }
+            let starts = state.withLock { state in
+                state.waiting.append(change)
+                defer { state.isWriting = true }
+                return !state.isWriting
+            }
+            if starts { spawnThread("journal") { self.writeAll() } }
+        }
+    }
+
+    private func writeAll() {
+        while let changes = next() {
+            var entries: [Entry] = []
+            var waiting: [@Sendable (Result<Void, any Error>) -> Void] = []
+            for change in changes {
+                let (entry, isWritten) = change.decide(state.withLock { $0.entries[change.task]?.entry })
+                if let entry { entries.append(entry) }
+                waiting.append(isWritten)
+            }
+            let result = Result { try append(entries) }
+            for isWritten in waiting { isWritten(result) }
+        }
+    }
+
+    /// The changes that wait, up to the second of the same task; nil when there are none.
+    private func next() -> [Change]? {
+        state.withLock { state in
+            var tasks: Set<String> = []
+            let changes = state.waiting.prefix(Self.batch).prefix { tasks.insert($0.task).inserted }
+            state.waiting.removeFirst(changes.count)
+            if changes.isEmpty { state.isWriting = false }
+            return changes.isEmpty ? nil : Array(changes)
+        }
+    }
+
+    private func append(_ entries: [Entry]) throws {
+        guard !entries.isEmpty else { return }
+        var bytes: [UInt8] = []
+        for entry in entries { bytes += try Self.line(entry, startsBatch: bytes.isEmpty) }
+        let end = state.withLock { $0.end }
         do {
-            try file.write(bytes, at: state.end)
+            try file.write(bytes, at: end)
             try file.synchronizeData()
         } catch {
             // The next record must not follow half of this one.
-            try file.truncate(to: state.end)
+            try file.truncate(to: end)
             throw error
         }
-        state.end += UInt64(bytes.count)
-        Self.apply(entry, to: &state)
+        state.withLock { state in
+            state.end += UInt64(bytes.count)
+            for entry in entries { Self.apply(entry, to: &state) }
+        }
     }
 
     private static func apply(_ entry: Entry, to state: inout State) {
-        if state.entries.updateValue(entry, forKey: entry.task) != nil { state.order.removeAll { $0 == entry.task } }
-        state.order.append(entry.task)
+        state.entries[entry.task] = (entry, state.next)
+        state.next += 1
     }
 
-    private static func line(_ entry: Entry) throws -> [UInt8] {
+    private static let start = UInt8(ascii: " ")
+    private static let continuation = UInt8(ascii: "+")
+
+    private static func line(_ entry: Entry, startsBatch: Bool = true) throws -> [UInt8] {
         let json = [UInt8](try JSONEncoder().encode(entry))
-        return Array(checksum(json).utf8) + [UInt8(ascii: " ")] + json + [UInt8(ascii: "\n")]
+        return Array(checksum(json).utf8) + [startsBatch ? start : continuation] + json + [UInt8(ascii: "\n")]
     }
 
     private static func checksum(_ json: some Sequence<UInt8>) -> String {
@@ -195,20 +253,28 @@ package final class Journal: TaskLedger {
 
     private static func parse(_ bytes: [UInt8], _ path: String) throws -> [Entry] {
         var entries: [Entry] = []
+        var damaged: Int?
         var lines = bytes.split(separator: UInt8(ascii: "\n"), omittingEmptySubsequences: false)
         // After a complete journal the last piece is empty; otherwise it is a record whose write a crash cut short.
         _ = lines.popLast()
-        for (number, line) in lines.enumerated() {
+        for (index, line) in lines.enumerated() {
             let json = line.dropFirst(17)
-            guard line.count > 17, checksum(json) == String(decoding: line.prefix(16), as: UTF8.self),
+            let separator = line.dropFirst(16).first
+            guard line.count > 17, separator == start || separator == continuation,
+                checksum(json) == String(decoding: line.prefix(16), as: UTF8.self),
                 let entry = try? JSONDecoder().decode(Entry.self, from: Data(json))
             else {
-                if number == lines.count - 1 { break }
-                throw MigrationError(
-                    .dataLoss, "journal \(path): line \(number + 1) is damaged",
-                    hint: "check the disk; move the file away to start with an empty journal once no task is under way")
+                damaged = damaged ?? index
+                continue
             }
-            entries.append(entry)
+            guard let damaged else {
+                entries.append(entry)
+                continue
+            }
+            if separator == continuation { continue }
+            throw MigrationError(
+                .dataLoss, "journal \(path): line \(damaged + 1) is damaged",
+                hint: "check the disk; move the file away to start with an empty journal once no task is under way")
         }
         return entries
     }

@@ -181,6 +181,53 @@ import Testing
         #expect(try await journal.admit(call("t3", fence: 4)) == .run)
     }
 
+    /// Admitted at the same time, so that records are written together.
+    private func admitMany() async throws {
+        let journal = try open()
+        try await withThrowingTaskGroup(of: Admission.self) { group in
+            for number in 0..<200 { group.addTask { try await journal.admit(call("t\(number)", fence: 5)) } }
+            for try await admission in group { #expect(admission == .run) }
+        }
+    }
+
+    /// Where the lines begin that start a batch.
+    private func batches(_ bytes: [UInt8]) -> [Int] {
+        let starts =
+            [0] + bytes.indices.filter { bytes[$0] == UInt8(ascii: "\n") && $0 + 1 < bytes.count }.map { $0 + 1 }
+        return starts.filter { bytes[$0 + 16] == UInt8(ascii: " ") }
+    }
+
+    @Test func recordsWrittenTogetherAreAllKept() async throws {
+        try await admitMany()
+        #expect(batches(try Files.read(path)).count < 200)
+        let journal = try open()
+        for number in 0..<200 { #expect(try await journal.admit(call("t\(number)", fence: 4)) == .stale) }
+    }
+
+    @Test func lastBatchMayBeTornAnywhere() async throws {
+        try await admitMany()
+        let whole = try Files.read(path)
+        let last = try #require(batches(whole).last)
+        let lines = whole[last...].count { $0 == UInt8(ascii: "\n") }
+        var torn = whole
+        torn[last + 30] ^= 1
+        try Files.writeAtomically(torn, to: path)
+        let journal = try open()
+        var known = 0
+        for number in 0..<200 where try await journal.admit(call("t\(number)", fence: 4)) == .stale { known += 1 }
+        #expect(known == 200 - lines)
+    }
+
+    @Test func damageBeforeTheLastBatchIsReported() async throws {
+        try await admitMany()
+        let journal = try open()
+        _ = try await journal.admit(call("next", fence: 1))
+        var bytes = try Files.read(path)
+        bytes[30] ^= 1
+        try Files.writeAtomically(bytes, to: path)
+        #expect(throws: MigrationError.self) { try open() }
+    }
+
     @Test func damageBeforeTheLastLineIsReported() async throws {
         do {
             let journal = try open()
