@@ -83,8 +83,7 @@ package final class Journal: TaskLedger {
         for entry in state.inOrder { bytes += try Self.line(entry) }
         try Files.writeAtomically(bytes, to: path)
         state.end = UInt64(bytes.count)
-        interrupted = state.order.compactMap { state.entries[$0] }.filter { $0.ended == nil && !$0.forgotten }
-            .map(\.identity)
+        interrupted = state.inOrder.filter { $0.ended == nil && !$0.forgotten }.map(\.identity)
         file = try File(path, O_WRONLY)
         self.state = Mutex(state)
         self.cleanUp = cleanUp

@@ -84,7 +84,7 @@ import Testing
     @Test(arguments: [
         ("raw device mapping", Assessment.Verdict.blocked), ("is shared", .blocked), ("independent", .warning),
         ("encrypted", .blocked), ("TPM", .warning), ("snapshots", .warning), ("Device Virtualization", .blocked),
-        ("running", .blocked), ("vGPU", .blocked), ("suspended", .blocked),
+        ("running", .blocked), ("suspended", .blocked),
     ])
     func blockers(_ word: String, _ verdict: Assessment.Verdict) throws {
         let manifest = Self.manifest {
@@ -97,7 +97,6 @@ import Testing
             case "snapshots": $0.vm.snapshots = [Snapshot()]
             case "running": $0.vm.powerState = .poweredOn
             case "suspended": $0.vm.powerState = .suspended
-            case "vGPU": $0.gpus = [Self.gpu(.vgpu(.with { $0.profile = "grid_a100-40c" }))]
             default: $0.gpus = [Self.gpu(.dvx(.with { $0.deviceClass = "com.acme.fpga" }))]
             }
         }
@@ -109,6 +108,16 @@ import Testing
             #expect(reasons.first?.severity == verdict)
             #expect(reasons.first?.remedy.isEmpty == false)
         }
+    }
+
+    /// Whether a vGPU can be had is a question of the host.
+    @Test func vgpuOfNoHost() throws {
+        let manifest = Self.manifest { $0.gpus = [Self.gpu(.vgpu(.with { $0.profile = "grid_a100-40c" }))] }
+        #expect(try Self.assess(manifest).verdict == .warning)
+        let vm = try Self.assess(manifest, hosts: [Self.host()])
+        #expect(vm.verdict == .blocked)
+        #expect(vm.reasons.contains { $0.severity == .blocked && $0.message.lowercased().contains("a100-40c") })
+        #expect(vm.hosts.isEmpty)
     }
 
     @Test func networkWithoutMapping() throws {
