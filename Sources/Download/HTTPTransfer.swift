@@ -247,6 +247,10 @@ package final class HTTPTransfer: @unchecked Sendable {
             guard !response.isEncoded else {
                 throw MigrationError(.unimplemented, "\(location.name): the server sends it compressed, unasked")
             }
+            // A login page or a proxy's excuse, whatever its status says.
+            guard response.mediaType != "text/html" else {
+                throw Interrupted(reason: "the server answered with a web page (text/html), not with a disk")
+            }
         case 401:
             throw MigrationError(
                 .unauthenticated, "\(location.name): the server wants a name and a password (401)",

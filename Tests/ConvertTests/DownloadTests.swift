@@ -71,6 +71,7 @@ import Testing
         ("no-range/made.raw", true, MigrationError.Code.unimplemented, "ranges"),
         ("changing/made.raw", true, .failedPrecondition, "changed"),
         ("cut-0/made.raw", true, .unavailable, "made.raw"),
+        ("html/made.raw", true, .unavailable, "text/html"), ("html/made.vmdk", false, .unavailable, "text/html"),
         ("nothing.raw", true, .notFound, "404"), ("nothing.vmdk", false, .notFound, "404"),
         ("made.raw", false, .invalidArgument, "not a streamOptimized VMDK"),
     ])
