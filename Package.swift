@@ -126,7 +126,7 @@ let package = Package(
         tests(
             "MessagingAMQPTests", ["MessagingAMQP", "CRabbitMQ", "Messaging", "HostKit", "MigrationModel", "TestKit"]),
         tests("EnrollmentTests", ["Enrollment", "Messaging", "HostKit", "MigrationModel", "TestKit"]),
-        tests("DiskImageTests", ["DiskImage", "HostKit", "MigrationModel", "TestKit"]),
+        tests("DiskImageTests", ["CLinux", "DiskImage", "HostKit", "MigrationModel", "TestKit"]),
         tests(
             "ConvertTests", ["Convert", "DiskImage", "Download", "HostKit", "MigrationModel", "TestKit", "Volumes"]),
         tests("AssessmentTests", ["Assessment", "Passthrough", "FlotillaProtocol", "MigrationModel", protobuf]),

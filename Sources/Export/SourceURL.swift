@@ -21,10 +21,10 @@ package struct SourceURL: Sendable, Hashable, CustomStringConvertible {
         let shown = text.printable
         if text.hasPrefix("vsphere:") {
             throw MigrationError(
-                .unimplemented, "source \(shown): vsphere sources are not available in this version",
-                hint: "export the VM to an OVA and give ova:PATH, or give ovf:PATH or vmx:PATH")
+                .invalidArgument, "source \(shown) is a vSphere server where a file is wanted",
+                hint: "give ova:PATH, ovf:PATH, vmx:PATH or manifest:PATH")
         }
-        let forms = "give ova:PATH, ovf:PATH, vmx:PATH or manifest:PATH"
+        let forms = "give ova:PATH, ovf:PATH, vmx:PATH, manifest:PATH or vsphere://USER@HOST[/DATACENTER]"
         guard let colon = text.firstIndex(of: ":"), let kind = Kind(rawValue: String(text[..<colon])) else {
             throw MigrationError(.invalidArgument, "source '\(shown)' is not one this program reads", hint: forms)
         }
@@ -56,7 +56,7 @@ package struct SourceURL: Sendable, Hashable, CustomStringConvertible {
         guard !parts.isEmpty else {
             throw MigrationError(
                 .invalidArgument, "source '\(path)' is a directory, not a file",
-                hint: "give ova:PATH, ovf:PATH, vmx:PATH or manifest:PATH")
+                hint: "give ova:PATH, ovf:PATH, vmx:PATH, manifest:PATH or vsphere://USER@HOST[/DATACENTER]")
         }
         return "/" + parts.joined(separator: "/")
     }

@@ -50,7 +50,7 @@ let package = Package(
             name: "TestKit", dependencies: ["MigrationModel", "HostKit", "MutexForTSan"],
             sources: ["TemporaryFolder.swift"], swiftSettings: settings),
         .testTarget(
-            name: "DiskImageTests", dependencies: ["DiskImage", "HostKit", "MigrationModel", "TestKit"],
+            name: "DiskImageTests", dependencies: ["CLinux", "DiskImage", "HostKit", "MigrationModel", "TestKit"],
             swiftSettings: settings),
         .testTarget(
             name: "ConvertTests",
