@@ -120,7 +120,8 @@ struct Scene {
         let volume = scene.folder.file("volume")
         try Files.createDirectories(volume)
         try run("mount", "-t", "tmpfs", "-o", "size=1m", "flotilla-test", volume)
-        defer { _ = try? run("umount", volume) }
+        // A thread that is about to end may hold a file a little longer.
+        defer { _ = try? run("umount", "--lazy", volume) }
         let conversion = DiskConversion(
             source: scene.conversion.source, sourceFormat: .vmdk, targetFormat: target, workDirectory: volume,
             name: "disk0", finalPath: "\(volume)/disk")
