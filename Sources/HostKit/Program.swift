@@ -69,7 +69,10 @@ package enum Program {
                 if !isOver {
                     var one = pollfd(fd: reading, events: Int16(POLLIN), revents: 0)
                     // A closed pipe polls ready at once; then only the end of the program is still to come.
-                    if poll(&one, 1, 20) > 0, one.revents & Int16(POLLIN) == 0 { usleep(2000) }
+                    if poll(&one, 1, 20) > 0, one.revents & Int16(POLLIN) == 0 {
+                        while waitpid(child, &raw, 0) < 0 && errno == EINTR {}
+                        isOver = true
+                    }
                 }
             }
             close(reading)
