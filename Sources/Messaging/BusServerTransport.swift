@@ -1,4 +1,4 @@
-package import FlotillaProtocol
+import FlotillaProtocol
 package import GRPCCore
 import HostKit
 package import Logging
@@ -42,10 +42,10 @@ package final class BusServerTransport: ServerTransport {
     let events: EventPublisher
     let logger: Logger
     private let bus: any MessageBus
-    private let names: Names
+    let names: Names
     private let slots: Slots
 
-    private struct State {
+    struct State {
         var methods: [String: MethodDescriptor] = [:]
         var calls: [String: RunningCall] = [:]
         var subscription: Subscription?
@@ -53,7 +53,7 @@ package final class BusServerTransport: ServerTransport {
         var isStopping = false
     }
 
-    private let state = Mutex(State())
+    let state = Mutex(State())
 
     package init(
         bus: any MessageBus, names: Names, member: FleetMember, settings: Settings = Settings(),
@@ -160,7 +160,7 @@ package final class BusServerTransport: ServerTransport {
     }
 
     /// Throws unless the coordinator said this, to us. Returns the error of a message that is good but too old.
-    private func requireCoordinator(_ message: Message) throws -> MigrationError? {
+    func requireCoordinator(_ message: Message) throws -> MigrationError? {
         guard message.body.count <= Message.maximumBody else {
             throw MigrationError(
                 .invalidArgument, "its body has \(message.body.count) bytes, \(Message.maximumBody) are allowed")
@@ -177,7 +177,7 @@ package final class BusServerTransport: ServerTransport {
     }
 
     /// To the dead letters. The reason goes to the coordinator first: no broker carries one with a rejection.
-    private func reject(_ delivery: Delivery, from queue: String, _ reason: String) async {
+    func reject(_ delivery: Delivery, from queue: String, _ reason: String) async {
         logger.warning(
             "message rejected",
             metadata: ["queue": "\(queue)", "task": "\(delivery.message.correlationID)", "reason": "\(reason)"])
@@ -298,104 +298,5 @@ package final class BusServerTransport: ServerTransport {
         } catch {
             logger.error("result not published yet", metadata: ["task": "\(call.identity)", "error": "\(error)"])
         }
-    }
-
-    // MARK: - Control and heartbeat
-
-    private func obey(_ delivery: Delivery) async {
-        let messages: [ControlMessage]
-        do {
-            if let isLate = try requireCoordinator(delivery.message) { throw isLate }
-            guard delivery.message.type == "flotilla.v1.ControlMessages" else {
-                throw MigrationError(.invalidArgument, "'\(delivery.message.type)' is no type of control message")
-            }
-            messages = try ControlMessages(serializedBytes: delivery.message.body).messages
-        } catch {
-            return await reject(delivery, from: names.control(of: member.name), "\(error)")
-        }
-        await delivery.settle(.ack)
-        await withDiscardingTaskGroup { group in
-            for message in messages {
-                if case .stored = message.kind {
-                    // At once, so that the ledger can write them together.
-                    group.addTask { await self.forget(message.taskID, message.fence) }
-                } else {
-                    obey(message)
-                }
-            }
-        }
-    }
-
-    private func forget(_ task: String, _ fence: UInt64) async {
-        do { try await ledger.acknowledge(task: task, fence: fence) } catch {
-            logger.error("ledger", metadata: ["task": "\(task)", "error": "\(error)"])
-        }
-    }
-
-    private func obey(_ control: ControlMessage) {
-        guard let call = state.withLock({ $0.calls[control.taskID] }), call.identity.fence == control.fence else {
-            return
-        }
-        switch control.kind {
-        case .lease(let lease): call.renew(answering: lease.answersSeq, ttl: .milliseconds(lease.ttlMs))
-        case .permit(let reply): call.answer(reply)
-        case .cancel(let cancel) where cancel.revoked: call.stop(.lostOwnership(cancel.reason))
-        case .cancel(let cancel): call.stop(.cancelled(cancel.reason))
-        case .stored, nil: break
-        }
-    }
-
-    private func ask(_ step: String, _ call: RunningCall) async {
-        let event = TaskEvent(
-            call.identity, sequence: call.nextSequence(), .permit(.with { $0.step = step }))
-        do { try await events.publish(event) } catch {
-            logger.warning("permit not asked for yet", metadata: ["task": "\(call.identity)", "error": "\(error)"])
-        }
-    }
-
-    /// Until cancelled: renews leases, repeats unanswered questions and results.
-    private func heartbeat() async {
-        while (try? await Task.sleep(for: settings.heartbeat)) != nil {
-            for call in state.withLock({ Array($0.calls.values) }) {
-                let event = TaskEvent(
-                    call.identity, sequence: call.nextSequence(asksForLease: true), .heartbeat(TaskHeartbeat()))
-                try? await events.publish(event)
-                for step in call.pendingPermits { await ask(step, call) }
-            }
-            let held = state.withLock { $0.calls.count }
-            try? await events.publish(.heartbeat(.with { $0.tasks = UInt32(held) }))
-            await republish()
-        }
-    }
-
-    /// Until cancelled: stops calls whose lease is about to run out. Waits for nothing but time, so that a broker that is
-    /// away keeps no call alive.
-    private func watchLeases() async {
-        while (try? await Task.sleep(for: settings.heartbeat / 4)) != nil {
-            for call in state.withLock({ Array($0.calls.values) }) where call.mustStop {
-                call.stop(.lostOwnership("its lease was not renewed"))
-            }
-        }
-    }
-
-    package func publishInventory(_ profile: HostProfile) async throws { try await events.publish(.inventory(profile)) }
-
-    /// Says of what an earlier process held that nobody works on it any more. Called before anything is served. What
-    /// can't be said goes on when its lease has run out.
-    package func release(_ calls: [CallIdentity]) async {
-        for call in calls {
-            logger.info(
-                "task released",
-                metadata: ["task": "\(call.task)", "attempt": "\(call.attempt)", "fence": "\(call.fence)"])
-            try? await events.publish(TaskEvent(call, sequence: Self.releaseSequence, .released(TaskReleased())))
-        }
-    }
-
-    /// Far above what one process counts to: how far the one that is gone had come is not known.
-    private static let releaseSequence: UInt64 = 1 << 40
-
-    /// Says again what ended and was never confirmed. Called at start as well.
-    package func republish() async {
-        for event in await ledger.unacknowledged() { try? await events.publish(event) }
     }
 }

@@ -1,0 +1,105 @@
+package import FlotillaProtocol
+import Logging
+package import MigrationModel
+import SwiftProtobuf
+import Synchronization
+
+/// What the coordinator says besides tasks, and what is said to it without being asked.
+extension BusServerTransport {
+    func obey(_ delivery: Delivery) async {
+        let messages: [ControlMessage]
+        do {
+            if let isLate = try requireCoordinator(delivery.message) { throw isLate }
+            guard delivery.message.type == "flotilla.v1.ControlMessages" else {
+                throw MigrationError(.invalidArgument, "'\(delivery.message.type)' is no type of control message")
+            }
+            messages = try ControlMessages(serializedBytes: delivery.message.body).messages
+        } catch {
+            return await reject(delivery, from: names.control(of: member.name), "\(error)")
+        }
+        await delivery.settle(.ack)
+        await withDiscardingTaskGroup { group in
+            for message in messages {
+                if case .stored = message.kind {
+                    // At once, so that the ledger can write them together.
+                    group.addTask { await self.forget(message.taskID, message.fence) }
+                } else {
+                    obey(message)
+                }
+            }
+        }
+    }
+
+    private func forget(_ task: String, _ fence: UInt64) async {
+        do { try await ledger.acknowledge(task: task, fence: fence) } catch {
+            logger.error("ledger", metadata: ["task": "\(task)", "error": "\(error)"])
+        }
+    }
+
+    private func obey(_ control: ControlMessage) {
+        guard let call = state.withLock({ $0.calls[control.taskID] }), call.identity.fence == control.fence else {
+            return
+        }
+        switch control.kind {
+        case .lease(let lease): call.renew(answering: lease.answersSeq, ttl: .milliseconds(lease.ttlMs))
+        case .permit(let reply): call.answer(reply)
+        case .cancel(let cancel) where cancel.revoked: call.stop(.lostOwnership(cancel.reason))
+        case .cancel(let cancel): call.stop(.cancelled(cancel.reason))
+        case .stored, nil: break
+        }
+    }
+
+    func ask(_ step: String, _ call: RunningCall) async {
+        let event = TaskEvent(
+            call.identity, sequence: call.nextSequence(), .permit(.with { $0.step = step }))
+        do { try await events.publish(event) } catch {
+            logger.warning("permit not asked for yet", metadata: ["task": "\(call.identity)", "error": "\(error)"])
+        }
+    }
+
+    /// Until cancelled: renews leases, repeats unanswered questions and results.
+    func heartbeat() async {
+        while (try? await Task.sleep(for: settings.heartbeat)) != nil {
+            for call in state.withLock({ Array($0.calls.values) }) {
+                let event = TaskEvent(
+                    call.identity, sequence: call.nextSequence(asksForLease: true), .heartbeat(TaskHeartbeat()))
+                try? await events.publish(event)
+                for step in call.pendingPermits { await ask(step, call) }
+            }
+            let held = state.withLock { $0.calls.count }
+            try? await events.publish(.heartbeat(.with { $0.tasks = UInt32(held) }))
+            await republish()
+        }
+    }
+
+    /// Until cancelled: stops calls whose lease is about to run out. Waits for nothing but time, so that a broker that is
+    /// away keeps no call alive.
+    func watchLeases() async {
+        while (try? await Task.sleep(for: settings.heartbeat / 4)) != nil {
+            for call in state.withLock({ Array($0.calls.values) }) where call.mustStop {
+                call.stop(.lostOwnership("its lease was not renewed"))
+            }
+        }
+    }
+
+    package func publishInventory(_ profile: HostProfile) async throws { try await events.publish(.inventory(profile)) }
+
+    /// Says of what an earlier process held that nobody works on it any more. Called before anything is served. What
+    /// can't be said goes on when its lease has run out.
+    package func release(_ calls: [CallIdentity]) async {
+        for call in calls {
+            logger.info(
+                "task released",
+                metadata: ["task": "\(call.task)", "attempt": "\(call.attempt)", "fence": "\(call.fence)"])
+            try? await events.publish(TaskEvent(call, sequence: Self.releaseSequence, .released(TaskReleased())))
+        }
+    }
+
+    /// Far above what one process counts to: how far the one that is gone had come is not known.
+    private static let releaseSequence: UInt64 = 1 << 40
+
+    /// Says again what ended and was never confirmed. Called at start as well.
+    package func republish() async {
+        for event in await ledger.unacknowledged() { try? await events.publish(event) }
+    }
+}
