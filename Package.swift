@@ -142,13 +142,12 @@ let package = Package(
             data: ["Golden"]),
         tests(
             "WorkerTests",
-            ["Worker", "Messaging", "MigrationModel", "FlotillaProtocol", "HostKit", "TestKit", protobuf]),
+            ["Worker", "Messaging", "MigrationModel", "FlotillaProtocol", "HostKit", "TestKit", protobuf, logging]),
         tests(
             "CoordinatorTests",
             [
                 "Coordinator", "Messaging", "MigrationModel", "FlotillaProtocol", "HostKit", "TestKit", grpc,
-                grpcInProcess,
-                protobuf, logging,
+                grpcInProcess, protobuf, logging, grdb,
             ]),
         tests("IntegrationTests", ["MigrationModel", "FlotillaProtocol", "HostKit", "TestKit", protobuf]),
     ],

@@ -126,9 +126,10 @@ package final class Coordinator: Sendable {
         let policy = settings.policy
         let notifies = !settings.requesters.isEmpty
         let active = settings.startsOnlySubmitted ? submitted.withLock { $0 } : nil
-        let (value, effects) = try await store.write { transaction in
+        let (value, effects) = try await store.write { [watchers] transaction in
             var transitions = Transitions(
-                store: transaction, now: .now, policy: policy, active: active, notifies: notifies)
+                store: transaction, now: .now, policy: policy, active: active, notifies: notifies,
+                isWatched: watchers.hasWatcher)
             let value = try body(&transitions)
             return (value, transitions.effects)
         }

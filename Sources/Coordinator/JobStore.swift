@@ -12,6 +12,7 @@ package protocol JobStore: Sendable {
 package protocol JobTransaction {
     func migration(id: String) throws -> MigrationRecord?
     func migration(key: String) throws -> MigrationRecord?
+    func migrationState(id: String) throws -> MigrationState?
     /// Newest first; nil: all.
     func migrations(limit: Int?) throws -> [MigrationRecord]
     func save(_ migration: MigrationRecord) throws

@@ -150,14 +150,14 @@ extension Transitions {
     mutating func save(_ record: MigrationRecord) throws {
         var record = record
         record.updatedAt = now
-        let isNews = try store.migration(id: record.id)?.state != record.state
+        let isNews = try store.migrationState(id: record.id) != record.state
         try store.save(record)
         if isNews { try notify(.of(record, at: now)) }
         try announce(record.id)
     }
 
     mutating func announce(_ id: String) throws {
-        guard let record = try store.migration(id: id) else { return }
+        guard isWatched(id), let record = try store.migration(id: id) else { return }
         let migration = Migration(record, tasks: try store.tasks(ofMigration: id))
         if let last = effects.changed.lastIndex(where: { $0.id == id }) { effects.changed.remove(at: last) }
         effects.changed.append(migration)

@@ -23,16 +23,23 @@ struct Transitions {
     let active: Set<String>?
     /// Whether other programs are told of changes.
     let notifies: Bool
+    /// Whether somebody watches a migration. Who begins to after this was asked reads the migration after this
+    /// transaction.
+    let isWatched: (String) -> Bool
     var effects = Effects()
+    /// Hosts of which this transaction has asked whether they are drained.
+    private var drained: [String: Bool] = [:]
 
     init(
-        store: any JobTransaction, now: Moment, policy: TaskMachine.Policy, active: Set<String>? = nil, notifies: Bool
+        store: any JobTransaction, now: Moment, policy: TaskMachine.Policy, active: Set<String>? = nil, notifies: Bool,
+        isWatched: @escaping (String) -> Bool
     ) {
         self.store = store
         self.now = now
         self.policy = policy
         self.active = active
         self.notifies = notifies
+        self.isWatched = isWatched
     }
 
     mutating func activate(_ migration: String) { effects.submitted.insert(migration) }
@@ -91,7 +98,7 @@ struct Transitions {
         _ event: TaskMachine.Event, to record: TaskRecord, answering sequence: UInt64 = 0, ended: TaskEnded? = nil
     ) throws -> TaskRecord {
         if case .dispatch = event {
-            guard isActive(record.migrationID), try !store.isDrained(host: record.host) else { return record }
+            guard isActive(record.migrationID), try !isDrained(record.host) else { return record }
         }
         var task = record
         let actions = task.machine.handle(event, now: now, policy: policy)
@@ -122,10 +129,17 @@ struct Transitions {
             case .finish(let outcome): try finish(task, outcome, ended ?? TaskEnded())
             }
         }
-        if try store.migration(id: task.migrationID).map({ !$0.state.isFinal }) ?? false {
+        if isWatched(task.migrationID), try store.migrationState(id: task.migrationID)?.isFinal == false {
             try announce(task.migrationID)
         }
         return task
+    }
+
+    private mutating func isDrained(_ host: String) throws -> Bool {
+        if let known = drained[host] { return known }
+        let isDrained = try store.isDrained(host: host)
+        drained[host] = isDrained
+        return isDrained
     }
 
     private mutating func cancel(_ task: TaskRecord, _ fence: UInt64, _ reason: String, revoked: Bool) {

@@ -10,8 +10,8 @@
 /// ```
 /// Every dispatch raises `attempt` and `fence`. What carries an older fence changes nothing: its worker may still
 /// be running, but it no longer owns the task.
-package struct TaskMachine: Hashable, Sendable, Codable {
-    package enum State: Hashable, Sendable, Codable {
+package struct TaskMachine: Hashable, Sendable {
+    package enum State: Hashable, Sendable {
         /// To be sent, not before the given moment.
         case waiting(notBefore: Moment)
         /// In the outbox or in the host's queue.
@@ -88,6 +88,11 @@ package struct TaskMachine: Hashable, Sendable, Codable {
     package private(set) var failures = 0
 
     package init(now: Moment) { state = .waiting(notBefore: now) }
+
+    /// As it was stored.
+    package init(state: State, attempt: UInt32, fence: UInt64, failures: Int) {
+        (self.state, self.attempt, self.fence, self.failures) = (state, attempt, fence, failures)
+    }
 
     package var isEnded: Bool {
         switch state {

@@ -43,7 +43,7 @@ def worker_restarted(fleet):
     fleet.begin("kvm1", "convert.checkpoint=stop")
     fleet.submit(["kvm1"])
     wait(60, "the worker to stand in the middle of a conversion", lambda: fleet.is_stopped("kvm1"))
-    held = fleet.log("SELECT id, json_extract(machine, '$.fence') FROM task WHERE stage = 'convert' AND has_worker")
+    held = fleet.log("SELECT id, fence FROM task WHERE stage = 'convert' AND has_worker")
     if len(held) != 1:
         raise Violation(f"the worker holds {held}")
     fleet.kill("kvm1")

@@ -135,7 +135,7 @@ class Fleet:
                 lost.append(f"{name}: {found[name]['state']} {found[name].get('errorMessage', '')}")
         lost += [f"{task}: no end in the event log" for task, in self.log("""
             SELECT id FROM task WHERE NOT EXISTS
-                (SELECT 1 FROM event WHERE event.task_id = task.id AND event.fence = json_extract(task.machine, '$.fence')
+                (SELECT 1 FROM event WHERE event.task_id = task.id AND event.fence = task.fence
                  AND event.kind = 'ended')""")]
         if lost:
             raise Violation("lost: " + "; ".join(lost))

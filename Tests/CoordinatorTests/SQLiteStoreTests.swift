@@ -1,0 +1,87 @@
+import Coordinator
+import FlotillaProtocol
+import GRDB
+import MigrationModel
+import TestKit
+import Testing
+
+@Suite struct SQLiteStoreTests {
+    private static let states: [TaskMachine.State] = [
+        .waiting(notBefore: Moment(milliseconds: 5)), .sent, .running(leaseUntil: Moment(milliseconds: 7)), .succeeded,
+        .failed(code: 14), .cancelled,
+    ]
+
+    private func id(_ number: Int) -> String { Stage.export.taskID(ofMigration: "m\(number)") }
+
+    /// A task in each state, each with its own attempt, fence and failures.
+    private func fill(_ store: SQLiteStore) async throws {
+        try await store.write { store in
+            for (number, state) in Self.states.enumerated() {
+                let now = Moment(milliseconds: 1)
+                try store.save(
+                    MigrationRecord(
+                        id: "m\(number)", key: "m\(number)", request: SubmitMigrationRequest(), state: .exporting,
+                        createdAt: now, updatedAt: now))
+                var task = TaskRecord(
+                    migrationID: "m\(number)", stage: .export, host: "kvm1", request: [UInt8(number)], now: now)
+                task.machine = TaskMachine(
+                    state: state, attempt: UInt32(number + 1), fence: UInt64(number + 2), failures: number)
+                task.startedAt = Moment(milliseconds: 3)
+                try store.save(task)
+            }
+        }
+    }
+
+    private func expectAll(_ store: SQLiteStore) async throws {
+        for (number, state) in Self.states.enumerated() {
+            let found = try await store.write { [id = id(number)] in try $0.task(id: id) }
+            let task = try #require(found)
+            let expected = TaskMachine(
+                state: state, attempt: UInt32(number + 1), fence: UInt64(number + 2), failures: number)
+            #expect(task.machine == expected)
+            #expect(task.request == [UInt8(number)])
+            #expect(task.startedAt == Moment(milliseconds: 3))
+            #expect(task.endedAt == nil)
+        }
+    }
+
+    @Test func everyStateOfATaskIsKept() async throws {
+        let folder = try TemporaryFolder()
+        let store = try SQLiteStore(path: "\(folder.path)/store.sqlite")
+        try await fill(store)
+        try await expectAll(store)
+        let due = try await store.write {
+            try $0.dueTasks(now: Moment(milliseconds: 7), or: Moment(milliseconds: 9))
+        }
+        #expect(due == [id(0), id(2)])
+        #expect(try await store.write { try $0.tasksWithWorkers().map(\.id) }.sorted() == [id(1), id(2)])
+    }
+
+    /// Of the time when a task's machine was one JSON value.
+    @Test func olderStoresAreTakenOver() async throws {
+        let folder = try TemporaryFolder()
+        let path = "\(folder.path)/store.sqlite"
+        try await fill(try SQLiteStore(path: path))
+        try await DatabaseQueue(path: path).write { database in
+            try database.execute(
+                sql: """
+                    ALTER TABLE task ADD COLUMN machine TEXT NOT NULL DEFAULT '';
+                    UPDATE task SET machine = json_object(
+                        'state', json_object(state, CASE state
+                            WHEN 'waiting' THEN json_object('notBefore', json_object('milliseconds', due_at))
+                            WHEN 'running' THEN json_object('leaseUntil', json_object('milliseconds', due_at))
+                            WHEN 'failed' THEN json_object('code', code)
+                            ELSE json_object() END),
+                        'attempt', attempt, 'fence', fence, 'failures', failures);
+                    ALTER TABLE task DROP COLUMN state;
+                    ALTER TABLE task DROP COLUMN code;
+                    ALTER TABLE task DROP COLUMN attempt;
+                    ALTER TABLE task DROP COLUMN fence;
+                    ALTER TABLE task DROP COLUMN failures;
+                    DROP INDEX outbox_of_task;
+                    DELETE FROM grdb_migrations WHERE identifier = '3';
+                    """)
+        }
+        try await expectAll(try SQLiteStore(path: path))
+    }
+}
