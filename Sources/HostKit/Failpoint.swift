@@ -14,6 +14,9 @@ package enum Failpoint: String, CaseIterable, Sendable {
     case workerAcceptedPublished = "worker.accepted-published"
     case workerResultJournaled = "worker.result-journaled"
     case workerResultPublished = "worker.result-published"
+    /// A shorter journal is durable under another name; and right after it took the journal's.
+    case workerJournalWritten = "worker.journal-written"
+    case workerJournalReplaced = "worker.journal-replaced"
     case exportManifestWritten = "export.manifest-written"
     case convertImageCreated = "convert.image-created"
     case convertChunkWritten = "convert.chunk-written"

@@ -86,7 +86,7 @@ package struct TaskCall: Sendable, Equatable {
     }
 
     /// Task ids become file names on the worker: letters, digits and inner `-` and `_` only, at most 128.
-    private static func isIdentifier(_ text: String) -> Bool {
+    package static func isIdentifier(_ text: String) -> Bool {
         let allowed = text.utf8.allSatisfy {
             switch $0 {
             case UInt8(ascii: "a")...UInt8(ascii: "z"), UInt8(ascii: "A")...UInt8(ascii: "Z"),

@@ -1,54 +1,40 @@
 package import FlotillaProtocol
 import FoundationEssentials
-import Glibc
 import HostKit
+package import Logging
 package import Messaging
 package import MigrationModel
 import SwiftProtobuf
 import Synchronization
 
 /// What a worker must still know after a crash: which tasks it took on, under which fence, and how those ended whose
-/// result the coordinator has not confirmed. One append-only text file, fsynced before anybody is told of a record.
-///
-/// A line is sixteen hexadecimal digits of the SHA-256 of the rest, a separator, and one JSON record. Lines written with
-/// one fsync are a batch: a space separates in its first line, `+` in the others. Of the last batch a crash may have cut
-/// or torn any part, in any order; it is dropped from the first damaged line on: nobody was told of it. A damaged line
-/// before the last batch means a damaged disk, and opening the journal fails. Opening rewrites the file with only what
-/// still matters.
+/// result the coordinator has not confirmed. `JournalFile` says how it is written. Holds, on disk as in memory, what is
+/// under way and a bounded number of tasks that are not: opening it and, from time to time, a thread of its own forget the
+/// rest.
 package final class Journal: TaskLedger {
-    private struct Entry: Codable {
-        var task: String
-        var attempt: UInt32
-        var fence: UInt64
-        /// SHA-256 of the request: a stored result answers only the request it was made for.
-        var request: String
-        /// The serialized `TaskEvent` of the end.
-        var ended: Data?
-        /// The coordinator has the result. The fence stays known, so that a late copy of the task is not run again.
-        var forgotten = false
-
-        var identity: CallIdentity { CallIdentity(task: task, attempt: attempt, fence: fence) }
-    }
-
     private struct State {
         /// With the number of their last record: its place in the order of all.
-        var entries: [String: (entry: Entry, number: Int)] = [:]
+        var entries: [String: (entry: JournalEntry, number: Int)] = [:]
         var next = 0
-        var end: UInt64 = 0
         var watchers: [AsyncStream<Void>.Continuation] = []
         /// Tasks whose clean-up failed in this process. They stay in the journal for the next.
         var unswept: Set<String> = []
         var waiting: [Change] = []
         var isWriting = false
 
-        var inOrder: [Entry] { entries.values.sorted { $0.number < $1.number }.map(\.entry) }
+        /// What is remembered: all but the oldest of the forgotten.
+        mutating func trim() -> [JournalEntry] {
+            let all = entries.values.sorted { $0.number < $1.number }.map(\.entry)
+            for entry in all.filter(\.forgotten).dropLast(Journal.remembered) { entries[entry.task] = nil }
+            return all.filter { entries[$0.task] != nil }
+        }
     }
 
     /// One task's next record, to be decided and written on the journal's thread.
     private struct Change: Sendable {
         let task: String
         /// From the task's present entry to the one to write, nil for none, and who waits for that to be durable.
-        let decide: @Sendable (Entry?) -> (Entry?, @Sendable (Result<Void, any Error>) -> Void)
+        let decide: @Sendable (JournalEntry?) -> (JournalEntry?, @Sendable (Result<Void, any Error>) -> Void)
     }
 
     /// Records written together, with one fsync.
@@ -59,7 +45,8 @@ package final class Journal: TaskLedger {
     /// What an earlier process had taken on and not ended.
     package let interrupted: [CallIdentity]
 
-    private let file: File
+    private let file: JournalFile
+    private let logger: Logger
     private let state: Mutex<State>
     private let cleanUp: @Sendable (String) throws -> Void
     private let answers: @Sendable (String) -> Bool
@@ -68,26 +55,20 @@ package final class Journal: TaskLedger {
     ///   - answers: whether a stored success of this gRPC method may answer a later attempt. Only for work that is
     ///     expensive and whose result can't have changed since.
     ///   - cleanUp: removes what a task left on disk besides its result; called before it is forgotten.
+    ///   - growth: bytes of history that its file may hold beside as much as is of use.
     package init(
-        path: String, answers: @escaping @Sendable (String) -> Bool,
+        path: String, answers: @escaping @Sendable (String) -> Bool, growth: UInt64 = 4 << 20, logger: Logger,
         cleanUp: @escaping @Sendable (String) throws -> Void
     ) throws {
         var state = State()
-        if Files.exists(path) {
-            for entry in try Self.parse(Files.read(path, limit: 1 << 30), path) { Self.apply(entry, to: &state) }
-        }
-        let surplus = state.inOrder.filter(\.forgotten).dropLast(Self.remembered)
-        for entry in surplus { state.entries[entry.task] = nil }
-
-        var bytes: [UInt8] = []
-        for entry in state.inOrder { bytes += try Self.line(entry) }
-        try Files.writeAtomically(bytes, to: path)
-        state.end = UInt64(bytes.count)
-        interrupted = state.inOrder.filter { $0.ended == nil && !$0.forgotten }.map(\.identity)
-        file = try File(path, O_WRONLY)
+        for entry in try JournalFile.read(path) { Self.apply(entry, to: &state) }
+        let entries = state.trim()
+        file = try JournalFile(path, entries, growth: growth)
+        interrupted = entries.filter { $0.ended == nil && !$0.forgotten }.map(\.identity)
         self.state = Mutex(state)
         self.cleanUp = cleanUp
         self.answers = answers
+        self.logger = logger
     }
 
     package func admit(_ call: TaskCall) async throws -> Admission {
@@ -96,7 +77,7 @@ package final class Journal: TaskLedger {
         return try await change(identity.task) { [answers] earlier in
             if let earlier, identity.fence < earlier.fence { return (.stale, nil) }
             if let earlier, identity.fence == earlier.fence, earlier.forgotten { return (.stale, nil) }
-            var entry = Entry(
+            var entry = JournalEntry(
                 task: identity.task, attempt: identity.attempt, fence: identity.fence, request: request)
             if let earlier, !earlier.forgotten, let data = earlier.ended, earlier.request == request,
                 earlier.fence == identity.fence || answers(call.method)
@@ -164,12 +145,12 @@ package final class Journal: TaskLedger {
         }.compactMap { entry, _ in entry.ended.flatMap { try? TaskEvent(serializedBytes: $0) } }
     }
 
-    // MARK: - The file
+    // MARK: - Changes
 
     /// Returns once what `decide` makes of the task's present entry is durable. Changes that come while others are being
     /// written are written together, with one fsync; those of one task one after the other.
     private func change<Value: Sendable>(
-        _ task: String, _ decide: @escaping @Sendable (Entry?) throws -> (Value, Entry?)
+        _ task: String, _ decide: @escaping @Sendable (JournalEntry?) throws -> (Value, JournalEntry?)
     ) async throws -> Value {
         try await withCheckedThrowingContinuation { continuation in
             let change = Change(task: task) { earlier in
@@ -191,7 +172,7 @@ package final class Journal: TaskLedger {
 
     private func writeAll() {
         while let changes = next() {
-            var entries: [Entry] = []
+            var entries: [JournalEntry] = []
             var waiting: [@Sendable (Result<Void, any Error>) -> Void] = []
             for change in changes {
                 let (entry, isWritten) = change.decide(state.withLock { $0.entries[change.task]?.entry })
@@ -200,6 +181,13 @@ package final class Journal: TaskLedger {
             }
             let result = Result { try append(entries) }
             for isWritten in waiting { isWritten(result) }
+            if file.isOvergrown { compact() }
+        }
+    }
+
+    private func compact() {
+        do { try file.replace(with: state.withLock { $0.trim() }) } catch {
+            logger.error("journal not shortened yet", metadata: ["error": "\(error)"])
         }
     }
 
@@ -214,67 +202,14 @@ package final class Journal: TaskLedger {
         }
     }
 
-    private func append(_ entries: [Entry]) throws {
+    private func append(_ entries: [JournalEntry]) throws {
         guard !entries.isEmpty else { return }
-        var bytes: [UInt8] = []
-        for entry in entries { bytes += try Self.line(entry, startsBatch: bytes.isEmpty) }
-        let end = state.withLock { $0.end }
-        do {
-            try file.write(bytes, at: end)
-            try file.synchronizeData()
-        } catch {
-            // The next record must not follow half of this one.
-            try file.truncate(to: end)
-            throw error
-        }
-        state.withLock { state in
-            state.end += UInt64(bytes.count)
-            for entry in entries { Self.apply(entry, to: &state) }
-        }
+        try file.append(entries)
+        state.withLock { state in for entry in entries { Self.apply(entry, to: &state) } }
     }
 
-    private static func apply(_ entry: Entry, to state: inout State) {
+    private static func apply(_ entry: JournalEntry, to state: inout State) {
         state.entries[entry.task] = (entry, state.next)
         state.next += 1
-    }
-
-    private static let start = UInt8(ascii: " ")
-    private static let continuation = UInt8(ascii: "+")
-
-    private static func line(_ entry: Entry, startsBatch: Bool = true) throws -> [UInt8] {
-        let json = [UInt8](try JSONEncoder().encode(entry))
-        return Array(checksum(json).utf8) + [startsBatch ? start : continuation] + json + [UInt8(ascii: "\n")]
-    }
-
-    private static func checksum(_ json: some Sequence<UInt8>) -> String {
-        hex(Digest.hash(.sha256, Array(json)).prefix(8))
-    }
-
-    private static func parse(_ bytes: [UInt8], _ path: String) throws -> [Entry] {
-        var entries: [Entry] = []
-        var damaged: Int?
-        var lines = bytes.split(separator: UInt8(ascii: "\n"), omittingEmptySubsequences: false)
-        // After a complete journal the last piece is empty; otherwise it is a record whose write a crash cut short.
-        _ = lines.popLast()
-        for (index, line) in lines.enumerated() {
-            let json = line.dropFirst(17)
-            let separator = line.dropFirst(16).first
-            guard line.count > 17, separator == start || separator == continuation,
-                checksum(json) == String(decoding: line.prefix(16), as: UTF8.self),
-                let entry = try? JSONDecoder().decode(Entry.self, from: Data(json))
-            else {
-                damaged = damaged ?? index
-                continue
-            }
-            guard let damaged else {
-                entries.append(entry)
-                continue
-            }
-            if separator == continuation { continue }
-            throw MigrationError(
-                .dataLoss, "journal \(path): line \(damaged + 1) is damaged",
-                hint: "check the disk; move the file away to start with an empty journal once no task is under way")
-        }
-        return entries
     }
 }

@@ -25,7 +25,7 @@ package final class Worker: Sendable {
         self.logger = logger
         let pools = configuration.pools
         let convert = ConvertService.Method.Convert.descriptor.fullyQualifiedMethod
-        journal = try Journal(path: configuration.journalPath, answers: { $0 == convert }) { task in
+        journal = try Journal(path: configuration.journalPath, answers: { $0 == convert }, logger: logger) { task in
             for pool in pools { try WorkDirectory(pool: pool.path, task: task).remove() }
         }
         let transport = BusServerTransport(

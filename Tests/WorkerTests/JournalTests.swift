@@ -2,6 +2,7 @@ import FlotillaProtocol
 import FoundationEssentials
 import Glibc
 import HostKit
+import Logging
 import Messaging
 import MigrationModel
 import SwiftProtobuf
@@ -17,8 +18,12 @@ import Testing
 
     private var path: String { "\(folder.path)/worker.journal" }
 
-    private func open(_ cleanUp: @escaping @Sendable (String) throws -> Void = { _ in }) throws -> Journal {
-        try Journal(path: path, answers: { $0 == "Convert" }, cleanUp: cleanUp)
+    private func open(
+        growth: UInt64 = 4 << 20, _ cleanUp: @escaping @Sendable (String) throws -> Void = { _ in }
+    ) throws -> Journal {
+        try Journal(
+            path: path, answers: { $0 == "Convert" }, growth: growth,
+            logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() }, cleanUp: cleanUp)
     }
 
     private func call(_ task: String, fence: UInt64, body: [UInt8] = [1]) -> TaskCall {
@@ -240,6 +245,94 @@ import Testing
             let error = $0 as? MigrationError
             return error?.code == .dataLoss && error?.message.contains("line 1") ?? false
         }
+    }
+}
+
+/// A journal in use does not grow without end, and nothing that is of use is lost over that.
+@Suite(.serialized) struct JournalHistoryTests {
+    private let folder: TemporaryFolder
+
+    init() throws { folder = try TemporaryFolder() }
+
+    private var path: String { "\(folder.path)/worker.journal" }
+
+    /// One that is replaced again and again.
+    private static func open(_ path: String) throws -> Journal {
+        try Journal(
+            path: path, answers: { _ in true }, growth: 2000,
+            logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() }, cleanUp: { _ in })
+    }
+
+    private static func call(_ task: String, fence: UInt64 = 1) -> TaskCall {
+        TaskCall(
+            identity: CallIdentity(task: task, attempt: 1, fence: fence), method: "m", audience: "h", body: [1])
+    }
+
+    /// Takes a task on, ends it and, but for one in ten, forgets it.
+    private static func pass(_ number: Int, _ journal: Journal) async throws {
+        let call = call("t\(number)")
+        _ = try await journal.admit(call)
+        try await journal.recordEnd(
+            of: call.identity, TaskEvent(call.identity, sequence: 2, .ended(.with { $0.message = "\(number)" })))
+        if number % 10 != 0 { try await journal.acknowledge(task: "t\(number)", fence: 1) }
+    }
+
+    private func expectAll(_ count: Int) async throws {
+        let journal = try Self.open(path)
+        let kept = (0..<count).filter { $0 % 10 == 0 }.map { "t\($0)" }
+        #expect(Set(await journal.unacknowledged().map(\.taskID)).isSuperset(of: kept))
+        for number in 0..<count where number % 10 != 0 {
+            #expect(try await journal.admit(Self.call("t\(number)")) == .stale, "t\(number) would run again")
+        }
+    }
+
+    @Test func historyIsDroppedWhileTheJournalIsInUse() async throws {
+        let journal = try Self.open(path)
+        for number in 0..<100 { try await Self.pass(number, journal) }
+        let entries = try JournalFile.read(path)
+        // Three records were written of each.
+        #expect(entries.count < 250)
+        #expect(Set(entries.map(\.task)).count == 100)
+        try await expectAll(100)
+    }
+
+    /// A hundred tasks over and over again: their fences change, the file's size doesn't.
+    @Test func sizeIsThatOfWhatIsOfUse() async throws {
+        let journal = try Self.open(path)
+        for fence in 1...UInt64(50) {
+            for number in 0..<10 { _ = try await journal.admit(Self.call("t\(number)", fence: fence)) }
+        }
+        #expect(try File(path, O_RDONLY).size < 8000)
+        #expect(try await Self.open(path).admit(Self.call("t9", fence: 49)) == .stale)
+    }
+
+    @Test func whatCannotBeShortenedGoesOn() async throws {
+        let journal = try Self.open(path)
+        try Files.createDirectories("\(path).tmp")
+        for number in 0..<50 { try await Self.pass(number, journal) }
+        #expect(try JournalFile.read(path).count > 140)
+        try Files.remove("\(path).tmp")
+        for number in 50..<100 { try await Self.pass(number, journal) }
+        #expect(try JournalFile.read(path).count < 250)
+        try await expectAll(100)
+    }
+
+    /// What was told is known to the next process, wherever a replacement was interrupted.
+    @Test(arguments: [Failpoint.workerJournalWritten, .workerJournalReplaced], [2, 3, 5])
+    func killedWhileItIsReplaced(_ point: Failpoint, _ time: Int) async throws {
+        let told = "\(folder.path)/told"
+        await #expect(processExitsWith: .signal(SIGKILL)) {
+            [path = path as String, told = told as String, point = "\(point.rawValue):\(time)" as String] in
+            setenv(Failpoint.environmentKey, point, 1)
+            let journal = try JournalHistoryTests.open(path)
+            for number in 0..<1000 {
+                try await JournalHistoryTests.pass(number, journal)
+                try Files.writeAtomically(Array("\(number + 1)".utf8), to: told)
+            }
+        }
+        let count = try #require(Int(String(decoding: try Files.read(told), as: UTF8.self)))
+        #expect(count > 0)
+        try await expectAll(count)
     }
 }
 
