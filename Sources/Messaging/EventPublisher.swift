@@ -8,8 +8,10 @@ import Synchronization
 /// travel together in the next one, so that a busy worker pays for one signature and one confirm, not for hundreds.
 package final class EventPublisher: Sendable {
     private struct Waiting {
-        let event: WorkerEvent
-        let size: Int
+        /// A `WorkerEvent`.
+        let bytes: [UInt8]
+        /// Last part of the routing key of a message that begins with it.
+        let kind: String
         let published: CheckedContinuation<Void, any Error>
     }
 
@@ -43,14 +45,20 @@ package final class EventPublisher: Sendable {
     package func publish(_ event: TaskEvent) async throws { try await publish(.task(event)) }
 
     package func publish(_ event: WorkerEvent.OneOf_Event) async throws {
-        let event = WorkerEvent.with {
+        let kind =
+            switch event {
+            case .inventory: "inventory"
+            case .rejected: "rejected"
+            case .heartbeat: "heartbeat"
+            case .task: "task"
+            }
+        let bytes: [UInt8] = try WorkerEvent.with {
             $0.time = Moment.now.timestamp
             $0.event = event
-        }
-        let size = try (event.serializedBytes() as [UInt8]).count + Self.overhead
+        }.serializedBytes()
         try await withCheckedThrowingContinuation { continuation in
             let starts = state.withLock { state in
-                state.waiting.append(Waiting(event: event, size: size, published: continuation))
+                state.waiting.append(Waiting(bytes: bytes, kind: kind, published: continuation))
                 defer { state.isSending = true }
                 return !state.isSending
             }
@@ -73,7 +81,7 @@ package final class EventPublisher: Sendable {
             var room = Message.maximumBody - member.name.utf8.count - 64
             var count = 0
             for waiting in state.waiting.prefix(Self.batch) {
-                room -= waiting.size
+                room -= waiting.bytes.count + Self.overhead
                 // One that is too large on its own is for the bus to refuse.
                 if room < 0 && count > 0 { break }
                 count += 1
@@ -88,24 +96,30 @@ package final class EventPublisher: Sendable {
     }
 
     private func send(_ batch: [Waiting]) async throws {
-        let envelope = WorkerEvents.with {
-            $0.host = member.name
-            $0.events = batch.map(\.event)
-        }
-        let kind: String
-        switch batch.first?.event.event {
-        case .inventory: kind = "inventory"
-        case .rejected: kind = "rejected"
-        case .heartbeat: kind = "heartbeat"
-        case .task, nil: kind = "task"
-        }
+        // A `WorkerEvents`. Its events were serialized when they came: a message's fields are those of its parts.
+        var body: [UInt8] = try WorkerEvents.with { $0.host = member.name }.serializedBytes()
+        for waiting in batch { body.appendEvent(waiting.bytes) }
         var message = Message(
-            exchange: names.events, routingKey: names.eventKey(host: member.name, kind: kind),
-            body: try envelope.serializedBytes())
+            exchange: names.events, routingKey: names.eventKey(host: member.name, kind: batch[0].kind), body: body)
         message.type = Self.messageType
         message.userID = member.name
         member.sign(&message, for: FleetMember.coordinator, validity: Self.validity)
         try await bus.publish(message)
+    }
+}
+
+extension [UInt8] {
+    /// Field 2 of `WorkerEvents`, with its length as a varint
+    /// (https://protobuf.dev/programming-guides/encoding/#length-types).
+    fileprivate mutating func appendEvent(_ event: [UInt8]) {
+        append(2 << 3 | 2)
+        var length = event.count
+        while length >= 0x80 {
+            append(UInt8(length & 0x7f) | 0x80)
+            length >>= 7
+        }
+        append(UInt8(length))
+        append(contentsOf: event)
     }
 }
 

@@ -11,6 +11,7 @@ package struct FleetMember: Sendable {
 
     package let name: String
     private let key: SigningKey
+    private let keyID: String
     private let ring: KeyRing
 
     /// How far the sender's clock may be ahead of ours.
@@ -27,6 +28,7 @@ package struct FleetMember: Sendable {
     package init(name: String, key: SigningKey, believes ring: KeyRing) {
         self.name = name
         self.key = key
+        keyID = key.publicKey.id
         self.ring = ring
     }
 
@@ -69,7 +71,7 @@ package struct FleetMember: Sendable {
     package func sign(_ message: inout Message, for audience: String, validity: Duration, now: Moment = .now) {
         message.headers[Header.issuer] = .string(name)
         message.headers[Header.audience] = .string(audience)
-        message.headers[Header.keyID] = .string(key.publicKey.id)
+        message.headers[Header.keyID] = .string(keyID)
         message.headers[Header.issued] = .integer(now.milliseconds)
         message.headers[Header.expires] = .integer((now + validity).milliseconds)
         message.headers[Message.signatureHeader] = .bytes(key.sign(message.signedBytes))
@@ -121,18 +123,20 @@ extension Message {
     package var signedBytes: [UInt8] {
         var bytes: [UInt8] = []
         bytes.reserveCapacity(body.count + 1024)
-        func add(_ field: some Collection<UInt8>) {
-            withUnsafeBytes(of: UInt32(field.count).bigEndian) { bytes.append(contentsOf: $0) }
+        func add(_ field: some Collection<UInt8>, kind: Character? = nil) {
+            let length = field.count + (kind == nil ? 0 : 1)
+            withUnsafeBytes(of: UInt32(length).bigEndian) { bytes.append(contentsOf: $0) }
+            if let kind { bytes.append(contentsOf: kind.utf8) }
             bytes.append(contentsOf: field)
         }
         for text in ["flotilla-signature-v1", type, contentType, correlationID, messageID] { add(text.utf8) }
         let covered = headers.filter { $0.key != Self.signatureHeader && !$0.key.hasPrefix("x-") }
-        for (name, value) in covered.sorted(by: { Array($0.key.utf8).lexicographicallyPrecedes($1.key.utf8) }) {
+        for (name, value) in covered.sorted(by: { $0.key.utf8.lexicographicallyPrecedes($1.key.utf8) }) {
             add(name.utf8)
             switch value {
-            case .string(let text): add(Array("s\(text)".utf8))
-            case .integer(let number): add(Array("i\(number)".utf8))
-            case .bytes(let content): add([UInt8(ascii: "b")] + content)
+            case .string(let text): add(text.utf8, kind: "s")
+            case .integer(let number): add(String(number).utf8, kind: "i")
+            case .bytes(let content): add(content, kind: "b")
             }
         }
         add(body)

@@ -68,7 +68,7 @@ final class PublishRole: LinkRole {
         expire(connection)
         guard let connection else { return nextDeadline }
         if channel == .open {
-            if connection.blocked == nil { try sendAll(connection) }
+            if connection.blocked == nil, sent < backlog.count { try connection.together { try sendAll(connection) } }
             return nextDeadline
         }
         guard openBy > .now else {
