@@ -345,8 +345,8 @@ extension Transitions {
     private mutating func noteAlive(_ host: String, _ patience: Duration) throws {
         try store.touch(host: host, at: now)
         for task in try store.tasksSent(to: host, before: now - patience, or: now + patience) {
-            let orphan = try apply(.orphaned, to: task)
-            _ = try apply(.dispatch, to: orphan)
+            let lost = try apply(.unclaimed, to: task)
+            _ = try apply(.dispatch, to: lost)
         }
     }
 }

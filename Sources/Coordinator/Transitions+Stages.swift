@@ -183,6 +183,20 @@ extension MigrationRecord {
     }
 }
 
+extension TaskRecord {
+    /// What is said of an end that no worker reported: nothing of a cancelled task.
+    var unspokenEnd: TaskEnded {
+        guard case .failed(let code) = machine.state else { return TaskEnded() }
+        return .with {
+            $0.code = Int32(code)
+            $0.message = "\(machine.losses) attempts at the \(stage.rawValue) were lost together with the worker of \(host)"
+            $0.hint =
+                "find out in that worker's log what ends it or keeps it from task \(id), then flotilla migration retry "
+                + migrationID
+        }
+    }
+}
+
 extension DeployOptions {
     /// With what depends on the VM decided: its domain's name, and no source UUID where there is none.
     fileprivate func settled(for vm: VirtualMachine) -> DeployOptions {

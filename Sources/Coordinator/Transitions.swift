@@ -126,7 +126,7 @@ struct Transitions {
                         }))
             case .revoke(let fence): cancel(task, fence, "fence \(task.machine.fence) owns the task", revoked: true)
             case .cancel(let fence): cancel(task, fence, "the migration was cancelled", revoked: false)
-            case .finish(let outcome): try finish(task, outcome, ended ?? TaskEnded())
+            case .finish(let outcome): try finish(task, outcome, ended ?? task.unspokenEnd)
             }
         }
         if isWatched(task.migrationID), try store.migrationState(id: task.migrationID)?.isFinal == false {

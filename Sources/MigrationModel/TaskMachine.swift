@@ -5,7 +5,7 @@
 ///  waiting ------------> sent ----------> running ------------> succeeded
 ///     ^                    |                 |   ended, retryable / lease expired or released
 ///     +--------------------+-----------------+--------------------------+
-///                                            |   ended, final  --> failed
+///                                            |   ended, final; lost too often --> failed
 ///                                            |   cancel        --> cancelled
 /// ```
 /// Every dispatch raises `attempt` and `fence`. What carries an older fence changes nothing: its worker may still
@@ -35,6 +35,8 @@ package struct TaskMachine: Hashable, Sendable {
         case tick
         /// The worker that had it is known to be gone (its process ended), so no lease needs to run out.
         case orphaned
+        /// The host's worker lives and has not taken it on in all the time since it was sent.
+        case unclaimed
         /// Run it again although it ended; a person or an earlier stage asked for it.
         case restart
         case cancel
@@ -65,6 +67,9 @@ package struct TaskMachine: Hashable, Sendable {
         package var maximumFailures: Int
         /// Wait after the first failure; doubles with each, up to a minute.
         package var backoff: Duration
+        /// Attempts that may be lost with their worker before the task is failed for good: one that ends whoever takes it
+        /// would do so for ever.
+        package var maximumLosses: Int
 
         static let longestBackoff = Duration.seconds(60)
 
@@ -72,20 +77,28 @@ package struct TaskMachine: Hashable, Sendable {
         package var longestWait: Duration { max(leaseDuration, Self.longestBackoff) }
 
         package init(
-            leaseDuration: Duration = .seconds(60), maximumFailures: Int = 3, backoff: Duration = .seconds(1)
+            leaseDuration: Duration = .seconds(60), maximumFailures: Int = 3, backoff: Duration = .seconds(1),
+            maximumLosses: Int = 10
         ) {
             self.leaseDuration = leaseDuration
             self.maximumFailures = maximumFailures
             self.backoff = backoff
+            self.maximumLosses = maximumLosses
         }
+
+        func pause(after count: Int) -> Duration { min(backoff * (1 << min(count - 1, 6)), Self.longestBackoff) }
     }
 
     package private(set) var state: State
     /// 0 before the first dispatch.
     package private(set) var attempt: UInt32 = 0
     package private(set) var fence: UInt64 = 0
-    /// Ends with a retryable failure since the last restart. Lost leases and orphans don't count: the task may be fine.
+    /// Ends with a retryable failure since the last restart.
     package private(set) var failures = 0
+    /// Attempts since the last restart that ended without a word of their worker. Orphans don't count: a person ended those.
+    package var losses: Int { lost ?? 0 }
+    /// Nil in what earlier versions stored.
+    private var lost: Int?
 
     package init(now: Moment) { state = .waiting(notBefore: now) }
 
@@ -123,8 +136,7 @@ package struct TaskMachine: Hashable, Sendable {
             return end(outcome, now: now, policy: policy)
 
         case (.tick, .running(let leaseUntil)) where leaseUntil <= now:
-            state = .waiting(notBefore: now)
-            return [.revoke(fence: fence)]
+            return [.revoke(fence: fence)] + lose(now: now, policy: policy)
 
         // Nothing waits that long: the clock was set back since.
         case (.tick, .running(let leaseUntil)) where leaseUntil > now + policy.leaseDuration:
@@ -137,15 +149,17 @@ package struct TaskMachine: Hashable, Sendable {
 
         // One that counts as sent is still in its host's queue, or comes again from there.
         case (.released(let from), .running) where from == fence:
-            state = .waiting(notBefore: now)
-            return []
+            return lose(now: now, policy: policy)
+
+        case (.unclaimed, .sent):
+            return lose(now: now, policy: policy)
 
         case (.orphaned, .sent), (.orphaned, .running):
             state = .waiting(notBefore: now)
             return []
 
         case (.restart, _) where isEnded:
-            failures = 0
+            (failures, lost) = (0, nil)
             state = .waiting(notBefore: now)
             return []
 
@@ -167,11 +181,22 @@ package struct TaskMachine: Hashable, Sendable {
         failures += 1
         let retryable = MigrationError.Code(rawValue: code)?.isRetryable ?? false
         if retryable && failures < policy.maximumFailures {
-            let factor = 1 << min(failures - 1, 6)
-            state = .waiting(notBefore: now + min(policy.backoff * factor, Policy.longestBackoff))
+            state = .waiting(notBefore: now + policy.pause(after: failures))
             return []
         }
         state = .failed(code: code)
         return [.finish(outcome)]
+    }
+
+    /// The first is made up for at once: workers are restarted, and hosts.
+    private mutating func lose(now: Moment, policy: Policy) -> [Action] {
+        lost = losses + 1
+        guard losses < policy.maximumLosses else {
+            let code = MigrationError.Code.internal.rawValue
+            state = .failed(code: code)
+            return [.finish(.failure(code: code))]
+        }
+        state = .waiting(notBefore: now + (losses == 1 ? .zero : policy.pause(after: losses - 1)))
+        return []
     }
 }

@@ -144,6 +144,25 @@ import Testing
         }
     }
 
+    /// What ends its worker whenever it runs ends in a failure that says so, and can be asked for again.
+    @Test func taskThatIsLostWithItsWorkerEveryTimeFails() async throws {
+        let rig = try Rig(policy: .init(backoff: .milliseconds(20), maximumLosses: 3))
+        try await rig.process { client, worker in
+            let migration = try await client.submitMigration(Rig.request)
+            for fence in 1...3 as ClosedRange<UInt64> {
+                let call = try await worker.take()
+                #expect(call.identity.fence == fence)
+                try await worker.accept(call)
+                try await worker.say(call, .released(TaskReleased()))
+            }
+            let ended = try await client.end(migration.id)
+            #expect(ended.state == .failed && ended.stages.map(\.attempt) == [3])
+            #expect(ended.errorMessage.contains("3 attempts at the export") && ended.errorHint.contains(migration.id))
+            _ = try await client.retryMigration(.with { $0.id = migration.id })
+            #expect(try await worker.take().identity.fence == 4)
+        }
+    }
+
     @Test func permitIsGrantedToTheOwnerAlone() async throws {
         let rig = try Rig()
         try await rig.process { client, worker in

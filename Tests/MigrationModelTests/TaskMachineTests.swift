@@ -1,3 +1,4 @@
+import FoundationEssentials
 import MigrationModel
 import Testing
 
@@ -106,6 +107,47 @@ private let dataLoss = MigrationError.Code.dataLoss.rawValue
             _ = machine.handle(.orphaned, now: moment(0), policy: policy)
         }
         #expect(machine.failures == 0)
+    }
+
+    /// A task that ends its worker whenever it runs must not do so for ever.
+    @Test func attemptsThatAreLostBackOffAndThenFail() {
+        var few = policy
+        few.maximumLosses = 4
+        var machine = TaskMachine(now: moment(0))
+        let internalError = MigrationError.Code.internal.rawValue
+        func attempt(_ fence: UInt64, at time: Int64) {
+            #expect(
+                machine.handle(.dispatch, now: moment(time), policy: few)
+                    == [.send(attempt: UInt32(fence), fence: fence)])
+            _ = machine.handle(.accepted(fence: fence), now: moment(time), policy: few)
+        }
+        attempt(1, at: 0)
+        #expect(machine.handle(.released(fence: 1), now: moment(0), policy: few).isEmpty)
+        #expect(machine.state == .waiting(notBefore: moment(0)))
+        attempt(2, at: 0)
+        #expect(machine.handle(.tick, now: moment(60_000), policy: few) == [.revoke(fence: 2)])
+        #expect(machine.state == .waiting(notBefore: moment(61_000)))
+        #expect(
+            machine.handle(.dispatch, now: moment(61_000), policy: few) == [.send(attempt: 3, fence: 3)])
+        #expect(machine.handle(.unclaimed, now: moment(70_000), policy: few).isEmpty)
+        #expect(machine.state == .waiting(notBefore: moment(72_000)))
+        attempt(4, at: 72_000)
+        // What is taken on can't be unclaimed.
+        #expect(machine.handle(.unclaimed, now: moment(72_000), policy: few).isEmpty)
+        #expect(
+            machine.handle(.released(fence: 4), now: moment(72_001), policy: few)
+                == [.finish(.failure(code: internalError))])
+        #expect(machine.state == .failed(code: internalError) && machine.failures == 0)
+        _ = machine.handle(.restart, now: moment(80_000), policy: few)
+        #expect(machine.losses == 0)
+        attempt(5, at: 80_000)
+    }
+
+    @Test func machinesOfEarlierVersionsCanBeRead() throws {
+        let machine = try JSONDecoder().decode(
+            TaskMachine.self,
+            from: Data(#"{"state":{"sent":{}},"attempt":1,"fence":1,"failures":0}"#.utf8))
+        #expect(machine.state == .sent && machine.losses == 0)
     }
 
     @Test func releaseOfItsOwnFenceAloneEndsALease() {

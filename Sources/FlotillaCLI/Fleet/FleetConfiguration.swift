@@ -31,6 +31,7 @@ struct CoordinatorConfiguration {
         policy = TaskMachine.Policy()
         policy.leaseDuration = try file.duration("lease", default: policy.leaseDuration)
         policy.maximumFailures = try file.number("attempts", default: policy.maximumFailures, in: 1...100)
+        policy.maximumLosses = try file.number("lost-attempts", default: policy.maximumLosses, in: 1...1000)
         requesters = try file.texts("requesters")
         try file.end()
     }
