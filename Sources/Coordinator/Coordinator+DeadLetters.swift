@@ -32,19 +32,16 @@ extension Coordinator {
         return letters.map { letter in
             let queue = letter.headers[Message.Death.queue]?.string ?? ""
             let rejection = byMessage[Key(queue, letter.messageID, letter.type)]
-            let omitted = letter.headers[Message.omittedBodySize]?.integer
             return .with {
                 $0.messageID = letter.messageID
                 $0.queue = queue
                 $0.type = letter.type
                 $0.taskID = letter.correlationID
-                $0.bytes = UInt64(omitted ?? Int64(letter.body.count))
+                $0.bytes = UInt64(letter.bodySize)
                 if let rejection {
                     $0.reason = rejection.rejected.reason
                     $0.rejectedBy = rejection.member
                     $0.rejectedAt = rejection.at.timestamp
-                } else if let omitted {
-                    $0.reason = "its body has \(omitted) bytes, \(Message.maximumBody) are allowed"
                 } else {
                     $0.reason = letter.headers[Message.Death.reason]?.string ?? "unknown"
                 }
@@ -60,8 +57,9 @@ extension Coordinator {
         }
     }
 
-    /// Takes the letters with these message ids, nil: all that are there now, out of the queue and makes up for them.
-    func replayDeadLetters(_ ids: Set<String>?) async throws -> ReplayDeadLettersResponse {
+    /// Takes the letters with these message ids, nil: all that are there now, out of the queue and makes up for them,
+    /// unless they are only to be thrown away. What can't be made up for stays.
+    func replayDeadLetters(_ ids: Set<String>?, discards: Bool) async throws -> ReplayDeadLettersResponse {
         let count = try await bus.depth(of: settings.names.dead).ready
         let letters = try await bus.subscribe(settings.names.dead, prefetch: max(count, 1))
         // Somebody else may empty the queue meanwhile: what was not taken goes back.
@@ -76,24 +74,38 @@ extension Coordinator {
         var response = ReplayDeadLettersResponse()
         guard count > 0 else { return response }
         var seen = 0
+        var missing = ids ?? []
         for await letter in letters.deliveries {
             seen += 1
-            if ids?.contains(letter.message.messageID) ?? true {
-                if let task = try await makeUp(for: letter.message) {
-                    response.taskIds.append(task)
-                } else {
-                    response.removed += 1
+            let id = letter.message.messageID
+            if ids?.contains(id) ?? true {
+                missing.remove(id)
+                do {
+                    if discards {
+                        response.removed += 1
+                    } else if let task = try await makeUp(for: letter.message) {
+                        response.taskIds.append(task)
+                    } else {
+                        response.removed += 1
+                    }
+                    await letter.settle(.ack)
+                } catch let error as MigrationError where error.code == .invalidArgument {
+                    // Not settled: it goes back to its place when this subscription ends.
+                    response.kept.append(.with { ($0.messageID, $0.reason) = (id, error.message) })
                 }
-                await letter.settle(.ack)
             }
             if seen == count { break }
+        }
+        response.kept += missing.sorted().map { id in
+            .with { ($0.messageID, $0.reason) = (id, "it is not among the dead letters") }
         }
         return response
     }
 
     /// Sends the task again that still waits for this message, or hears an event that is believed by now. Returns the
-    /// task; nil when the letter is of no consequence any more.
+    /// task; nil when the letter is of no consequence any more. Throws `invalidArgument` for one that is too large.
     private func makeUp(for letter: Messaging.Message) async throws -> String? {
+        try letter.requireSize()
         if let events = try? verified(letter) {
             try await handle([events])
             return nil

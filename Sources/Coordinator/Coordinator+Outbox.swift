@@ -32,7 +32,7 @@ extension Coordinator {
     private func send(_ row: OutboxRecord) async -> MigrationError? {
         var call = TaskCall(
             identity: row.identity, method: row.method, audience: row.host, deadline: row.deadline, body: row.body)
-        call.traceparent = traceparent(row.identity)
+        call.traceparent = row.identity.traceparent
         do {
             guard row.body.count <= Message.maximumBody else {
                 throw MigrationError(
@@ -50,18 +50,7 @@ extension Coordinator {
     }
 
     private func metadata(_ row: OutboxRecord) -> Logger.Metadata {
-        [
-            "task": "\(row.identity.task)", "attempt": "\(row.identity.attempt)", "fence": "\(row.identity.fence)",
-            "host": "\(row.host)", "method": "\(row.method)", "traceparent": "\(traceparent(row.identity) ?? "-")",
-        ]
-    }
-
-    /// W3C Trace Context: all of a migration's tasks are one trace, each attempt a span.
-    private func traceparent(_ call: CallIdentity) -> String? {
-        let trace = call.task.filter { $0 != "-" }.prefix(32)
-        guard trace.count == 32, trace.allSatisfy(\.isHexDigit) else { return nil }
-        let span = hex(Digest.hash(.sha256, Array("\(call)".utf8)).prefix(8))
-        return "00-\(trace)-\(span)-01"
+        row.identity.logged(["host": "\(row.host)", "method": "\(row.method)"])
     }
 
     /// Where no repetition helps (too large, or nobody's), the task fails with the reason instead of blocking the rest.

@@ -46,6 +46,7 @@ extension Coordinator {
                     : "\(message.userID) may not ask for migrations",
                 hint: "the coordinator's configuration lists in 'requesters' who may")
         }
+        try message.requireSize()
         guard !message.messageID.isEmpty, message.messageID.utf8.count <= 128 else {
             throw MigrationError(.invalidArgument, "a request needs a message-id of at most 128 bytes to be answered")
         }

@@ -1,4 +1,5 @@
 import FlotillaProtocol
+import FoundationEssentials
 import HostKit
 package import Logging
 package import Messaging
@@ -45,6 +46,7 @@ package final class Coordinator: Sendable {
 
     let store: any JobStore
     let watchers = Watchers()
+    let clocks = HostClocks()
     let settings: Settings
     private let submitted = Mutex<Set<String>>([])
     let bus: any MessageBus
@@ -140,6 +142,7 @@ package final class Coordinator: Sendable {
 
     private func carryOut(_ effects: Transitions.Effects) async {
         if effects.notifies { notificationContinuation.yield() }
+        for call in effects.lost { logger.warning("attempt lost", metadata: call.logged()) }
         if effects.sendsTasks {
             Failpoint.coordinatorTaskStored.hit()
             outboxContinuation.yield()
@@ -158,6 +161,7 @@ package final class Coordinator: Sendable {
                 var message = Message(
                     exchange: settings.names.control, routingKey: host, body: try part.serializedBytes())
                 message.type = "flotilla.v1.ControlMessages"
+                message.messageID = UUID().uuidString.lowercased()
                 member.sign(&message, for: host, validity: settings.controlValidity)
                 try await bus.publish(message)
             } catch {
@@ -261,7 +265,16 @@ package final class Coordinator: Sendable {
 
     /// What a worker says under its own name. Throws the reason for which it can't be believed.
     func verified(_ message: Messaging.Message) throws -> WorkerEvents {
-        let issuer = try member.verify(message)
+        let now = Moment.now
+        let issuer: String
+        do { issuer = try member.verify(message, now: now) } catch {
+            // What is refused for its host's clock tells of that clock.
+            if let signed = try? member.signature(of: message) {
+                clocks.note(signed.issuer, signedAt: signed.issued, now: now)
+            }
+            throw error
+        }
+        if let issued = message.issuedAt { clocks.note(issuer, signedAt: issued, now: now) }
         guard message.type == EventPublisher.messageType else {
             throw MigrationError(.invalidArgument, "'\(message.type)' is no type of event")
         }

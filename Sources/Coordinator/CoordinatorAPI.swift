@@ -87,7 +87,7 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
 
     package func listHosts(request: ListHostsRequest, context: ServerContext) async throws -> ListHostsResponse {
         let hosts = try await coordinator.store.write { try $0.hosts() }
-        return .with { $0.hosts = hosts.map(Host.init) }
+        return .with { $0.hosts = hosts.map { Host($0, coordinator.clocks) } }
     }
 
     package func rollbackMigration(
@@ -95,14 +95,14 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
     ) async throws -> Migration { throw unimplemented("RollbackMigration") }
 
     package func drainHost(request: DrainHostRequest, context: ServerContext) async throws -> Host {
-        try await coordinator.decide { transitions in
+        try await coordinator.decide { [clocks = coordinator.clocks] transitions in
             try transitions.store.setDrained(!request.undrain, host: request.name)
             guard let host = try transitions.store.host(request.name) else {
                 throw MigrationError(
                     .notFound, "no worker of a host \(request.name) has been heard of",
                     hint: "flotilla host list shows those that have")
             }
-            return Host(host)
+            return Host(host, clocks)
         }
     }
 
@@ -121,7 +121,8 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
     package func replayDeadLetters(
         request: ReplayDeadLettersRequest, context: ServerContext
     ) async throws -> ReplayDeadLettersResponse {
-        try await coordinator.replayDeadLetters(request.messageIds.isEmpty ? nil : Set(request.messageIds))
+        try await coordinator.replayDeadLetters(
+            request.messageIds.isEmpty ? nil : Set(request.messageIds), discards: request.discard)
     }
 
     package func applyPlan(request: ApplyPlanRequest, context: ServerContext) async throws -> ApplyPlanResponse {
@@ -142,11 +143,12 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
 }
 
 extension Host {
-    init(_ record: HostRecord) {
+    init(_ record: HostRecord, _ clocks: HostClocks) {
         self.init()
         profile = record.profile
         if record.seenAt.milliseconds > 0 { seenAt = record.seenAt.timestamp }
         drained = record.isDrained
         tasks = UInt32(record.tasks)
+        if let ahead = clocks.ahead(record.profile.name) { clockAheadMs = ahead }
     }
 }

@@ -189,7 +189,8 @@ extension TaskRecord {
         guard case .failed(let code) = machine.state else { return TaskEnded() }
         return .with {
             $0.code = Int32(code)
-            $0.message = "\(machine.losses) attempts at the \(stage.rawValue) were lost together with the worker of \(host)"
+            $0.message =
+                "\(machine.losses) attempts at the \(stage.rawValue) were lost together with the worker of \(host)"
             $0.hint =
                 "find out in that worker's log what ends it or keeps it from task \(id), then flotilla migration retry "
                 + migrationID

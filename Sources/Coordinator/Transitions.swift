@@ -12,6 +12,8 @@ struct Transitions {
         /// By host, in order.
         var control: [String: [ControlMessage]] = [:]
         var changed: [Migration] = []
+        /// Attempts of which nothing more will come.
+        var lost: [CallIdentity] = []
         /// Migrations that somebody asked for.
         var submitted: Set<String> = []
     }
@@ -103,6 +105,10 @@ struct Transitions {
         var task = record
         let actions = task.machine.handle(event, now: now, policy: policy)
         guard task.machine != record.machine || !actions.isEmpty else { return task }
+        if task.machine.losses > record.machine.losses {
+            effects.lost.append(
+                CallIdentity(task: task.id, attempt: record.machine.attempt, fence: record.machine.fence))
+        }
         if case .running = task.machine.state, task.startedAt == nil { task.startedAt = now }
         if task.machine.isEnded { task.endedAt = now }
         try store.save(task)

@@ -13,7 +13,10 @@ extension BusServerTransport {
             guard delivery.message.type == "flotilla.v1.ControlMessages" else {
                 throw MigrationError(.invalidArgument, "'\(delivery.message.type)' is no type of control message")
             }
-            messages = try ControlMessages(serializedBytes: delivery.message.body).messages
+            guard let content = try? ControlMessages(serializedBytes: delivery.message.body) else {
+                throw MigrationError(.invalidArgument, "its body is no ControlMessages message")
+            }
+            messages = content.messages
         } catch {
             return await reject(delivery, from: names.control(of: member.name), "\(error)")
         }
@@ -53,7 +56,7 @@ extension BusServerTransport {
         let event = TaskEvent(
             call.identity, sequence: call.nextSequence(), .permit(.with { $0.step = step }))
         do { try await events.publish(event) } catch {
-            logger.warning("permit not asked for yet", metadata: ["task": "\(call.identity)", "error": "\(error)"])
+            logger.warning("permit not asked for yet", metadata: call.identity.logged(["error": "\(error)"]))
         }
     }
 
@@ -88,9 +91,7 @@ extension BusServerTransport {
     /// can't be said goes on when its lease has run out.
     package func release(_ calls: [CallIdentity]) async {
         for call in calls {
-            logger.info(
-                "task released",
-                metadata: ["task": "\(call.task)", "attempt": "\(call.attempt)", "fence": "\(call.fence)"])
+            logger.info("task released", metadata: call.logged())
             try? await events.publish(TaskEvent(call, sequence: Self.releaseSequence, .released(TaskReleased())))
         }
     }

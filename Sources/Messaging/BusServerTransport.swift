@@ -24,6 +24,8 @@ package final class BusServerTransport: ServerTransport {
         package var heartbeat: Duration
         /// Until the coordinator's first answer says otherwise.
         package var leaseDuration: Duration
+        /// Throws for a body that is no request of its method.
+        package var requireRequest: @Sendable (_ method: String, _ body: [UInt8]) throws -> Void = { _, _ in }
 
         package init(
             slots: Int = 4, heartbeat: Duration = .seconds(10), leaseDuration: Duration = .seconds(60)
@@ -144,16 +146,23 @@ package final class BusServerTransport: ServerTransport {
         } catch {
             return await reject(delivery, from: names.tasks(of: member.name), "\(error)")
         }
-        guard let method = state.withLock({ $0.methods[call.method] }) else {
-            let error = MigrationError(.unimplemented, "method /\(call.method) is not served here")
-            _ = await refuse(call.identity, error)
+        let method: MethodDescriptor
+        do {
+            guard let served = state.withLock({ $0.methods[call.method] }) else {
+                throw MigrationError(.unimplemented, "method /\(call.method) is not served here")
+            }
+            try settings.requireRequest(call.method, call.body)
+            method = served
+        } catch {
+            // Its sender is known, and waits for an end.
+            _ = await refuse(call.identity, error as? MigrationError ?? MigrationError(.internal, "\(error)"))
             return await reject(delivery, from: names.tasks(of: member.name), "\(error)")
         }
         do {
             try await take(call, method, delivery, handler)
         } catch {
             // The ledger can't take it: the task did not begin, and the coordinator must hear why.
-            logger.error("task not taken on", metadata: ["task": "\(call.identity)", "error": "\(error)"])
+            logger.error("task not taken on", metadata: call.identity.logged(["error": "\(error)"]))
             let isTold = await refuse(call.identity, error as? MigrationError ?? MigrationError(.internal, "\(error)"))
             await delivery.settle(isTold ? .ack : .requeue)
         }
@@ -161,10 +170,6 @@ package final class BusServerTransport: ServerTransport {
 
     /// Throws unless the coordinator said this, to us. Returns the error of a message that is good but too old.
     func requireCoordinator(_ message: Message) throws -> MigrationError? {
-        guard message.body.count <= Message.maximumBody else {
-            throw MigrationError(
-                .invalidArgument, "its body has \(message.body.count) bytes, \(Message.maximumBody) are allowed")
-        }
         do {
             let issuer = try member.verify(message)
             guard issuer == FleetMember.coordinator else {
@@ -222,11 +227,9 @@ package final class BusServerTransport: ServerTransport {
         if admission == .stale { return await settleCopy(delivery, of: call) }
         logger.info(
             "task taken on",
-            metadata: [
-                "task": "\(call.identity.task)", "attempt": "\(call.identity.attempt)",
-                "fence": "\(call.identity.fence)", "method": "\(call.method)",
-                "traceparent": "\(call.traceparent ?? "-")",
-            ])
+            metadata: call.identity.logged([
+                "method": "\(call.method)", "traceparent": "\(call.traceparent ?? "-")",
+            ]))
         Failpoint.workerAccepted.hit()
         let accepted = running.nextSequence(asksForLease: true)
         try await events.publish(
@@ -243,7 +246,9 @@ package final class BusServerTransport: ServerTransport {
             let isIn = await slots.enter(ticket)
             let ended = await execute(call, method, running, handler)
             if isIn { slots.leave(ticket) }
-            if let ended { await end(running, ended) }
+            if let ended { return await end(running, ended) }
+            let reason = running.stopReason.map { "\($0)" } ?? "-"
+            logger.warning("task stopped", metadata: call.identity.logged(["reason": "\(reason)"]))
         }
     }
 
@@ -258,7 +263,7 @@ package final class BusServerTransport: ServerTransport {
             try await events.publish(TaskEvent(call, sequence: 1, .ended(ended)))
             return true
         } catch {
-            logger.error("refusal not published", metadata: ["task": "\(call)", "error": "\(error)"])
+            logger.error("refusal not published", metadata: call.logged(["error": "\(error)"]))
             return false
         }
     }
@@ -279,15 +284,12 @@ package final class BusServerTransport: ServerTransport {
         let event = TaskEvent(call.identity, sequence: call.nextSequence(), .ended(ended.thatFits))
         logger.info(
             "task ended",
-            metadata: [
-                "task": "\(call.identity.task)", "attempt": "\(call.identity.attempt)",
-                "fence": "\(call.identity.fence)", "code": "\(ended.code)", "message": "\(ended.message)",
-            ])
+            metadata: call.identity.logged(["code": "\(ended.code)", "message": "\(ended.message)"]))
         do {
             try await ledger.recordEnd(of: call.identity, event)
         } catch {
             // What is not durable must not count as done; but nobody should wait for the lease to run out either.
-            logger.error("result not journaled", metadata: ["task": "\(call.identity)", "error": "\(error)"])
+            logger.error("result not journaled", metadata: call.identity.logged(["error": "\(error)"]))
             _ = await refuse(call.identity, error as? MigrationError ?? MigrationError(.internal, "\(error)"))
             return
         }
@@ -296,7 +298,7 @@ package final class BusServerTransport: ServerTransport {
             try await events.publish(event)
             Failpoint.workerResultPublished.hit()
         } catch {
-            logger.error("result not published yet", metadata: ["task": "\(call.identity)", "error": "\(error)"])
+            logger.error("result not published yet", metadata: call.identity.logged(["error": "\(error)"]))
         }
     }
 }

@@ -1,4 +1,5 @@
 package import FlotillaProtocol
+import FoundationEssentials
 import HostKit
 package import MigrationModel
 import SwiftProtobuf
@@ -66,6 +67,9 @@ package final class EventPublisher: Sendable {
         }
     }
 
+    /// Publishes a message without events, to find out whether one would be taken.
+    package func probe() async throws { try await send([]) }
+
     @concurrent
     private func send() async {
         while let batch = next() {
@@ -102,6 +106,7 @@ package final class EventPublisher: Sendable {
         var message = Message(
             exchange: names.events, routingKey: names.eventKey(host: member.name, kind: batch[0].kind), body: body)
         message.type = Self.messageType
+        message.messageID = UUID().uuidString.lowercased()
         message.userID = member.name
         member.sign(&message, for: FleetMember.coordinator, validity: Self.validity)
         try await bus.publish(message)

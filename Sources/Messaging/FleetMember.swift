@@ -17,7 +17,7 @@ package struct FleetMember: Sendable {
     /// How far the sender's clock may be ahead of ours.
     package static let clockTolerance = Duration.seconds(60)
 
-    private enum Header {
+    fileprivate enum Header {
         static let issuer = "flotilla-issuer"
         static let audience = "flotilla-audience"
         static let keyID = "flotilla-key-id"
@@ -77,15 +77,35 @@ package struct FleetMember: Sendable {
         message.headers[Message.signatureHeader] = .bytes(key.sign(message.signedBytes))
     }
 
-    /// Returns who signed the message. Throws `unauthenticated` for one that is unsigned, forged or signed with a key
-    /// not believed, `permissionDenied` for one addressed to somebody else, and `deadlineExceeded` for one that came
-    /// too late; only the last is thrown of a message that is otherwise good.
+    /// Returns who signed the message. Throws `invalidArgument` for one that is too large, `unauthenticated` for one that
+    /// is unsigned, forged or signed with a key not believed, `permissionDenied` for one addressed to somebody else, and
+    /// `deadlineExceeded` for one that came too late; only the last is thrown of a message that is otherwise good.
     package func verify(_ message: Message, now: Moment = .now) throws -> String {
+        let (issuer, issued, expires) = try signature(of: message)
+        guard message.headers[Header.audience]?.string == name else {
+            throw MigrationError(
+                .permissionDenied,
+                "it is addressed to \(message.headers[Header.audience]?.string ?? "nobody"), this is \(name)")
+        }
+        guard issued <= now + Self.clockTolerance else {
+            throw MigrationError(
+                .unauthenticated, "it was signed \((issued.milliseconds - now.milliseconds) / 1000) s in the future",
+                hint: "set the clocks of \(issuer) and \(name) by NTP")
+        }
+        guard now <= expires else {
+            throw MigrationError(
+                .deadlineExceeded, "its validity ended \((now.milliseconds - expires.milliseconds) / 1000) s ago")
+        }
+        return issuer
+    }
+
+    /// Who signed the message and when, by its own clock, whether or not it can be taken. Throws as `verify` does.
+    package func signature(of message: Message) throws -> (issuer: String, issued: Moment, expires: Moment) {
+        try message.requireSize()
         guard case .bytes(let signature)? = message.headers[Message.signatureHeader],
             let keyID = message.headers[Header.keyID]?.string,
             let issuer = message.headers[Header.issuer]?.string,
-            let issued = message.headers[Header.issued]?.integer,
-            let expires = message.headers[Header.expires]?.integer
+            let issued = message.issuedAt, let expires = message.moment(Header.expires)
         else { throw MigrationError(.unauthenticated, "it is not signed") }
         guard let key = try ring.key(keyID, of: issuer) else {
             throw MigrationError(
@@ -95,26 +115,21 @@ package struct FleetMember: Sendable {
         guard key.verifies(signature, of: message.signedBytes) else {
             throw MigrationError(.unauthenticated, "its signature by \(issuer)'s key \(keyID) is wrong")
         }
-        guard message.headers[Header.audience]?.string == name else {
-            throw MigrationError(
-                .permissionDenied,
-                "it is addressed to \(message.headers[Header.audience]?.string ?? "nobody"), this is \(name)")
-        }
-        guard issued <= (now + Self.clockTolerance).milliseconds else {
-            throw MigrationError(
-                .unauthenticated, "it was signed \((issued - now.milliseconds) / 1000) s in the future",
-                hint: "set the clocks of \(issuer) and \(name) by NTP")
-        }
-        guard now.milliseconds <= expires else {
-            throw MigrationError(
-                .deadlineExceeded, "its validity ended \((now.milliseconds - expires) / 1000) s ago")
-        }
-        return issuer
+        return (issuer, issued, expires)
     }
 }
 
 extension Message {
     package static let signatureHeader = "flotilla-signature-bin"
+
+    /// When it was signed, by the clock of who did; to be believed once the signature is.
+    package var issuedAt: Moment? { moment(FleetMember.Header.issued) }
+
+    /// Nil for what no clock shows, and what could not be reckoned with.
+    fileprivate func moment(_ header: String) -> Moment? {
+        guard let milliseconds = headers[header]?.integer, (0...1 << 53).contains(milliseconds) else { return nil }
+        return Moment(milliseconds: milliseconds)
+    }
 
     /// The bytes a signature is made over: the text `flotilla-signature-v1`, then type, content-type, correlation-id and
     /// message-id, then every header but the signature itself and those a broker adds (`x-…`), sorted by name, as the name, one

@@ -25,12 +25,21 @@ package struct Message: Sendable, Equatable {
         self.body = body
     }
 
-    /// Larger bodies are refused by publishers. A larger one that got to a queue some other way is never delivered:
-    /// the bus rejects it.
+    /// Larger bodies are refused by publishers. A larger one that got to a queue some other way is delivered, and seen
+    /// by `peek`, without its body: header `omittedBodySize` holds its size, and `requireSize` throws.
     package static let maximumBody = 1 << 20
-
-    /// Set by `peek` on a message whose body it leaves out: the size of the body.
     package static let omittedBodySize = "x-omitted-body-size"
+
+    /// In bytes, also of a body that was left out.
+    package var bodySize: Int64 { headers[Self.omittedBodySize]?.integer ?? Int64(body.count) }
+
+    /// Throws `invalidArgument` for a message whose body is over the limit.
+    package func requireSize() throws {
+        guard bodySize <= Self.maximumBody else {
+            throw MigrationError(
+                .invalidArgument, "its body has \(bodySize) bytes, \(Self.maximumBody) are allowed")
+        }
+    }
 
     /// Headers that a broker adds to a dead letter: the queue it was in, the exchange it was sent to, and why it died
     /// the first time, `Death.rejected` or `Death.deliveryLimit`. Exchange and queue of later deaths are not kept.
@@ -125,8 +134,7 @@ package protocol MessageBus: Sendable {
     func depths(of queues: [String]) async throws -> [String: QueueDepth]
 
     /// The first messages of a queue, which stay there; those counted as unsettled with a consumer are not seen. For
-    /// people who look at dead letters: it counts as a delivery, so not for queues with a delivery limit. Of a message
-    /// that is larger than `Message.maximumBody` the body is empty, and header `Message.omittedBodySize` tells its size.
+    /// people who look at dead letters: it counts as a delivery, so not for queues with a low delivery limit.
     func peek(_ queue: String, limit: Int) async throws -> [Message]
 }
 

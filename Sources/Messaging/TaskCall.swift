@@ -66,9 +66,7 @@ package struct TaskCall: Sendable, Equatable {
     /// Decodes a message that was verified to be for `audience`. Throws `invalidArgument` saying which part of it is
     /// missing or wrong.
     package init(decoding message: Message, audience: String) throws {
-        guard message.body.count <= Message.maximumBody else {
-            throw MigrationError(.invalidArgument, "body of \(message.body.count) bytes is over the limit")
-        }
+        try message.requireSize()
         guard message.type.first == "/", message.type.count > 1 else {
             throw MigrationError(.invalidArgument, "property type '\(message.type)' names no gRPC method")
         }

@@ -12,29 +12,24 @@ package struct Topology: Sendable, Equatable {
         }
     }
 
-    /// Durable in any case.
-    package enum QueueKind: Sendable, Equatable {
-        /// Replicated, with a delivery limit and safe dead-lettering.
-        case quorum
-        /// On one node, for what is worth little after a while: deleted when nobody has used it for `expires`.
-        case classic(expires: Duration)
-    }
-
+    /// A quorum queue: durable, replicated, with safe dead-lettering. A queue of any other kind is away whenever its
+    /// node is.
     package struct Queue: Sendable, Equatable {
         package var name: String
-        package var kind: QueueKind
         /// Where rejected and over-delivered messages go.
         package var deadLetterExchange: String?
         /// Deliveries after which a message is dead-lettered; a backstop behind the store's own count.
         package var deliveryLimit: Int?
+        /// Deleted when nobody has used it for so long.
+        package var expires: Duration?
 
         package init(
-            name: String, kind: QueueKind = .quorum, deadLetterExchange: String? = nil, deliveryLimit: Int? = nil
+            name: String, deadLetterExchange: String? = nil, deliveryLimit: Int? = nil, expires: Duration? = nil
         ) {
             self.name = name
-            self.kind = kind
             self.deadLetterExchange = deadLetterExchange
             self.deliveryLimit = deliveryLimit
+            self.expires = expires
         }
     }
 
@@ -86,6 +81,9 @@ package struct Names: Sendable, Equatable {
     /// an end for a message that kills whoever takes it.
     package static let deliveryLimit = 50
 
+    /// RabbitMQ 4 drops after 20 deliveries what has no limit of its own, and each look at dead letters is one.
+    private static let unlimited = 1_000_000_000
+
     /// Longer than a host is away for repair; the coordinator declares the queue again when the host is back.
     private static let controlExpiry: Duration = .seconds(7 * 24 * 3600)
 
@@ -99,7 +97,7 @@ package struct Names: Sendable, Equatable {
             queues: [
                 .init(name: coordinatorEvents, deadLetterExchange: dead, deliveryLimit: Self.deliveryLimit),
                 .init(name: requests, deadLetterExchange: dead, deliveryLimit: Self.deliveryLimit),
-                .init(name: dead),
+                .init(name: dead, deliveryLimit: Self.unlimited),
             ],
             bindings: [
                 .init(queue: coordinatorEvents, exchange: events, routingKey: "evt.#"),
@@ -109,7 +107,10 @@ package struct Names: Sendable, Equatable {
         for host in hosts {
             topology.queues.append(
                 .init(name: tasks(of: host), deadLetterExchange: dead, deliveryLimit: Self.deliveryLimit))
-            topology.queues.append(.init(name: control(of: host), kind: .classic(expires: Self.controlExpiry)))
+            topology.queues.append(
+                .init(
+                    name: control(of: host), deadLetterExchange: dead, deliveryLimit: Self.deliveryLimit,
+                    expires: Self.controlExpiry))
             topology.bindings.append(.init(queue: tasks(of: host), exchange: tasks, routingKey: host))
             topology.bindings.append(.init(queue: control(of: host), exchange: control, routingKey: host))
         }

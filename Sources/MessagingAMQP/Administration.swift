@@ -102,11 +102,7 @@ struct Administration {
                 case .header, .body:
                     guard let content = assembly.add(frame) else { continue }
                     if case .got(_, _, let exchange, let key) = content.method {
-                        var message = Message(content, exchange: exchange, routingKey: key)
-                        if content.size > UInt64(Message.maximumBody) {
-                            message.headers[Message.omittedBodySize] = .integer(Int64(clamping: content.size))
-                        }
-                        messages.append(message)
+                        messages.append(Message(content, exchange: exchange, routingKey: key))
                     }
                     break receiving
                 }
@@ -119,22 +115,16 @@ struct Administration {
 extension Topology.Queue {
     /// Of `queue.declare`: https://www.rabbitmq.com/docs/queues#optional-arguments
     package var arguments: [(String, HeaderValue)] {
-        var arguments: [(String, HeaderValue)] = []
-        switch kind {
-        case .quorum: arguments.append(("x-queue-type", .string("quorum")))
-        case .classic(let expires):
-            arguments += [("x-queue-type", .string("classic")), ("x-expires", .integer(expires.milliseconds))]
-        }
+        var arguments: [(String, HeaderValue)] = [("x-queue-type", .string("quorum"))]
+        if let expires { arguments.append(("x-expires", .integer(expires.milliseconds))) }
         if let deliveryLimit { arguments.append(("x-delivery-limit", .integer(Int64(deliveryLimit)))) }
         if let deadLetterExchange {
-            arguments.append(("x-dead-letter-exchange", .string(deadLetterExchange)))
-            if kind == .quorum {
-                // A dead letter leaves the queue when the dead-letter queue has confirmed it, not before; RabbitMQ
-                // does so only for queues that refuse what they have no room for.
-                arguments += [
-                    ("x-dead-letter-strategy", .string("at-least-once")), ("x-overflow", .string("reject-publish")),
-                ]
-            }
+            // A dead letter leaves the queue when the dead-letter queue has confirmed it, not before; RabbitMQ does so only
+            // for queues that refuse what they have no room for.
+            arguments += [
+                ("x-dead-letter-exchange", .string(deadLetterExchange)),
+                ("x-dead-letter-strategy", .string("at-least-once")), ("x-overflow", .string("reject-publish")),
+            ]
         }
         return arguments
     }

@@ -177,9 +177,6 @@ final class ConsumeRole: LinkRole {
         throws
     {
         guard case .deliver(let tag, let isRedelivered, let exchange, let key) = content.method else { return }
-        guard content.size <= UInt64(Message.maximumBody) else {
-            return try connection.reject(tag, requeue: false, channel: channel.number)
-        }
         channel.unsettled.insert(tag)
         let message = Message(content, exchange: exchange, routingKey: key)
         let name = DeliveryTag(channel: channel.generation, tag: tag)
@@ -278,5 +275,8 @@ extension Message {
         userID = content.properties.userID
         sentAt = content.properties.sentAt
         headers = content.properties.headers
+        // Ours to say, whatever the sender said.
+        headers[Message.omittedBodySize] =
+            content.size > UInt64(Message.maximumBody) ? .integer(Int64(clamping: content.size)) : nil
     }
 }

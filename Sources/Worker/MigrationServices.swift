@@ -257,3 +257,16 @@ extension CallIdentity {
         }
     }
 }
+
+/// Throws `invalidArgument` for a body that is no request of its method.
+@Sendable func requireRequest(method: String, body: [UInt8]) throws {
+    let requests: [String: any SwiftProtobuf.Message.Type] = [
+        ExportService.Method.Export.descriptor.fullyQualifiedMethod: ExportRequest.self,
+        ConvertService.Method.Convert.descriptor.fullyQualifiedMethod: ConvertRequest.self,
+        DeployService.Method.Deploy.descriptor.fullyQualifiedMethod: DeployRequest.self,
+    ]
+    guard let request = requests[method] else { return }
+    do { _ = try request.init(serializedBytes: body) } catch {
+        throw MigrationError(.invalidArgument, "its body is no \(request.protoMessageName)")
+    }
+}

@@ -28,9 +28,10 @@ package final class Worker: Sendable {
         journal = try Journal(path: configuration.journalPath, answers: { $0 == convert }, logger: logger) { task in
             for pool in pools { try WorkDirectory(pool: pool.path, task: task).remove() }
         }
+        var settings = configuration.transport
+        settings.requireRequest = requireRequest
         let transport = BusServerTransport(
-            bus: bus, names: configuration.names, member: member, settings: configuration.transport, ledger: journal,
-            logger: logger)
+            bus: bus, names: configuration.names, member: member, settings: settings, ledger: journal, logger: logger)
         self.transport = transport
         let permit: @Sendable (String, CallIdentity) async throws -> Void = { try await transport.permit($0, for: $1) }
         server = GRPCServer(

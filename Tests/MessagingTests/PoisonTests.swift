@@ -10,7 +10,7 @@ import Testing
 @Suite(.timeLimit(.minutes(1))) struct PoisonTests {
     enum Poison: String, CaseIterable {
         case undecodable, unsigned, forged, strangerKey, otherWorker, wrongHost, expired, fromTheFuture, oversized
-        case unknownMethod, noAttempt, changedHeader, changedTask, replayed
+        case unknownMethod, noRequest, noAttempt, changedHeader, changedTask, replayed
     }
 
     /// What can't be right reaches the dead letters, its reason the coordinator, and the worker goes on.
@@ -62,6 +62,12 @@ import Testing
             case .unknownMethod:
                 try await rig.send("work", method: "flotilla.v1.ConvertService/Explode")
                 reason = "not served here"
+            case .noRequest:
+                try await rig.send("work") {
+                    $0.body = [0xff]
+                    rig.members.coordinator.sign(&$0, for: "kvm1", validity: .seconds(60))
+                }
+                reason = ""
             case .noAttempt:
                 try await rig.send("work") {
                     $0.headers["flotilla-attempt"] = nil
@@ -78,11 +84,13 @@ import Testing
             if poison == .unknownMethod {
                 // The sender is known: it is told.
                 #expect(try await events.ended().code == Int32(MigrationError.Code.unimplemented.rawValue))
+            } else if poison == .noRequest {
+                #expect(try await events.ended().code == Int32(MigrationError.Code.internal.rawValue))
             } else if poison == .expired {
                 #expect(try await events.ended().code == Int32(MigrationError.Code.unavailable.rawValue))
             }
             let rejected = try await events.rejected()
-            #expect(rejected.reason.contains(reason), "\(rejected.reason)")
+            #expect(reason.isEmpty || rejected.reason.contains(reason), "\(rejected.reason)")
             #expect(rejected.queue == rig.names.tasks(of: "kvm1"))
             let letter = try #require(try await rig.deadLetter())
             #expect(letter.messageID == rejected.messageID)
@@ -110,6 +118,8 @@ import Testing
                 Messaging.Message(
                     exchange: rig.names.control, routingKey: "kvm1", body: try cancel.serializedBytes()))
             #expect(try await events.rejected().queue == rig.names.control(of: "kvm1"))
+            let letter = try #require(try await rig.deadLetter())
+            #expect(letter.headers[Messaging.Message.Death.queue]?.string == rig.names.control(of: "kvm1"))
             try await rig.tell(
                 .with {
                     $0.taskID = "m-convert"

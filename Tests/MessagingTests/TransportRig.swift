@@ -47,9 +47,10 @@ final class TransportRig: Sendable {
     private let serving: Mutex<Task<Void, any Error>?> = Mutex(nil)
 
     init(heartbeat: Duration = .seconds(10), lease: Duration = .seconds(60)) {
+        var settings = BusServerTransport.Settings(slots: 2, heartbeat: heartbeat, leaseDuration: lease)
+        settings.requireRequest = { _, body in _ = try ConvertRequest(serializedBytes: body) }
         transport = BusServerTransport(
-            bus: bus, names: names, member: members.worker,
-            settings: .init(slots: 2, heartbeat: heartbeat, leaseDuration: lease), ledger: ledger,
+            bus: bus, names: names, member: members.worker, settings: settings, ledger: ledger,
             logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() })
         server = GRPCServer(
             transport: transport, services: [ScriptedConvert(transport: transport)], interceptors: [ErrorInterceptor()])

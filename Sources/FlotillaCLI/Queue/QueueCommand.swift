@@ -8,7 +8,7 @@ import SwiftProtobuf
 struct QueueCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "queue", abstract: "The fleet's queues and dead letters.",
-        subcommands: [Status.self, Dead.self, Replay.self])
+        subcommands: [Status.self, Dead.self, Replay.self, Discard.self])
 
     struct Status: AsyncParsableCommand {
         static let configuration = CommandConfiguration(abstract: "Lists the queues and what waits in them.")
@@ -51,10 +51,28 @@ struct QueueCommand: AsyncParsableCommand {
             abstract: "Has the tasks of dead letters done again and removes the letters.",
             discussion: """
                 Nothing old is sent again: a task that still waits for the lost message gets a new attempt, with a new \
-                signature. A letter whose task has moved on is just removed.
+                signature. A letter whose task has moved on is just removed. One that is too large to be read stays, and \
+                the command exits 1: flotilla queue discard removes it.
                 """)
 
         @OptionGroup var fleet: FleetOptions
+        @OptionGroup var letters: Letters
+
+        func run() async throws { try await letters.take(fleet, discards: false) }
+    }
+
+    struct Discard: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Throws dead letters away.",
+            discussion: "A task that still waits for such a message is sent again when its host shows that it lives.")
+
+        @OptionGroup var fleet: FleetOptions
+        @OptionGroup var letters: Letters
+
+        func run() async throws { try await letters.take(fleet, discards: true) }
+    }
+
+    struct Letters: ParsableArguments {
         @Argument(help: ArgumentHelp("Message ids, as queue dead shows them.", valueName: "message")) var ids:
             [String] = []
         @Flag(help: "All dead letters.") var all = false
@@ -63,12 +81,14 @@ struct QueueCommand: AsyncParsableCommand {
             if ids.isEmpty != all { throw ValidationError("Name messages, or --all") }
         }
 
-        func run() async throws {
-            let response = try await fleet.connect {
-                try await $0.replayDeadLetters(.with { $0.messageIds = ids })
+        func take(_ fleet: FleetOptions, discards: Bool) async throws {
+            let response = try await fleet.connect { [ids] in
+                try await $0.replayDeadLetters(.with { ($0.messageIds, $0.discard) = (ids, discards) })
             }
             for task in response.taskIds { Console.line("sent again: \(task)") }
-            Console.line("\(response.removed) letters removed without effect")
+            Console.line("\(response.removed) letters removed\(discards ? "" : " without effect")")
+            for letter in response.kept { Console.complain("not touched: \(letter.messageID): \(letter.reason)") }
+            if !response.kept.isEmpty { throw ExitCode(Exit.failed.rawValue) }
         }
     }
 }

@@ -547,12 +547,24 @@ package nonisolated struct Host: Sendable {
   /// Tasks that were sent to it and have not ended.
   package var tasks: UInt32 = 0
 
+  /// How far its clock is ahead of the coordinator's, behind if negative, by the messages that came last. Unset until one has
+  /// come since the coordinator started.
+  package var clockAheadMs: Int64 {
+    get {_clockAheadMs ?? 0}
+    set {_clockAheadMs = newValue}
+  }
+  /// Returns true if `clockAheadMs` has been explicitly set.
+  package var hasClockAheadMs: Bool {self._clockAheadMs != nil}
+  /// Clears the value of `clockAheadMs`. Subsequent reads from it will return its default value.
+  package mutating func clearClockAheadMs() {self._clockAheadMs = nil}
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
 
   fileprivate var _profile: HostProfile? = nil
   fileprivate var _seenAt: SwiftProtobuf.Google_Protobuf_Timestamp? = nil
+  fileprivate var _clockAheadMs: Int64? = nil
 }
 
 package nonisolated struct DrainHostRequest: Sendable {
@@ -679,6 +691,9 @@ package nonisolated struct ReplayDeadLettersRequest: Sendable {
   /// Those to replay; none: all.
   package var messageIds: [String] = []
 
+  /// Throw them away instead.
+  package var discard: Bool = false
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -694,6 +709,23 @@ package nonisolated struct ReplayDeadLettersResponse: Sendable {
 
   /// Letters that were removed without effect: their task has moved on, or they never were tasks of this store.
   package var removed: UInt32 = 0
+
+  /// Those that stay, and those that were named and don't exist.
+  package var kept: [KeptLetter] = []
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+package nonisolated struct KeptLetter: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var messageID: String = String()
+
+  package var reason: String = String()
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
@@ -1617,7 +1649,7 @@ nonisolated extension ListHostsResponse: SwiftProtobuf.Message, SwiftProtobuf._M
 
 nonisolated extension Host: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Host"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}profile\0\u{3}seen_at\0\u{1}drained\0\u{1}tasks\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}profile\0\u{3}seen_at\0\u{1}drained\0\u{1}tasks\0\u{3}clock_ahead_ms\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1629,6 +1661,7 @@ nonisolated extension Host: SwiftProtobuf.Message, SwiftProtobuf._MessageImpleme
       case 2: try { try decoder.decodeSingularMessageField(value: &self._seenAt) }()
       case 3: try { try decoder.decodeSingularBoolField(value: &self.drained) }()
       case 4: try { try decoder.decodeSingularUInt32Field(value: &self.tasks) }()
+      case 5: try { try decoder.decodeSingularSInt64Field(value: &self._clockAheadMs) }()
       default: break
       }
     }
@@ -1651,6 +1684,9 @@ nonisolated extension Host: SwiftProtobuf.Message, SwiftProtobuf._MessageImpleme
     if self.tasks != 0 {
       try visitor.visitSingularUInt32Field(value: self.tasks, fieldNumber: 4)
     }
+    try { if let v = self._clockAheadMs {
+      try visitor.visitSingularSInt64Field(value: v, fieldNumber: 5)
+    } }()
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -1659,6 +1695,7 @@ nonisolated extension Host: SwiftProtobuf.Message, SwiftProtobuf._MessageImpleme
     if lhs._seenAt != rhs._seenAt {return false}
     if lhs.drained != rhs.drained {return false}
     if lhs.tasks != rhs.tasks {return false}
+    if lhs._clockAheadMs != rhs._clockAheadMs {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -1919,7 +1956,7 @@ nonisolated extension DeadLetter: SwiftProtobuf.Message, SwiftProtobuf._MessageI
 
 nonisolated extension ReplayDeadLettersRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".ReplayDeadLettersRequest"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}message_ids\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}message_ids\0\u{1}discard\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1928,6 +1965,7 @@ nonisolated extension ReplayDeadLettersRequest: SwiftProtobuf.Message, SwiftProt
       // enabled. https://github.com/apple/swift-protobuf/issues/1034
       switch fieldNumber {
       case 1: try { try decoder.decodeRepeatedStringField(value: &self.messageIds) }()
+      case 2: try { try decoder.decodeSingularBoolField(value: &self.discard) }()
       default: break
       }
     }
@@ -1937,11 +1975,15 @@ nonisolated extension ReplayDeadLettersRequest: SwiftProtobuf.Message, SwiftProt
     if !self.messageIds.isEmpty {
       try visitor.visitRepeatedStringField(value: self.messageIds, fieldNumber: 1)
     }
+    if self.discard != false {
+      try visitor.visitSingularBoolField(value: self.discard, fieldNumber: 2)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
   package static func ==(lhs: ReplayDeadLettersRequest, rhs: ReplayDeadLettersRequest) -> Bool {
     if lhs.messageIds != rhs.messageIds {return false}
+    if lhs.discard != rhs.discard {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -1949,7 +1991,7 @@ nonisolated extension ReplayDeadLettersRequest: SwiftProtobuf.Message, SwiftProt
 
 nonisolated extension ReplayDeadLettersResponse: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".ReplayDeadLettersResponse"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}task_ids\0\u{1}removed\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}task_ids\0\u{1}removed\0\u{1}kept\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1959,6 +2001,7 @@ nonisolated extension ReplayDeadLettersResponse: SwiftProtobuf.Message, SwiftPro
       switch fieldNumber {
       case 1: try { try decoder.decodeRepeatedStringField(value: &self.taskIds) }()
       case 2: try { try decoder.decodeSingularUInt32Field(value: &self.removed) }()
+      case 3: try { try decoder.decodeRepeatedMessageField(value: &self.kept) }()
       default: break
       }
     }
@@ -1971,12 +2014,51 @@ nonisolated extension ReplayDeadLettersResponse: SwiftProtobuf.Message, SwiftPro
     if self.removed != 0 {
       try visitor.visitSingularUInt32Field(value: self.removed, fieldNumber: 2)
     }
+    if !self.kept.isEmpty {
+      try visitor.visitRepeatedMessageField(value: self.kept, fieldNumber: 3)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
   package static func ==(lhs: ReplayDeadLettersResponse, rhs: ReplayDeadLettersResponse) -> Bool {
     if lhs.taskIds != rhs.taskIds {return false}
     if lhs.removed != rhs.removed {return false}
+    if lhs.kept != rhs.kept {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension KeptLetter: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".KeptLetter"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}message_id\0\u{1}reason\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.messageID) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.reason) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.messageID.isEmpty {
+      try visitor.visitSingularStringField(value: self.messageID, fieldNumber: 1)
+    }
+    if !self.reason.isEmpty {
+      try visitor.visitSingularStringField(value: self.reason, fieldNumber: 2)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: KeptLetter, rhs: KeptLetter) -> Bool {
+    if lhs.messageID != rhs.messageID {return false}
+    if lhs.reason != rhs.reason {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
