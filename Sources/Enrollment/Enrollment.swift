@@ -2,7 +2,7 @@ import Crypto
 import Foundation
 import HostKit
 import Messaging
-import MigrationModel
+package import MigrationModel
 import SwiftASN1
 import X509
 
@@ -46,6 +46,17 @@ package enum Enrollment {
         try Files.writeAtomically(
             authority.issue(FleetMember.coordinator, .client, for: .init(tls.publicKey)), to: folder.certificate,
             mode: 0o644)
+    }
+
+    /// When the certificate of a PEM file ends.
+    package static func expiry(ofCertificate path: String) throws -> Moment {
+        let text = String(decoding: try Files.read(path, limit: 1 << 20), as: UTF8.self)
+        do {
+            let end = try Certificate(pemEncoded: text).notValidAfter
+            return Moment(milliseconds: Int64(end.timeIntervalSince1970 * 1000))
+        } catch {
+            throw MigrationError(.invalidArgument, "\(path) holds no certificate in PEM", cause: error)
+        }
     }
 
     /// A certificate and key for a broker node of this DNS name, in PEM.

@@ -5,7 +5,6 @@ import FlotillaProtocol
 import Glibc
 import HostKit
 import Messaging
-import MessagingAMQP
 import MigrationModel
 import SwiftProtobuf
 import Worker
@@ -14,9 +13,10 @@ struct DoctorCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "doctor", abstract: "Looks whether this host has what it needs, and says what to do where not.",
         discussion: """
-            Without a configuration: libvirt, KVM, IOMMU and programs of this host. With a worker's or the \
-            coordinator's: also its keys, its broker, and pools. Changes nothing but for a probe file without a name in \
-            each pool. Exits 1 if something fails.
+            Without a configuration: libvirt, KVM, IOMMU and programs of this host. With a worker's: also its keys and \
+            certificate, its broker and what it may do there, and pools. With the coordinator's: also its keys, \
+            certificate and broker, and, of each host, whether it was heard of and its clock is right. Changes nothing \
+            but for a probe file without a name in each pool. Exits 1 if something fails.
             """)
 
     @Option(help: ArgumentHelp("A worker's configuration.", valueName: "file"), completion: .file())
@@ -80,78 +80,18 @@ struct Examination {
 
     private(set) var findings: [Finding] = []
 
-    private mutating func note(_ subject: String, _ verdict: Verdict, _ found: String, _ remedy: String? = nil) {
+    mutating func note(_ subject: String, _ verdict: Verdict, _ found: String, _ remedy: String? = nil) {
         findings.append(Finding(verdict: verdict, subject: subject, found: found, remedy: remedy))
     }
 
-    private mutating func note(_ subject: String, _ error: any Error) {
+    mutating func note(_ subject: String, _ error: any Error) {
         let error = error as? MigrationError ?? MigrationError(.unknown, "\(error)")
         note(subject, .fail, error.message + (error.cause.map { ": \($0)" } ?? ""), error.hint)
     }
 
-    mutating func examine(worker path: String) async {
-        do {
-            let file = try WorkerFile(path: path)
-            note("configuration", .pass, "\(path), host \(file.host)")
-            examineKeys(file.keys, of: file.host)
-            let names = file.worker.names
-            await examineBroker(file.broker, queues: [names.tasks(of: file.host), names.control(of: file.host)])
-            await examineHost(libvirt: file.worker.libvirtURI, pools: file.worker.pools)
-        } catch { note("configuration", error) }
-    }
-
-    mutating func examine(coordinator path: String) async {
-        do {
-            let file = try CoordinatorConfiguration(path: path)
-            note("configuration", .pass, path)
-            examineClock()
-            examineKeys(file.keys, of: FleetMember.coordinator)
-            await examineBroker(file.broker, queues: [file.names.coordinatorEvents, file.names.dead])
-        } catch { note("configuration", error) }
-    }
-
-    private mutating func examineKeys(_ keys: KeyFiles, of name: String) {
-        do {
-            let member = try keys.member(named: name)
-            let believed = try member.believed().filter { $0 != name }
-            let wanted = name == FleetMember.coordinator ? "hosts" : "the coordinator"
-            if believed.isEmpty {
-                note("keys", .fail, "\(keys.trusted) holds no key of \(wanted)", "enroll: see flotilla fleet --help")
-            } else {
-                note("keys", .pass, "own key readable by its owner alone; believes \(believed.joined(separator: ", "))")
-            }
-        } catch { note("keys", error) }
-    }
-
-    /// Logs in, and looks at queues that this member has to be able to read.
-    private mutating func examineBroker(_ configuration: AMQPConfiguration, queues: [String]) async {
-        let place = configuration.brokers.map(\.description).joined(separator: ", ")
-        do {
-            let bus = try AMQPBus(configuration)
-            let depths = try await bus.depths(of: queues)
-            note("broker", .pass, "\(place): logged in\(configuration.tls == nil ? " without TLS" : " by TLS")")
-            if configuration.tls == nil {
-                note("encryption", .warn, "messages and passwords can be read on the way", "configure broker.tls")
-            }
-            for queue in queues where depths[queue] == nil {
-                note(
-                    "queue \(queue)", .fail, "does not exist",
-                    "start the coordinator, or import the definitions: flotilla fleet definitions")
-            }
-            for (queue, depth) in depths.sorted(by: { $0.key < $1.key }) {
-                note("queue \(queue)", .pass, "\(depth.ready) waiting, \(depth.consumers) consumers")
-            }
-            note(
-                "consumer_timeout", .unknown, "a setting of each broker node, which tells it to no client",
-                "rabbitmqctl environment | grep consumer_timeout: what is delivered is acknowledged within seconds, so "
-                    + "the default of 30 minutes is right; below 60000 (ms) busy members lose their consumers")
-            await bus.close()
-        } catch { note("broker", error) }
-    }
-
     /// Members refuse messages from clocks that are more than `FleetMember.clockTolerance` ahead. The kernel knows whether
     /// something keeps its clock right: adjtimex(2).
-    private mutating func examineClock() {
+    mutating func examineClock() {
         let remedy =
             "run chrony or systemd-timesyncd: members refuse what is signed more than "
             + "\(FleetMember.clockTolerance.components.seconds) s in the future"

@@ -22,7 +22,9 @@ struct HostCommand: AsyncParsableCommand {
         func run() async throws {
             let response = try await fleet.connect { try await $0.listHosts(.init()) }
             if json { return Console.line(try response.jsonString()) }
-            let head = ["host", "heard of", "state", "tasks", "cpus", "memory", "free in pools", "IOMMU", "domains"]
+            let head = [
+                "host", "heard of", "clock", "state", "tasks", "cpus", "memory", "free in pools", "IOMMU", "domains",
+            ]
             for line in table(head, response.hosts.map(row)) { Console.line(line) }
         }
 
@@ -30,7 +32,8 @@ struct HostCommand: AsyncParsableCommand {
             let profile = host.profile
             return [
                 profile.name, host.hasSeenAt ? "\(age(host.seenAt.moment)) ago" : "never",
-                host.drained ? "drained" : "open", "\(host.tasks)", "\(profile.cpus)", byteText(profile.memoryBytes),
+                host.clockText, host.drained ? "drained" : "open", "\(host.tasks)", "\(profile.cpus)",
+                byteText(profile.memoryBytes),
                 profile.pools.map { "\($0.name) \(byteText($0.freeBytes))" }.joined(separator: ", "),
                 profile.iommuEnabled ? "on" : "off", "\(profile.domains.count)",
             ]
@@ -83,5 +86,14 @@ struct HostCommand: AsyncParsableCommand {
             }
             Console.line("\(name) is open")
         }
+    }
+}
+
+extension Host {
+    /// "right", "75 s behind".
+    var clockText: String {
+        guard hasClockAheadMs else { return "-" }
+        let seconds = abs(clockAheadMs) / 1000
+        return seconds < 2 ? "right" : "\(seconds) s \(clockAheadMs > 0 ? "ahead" : "behind")"
     }
 }
