@@ -51,6 +51,7 @@ struct CoordinatorCommand: AsyncParsableCommand {
             }
             group.addTask { try await server.serve() }
             group.addTask { try await watchLiveness(of: bus, logger) }
+            group.addTask { try await watchConsumers(of: bus, every: configuration.broker.heartbeat * 30, logger) }
             group.addTask { await signals.first() }
             defer { group.cancelAll() }
             try await group.next()

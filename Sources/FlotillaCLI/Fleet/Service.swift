@@ -51,6 +51,27 @@ func watchLiveness(of bus: any MessageBus, _ logger: Logger) async throws {
     }
 }
 
+/// Ends the process, by throwing, when the broker has no consumer of a queue that this process believes to consume, at
+/// two looks in a row: a queue may lose one without a word to its channel.
+func watchConsumers(of bus: any MessageBus, every interval: Duration, _ logger: Logger) async throws {
+    var missed: [BusStatus.Consumer] = []
+    while true {
+        try await Task.sleep(for: interval)
+        let believed = bus.status.consumers.filter(\.isActive)
+        // A broker that can't be asked is away, which the bus notices by itself.
+        guard let depths = try? await bus.depths(of: believed.map(\.queue)) else { continue }
+        let missing = believed.filter { depths[$0.queue]?.consumers == 0 }
+        for consumer in missing { logger.warning("bus", metadata: ["problem": "\(consumer.queue) has no consumer"]) }
+        // The same registration as before: one that was renewed meanwhile is looked at again.
+        if let lost = missing.first(where: missed.contains) {
+            throw MigrationError(
+                .unavailable, "nothing consumes \(lost.queue), although the broker agreed to it",
+                hint: "the service manager starts this process again")
+        }
+        missed = missing
+    }
+}
+
 /// systemd's notification socket (sd_notify(3)); without one nothing happens.
 enum ServiceManager {
     static func notify(_ state: String) {

@@ -44,6 +44,7 @@ struct WorkerRunCommand: AsyncParsableCommand {
         try await withThrowingTaskGroup(of: Void.self) { group in
             group.addTask { try await worker.run() }
             group.addTask { try await watchLiveness(of: bus, logger) }
+            group.addTask { try await watchConsumers(of: bus, every: file.broker.heartbeat * 30, logger) }
             group.addTask {
                 await signals.first()
                 try Task.checkCancellation()
