@@ -14,7 +14,9 @@ from clock import clock_jumps
 from cluster import leader_partitioned
 from fleet import HOSTS, LEASE, Fleet, Violation, wait
 from permissions import permissions
+from poison import poison
 from proxy import ChaosProxy
+from workers import consumer_lost, crash_loop, drained
 
 WORKER_FAILPOINTS = [
     "worker.accepted", "worker.accepted-published", "worker.result-journaled", "worker.result-published",
@@ -292,15 +294,6 @@ def permission_revoked(fleet):
     fleet.wait_ended()
 
 
-def drained(fleet):
-    """SIGTERM of a busy worker: it finishes or checkpoints, and the next process goes on"""
-    fleet.submit(["kvm1", "kvm1"])
-    wait(60, "a conversion", lambda: fleet.in_stage("convert"))
-    fleet.bed("stop", "kvm1")
-    fleet.begin("kvm1")
-    fleet.wait_ended()
-
-
 def random_schedule(fleet, seed, seconds):
     """all of these in a random order, several at once"""
     chance = random.Random(seed)
@@ -333,6 +326,7 @@ def random_schedule(fleet, seed, seconds):
 CASES = {
     "worker-failpoints": worker_failpoints, "coordinator-failpoints": coordinator_failpoints,
     "broker-at-failpoints": broker_at_failpoints, "worker-restarted": worker_restarted, "permissions": permissions,
+    "poison": poison, "crash-loop": crash_loop, "consumer-lost": consumer_lost,
     "duplicated": duplicated, "leader-partitioned": leader_partitioned, "clock-jumps": clock_jumps,
     "broker-killed": broker_killed, "broker-restarted": broker_restarted, "paused-worker": paused_worker,
     "coordinator-away": coordinator_away, "all-killed": all_killed, "replayed": replayed, "bad-network": bad_network,
