@@ -3,7 +3,7 @@
 import subprocess
 import time
 
-from fleet import HOSTS, LEASE, Fleet, Violation, wait
+from fleet import HOSTS, LEASE, Fleet, Violation, verdict, wait
 
 PEERS = (1, 2, 3)
 
@@ -86,6 +86,7 @@ def leader_partitioned(outer):
                 wait(60, f"node {node} to be back", lambda: is_back(fleet, node))
                 print(f"  {queue} on node {node}, cut off from {'its peers' if peers_only else 'everybody'}: "
                       f"{fleet.judge()}", flush=True)
+        return verdict(*fleet.total)
     except Violation as violation:
         raise Violation(f"{violation}\n  of the cluster in {fleet.dir}") from violation
     finally:

@@ -27,6 +27,8 @@ class Fleet:
         self.libvirt = self.dir.parent / (self.dir.name + ".libvirt")
         self.number = 0
         self.names = []
+        # Migrations that were judged, and their attempts.
+        self.total = [0, 0]
 
     # Processes
 
@@ -160,8 +162,8 @@ class Fleet:
             for number in (0, 1):
                 (self.dir / f"pool/{host}/{name}-disk{number}.qcow2").unlink()
         self.names = []
-        # Whatever is not 0 was thrown above.
-        return f"{count} migrations in {attempts} attempts: lost=0 duplicate-effects=0 stale-fence-writes=0"
+        self.total = [self.total[0] + count, self.total[1] + attempts]
+        return verdict(count, attempts)
 
     def left_over(self):
         wanted = {self.dir / f"pool/{host}/{name}-disk{number}.qcow2" for name, host in self.names for number in (0, 1)}
@@ -190,6 +192,11 @@ class Fleet:
     def undefine(self):
         for name in self.domains():
             subprocess.run(["virsh", "-q", "-c", self.uri, "undefine", "--nvram", name], check=True)
+
+
+def verdict(migrations, attempts):
+    """Of migrations that were judged: whatever is not 0 was thrown."""
+    return f"{migrations} migrations in {attempts} attempts: lost=0 duplicate-effects=0 stale-fence-writes=0"
 
 
 def wait(seconds, what, condition):
