@@ -231,9 +231,7 @@ package final class BusServerTransport: ServerTransport {
                 "method": "\(call.method)", "traceparent": "\(call.traceparent ?? "-")",
             ]))
         Failpoint.workerAccepted.hit()
-        let accepted = running.nextSequence(asksForLease: true)
-        try await events.publish(
-            TaskEvent(call.identity, sequence: accepted, .accepted(TaskAccepted())))
+        guard await sayAccepted(running) else { return await delivery.settle(.requeue) }
         await delivery.settle(.ack)
         Failpoint.workerAcceptedPublished.hit()
 
@@ -250,6 +248,22 @@ package final class BusServerTransport: ServerTransport {
             let reason = running.stopReason.map { "\($0)" } ?? "-"
             logger.warning("task stopped", metadata: call.identity.logged(["reason": "\(reason)"]))
         }
+    }
+
+    /// Returns once the bus has it; false when the lease has run out before. A broker that refuses for now, its queue
+    /// without a leader or full, is no reason to fail a task.
+    private func sayAccepted(_ call: RunningCall) async -> Bool {
+        while call.stopReason == nil, !Task.isCancelled {
+            let accepted = call.nextSequence(asksForLease: true)
+            do {
+                try await events.publish(TaskEvent(call.identity, sequence: accepted, .accepted(TaskAccepted())))
+                return true
+            } catch {
+                logger.warning("not said to be taken on yet", metadata: call.identity.logged(["error": "\(error)"]))
+                try? await Task.sleep(for: settings.heartbeat / 4)
+            }
+        }
+        return false
     }
 
     /// Tells the coordinator of a task that was never taken on. False when that was not possible.
