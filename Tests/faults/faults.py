@@ -125,12 +125,13 @@ def broker_restarted(fleet):
 
 def paused_worker(fleet):
     """SIGSTOP of a worker for longer than its lease, then SIGCONT"""
+    fleet.kill("kvm1")
+    fleet.begin("kvm1", "convert.chunk-written:3=stop")
     fleet.submit(["kvm1", "kvm1", "kvm2"])
-    wait(60, "a conversion", lambda: fleet.in_stage("convert"))
-    fleet.signal("kvm1", signal.SIGSTOP)
+    wait(60, "the worker to stand in the middle of a conversion", lambda: fleet.is_stopped("kvm1"))
     try:
         # Its tasks are given out again as soon as their leases have run out.
-        wait(60, "another attempt", lambda: fleet.in_stage("convert", "sent") or fleet.in_stage("deploy", "sent"))
+        wait(60, "another attempt", lambda: fleet.in_stage("convert", "sent", attempt=2))
     finally:
         fleet.signal("kvm1", signal.SIGCONT)
     fleet.wait_ended()

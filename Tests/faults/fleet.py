@@ -43,7 +43,8 @@ class Fleet:
                                   stdout=subprocess.PIPE, text=True).stdout.strip()
         self.undefine()
         self.bed("start", "--flotilla", self.flotilla, "--hosts", str(len(HOSTS)), "--libvirt", self.uri,
-                 "--sources", str(self.guest), "--nodes", str(self.nodes), FLEET_LEASE=f"{LEASE}s", FLEET_HEARTBEAT="2s")
+                 "--sources", str(self.guest), "--nodes", str(self.nodes), FLEET_LEASE=f"{LEASE}s", FLEET_HEARTBEAT="2s",
+                 FLEET_RATE="8M")  # a conversion takes long enough to be hit
 
     def stop(self):
         if (self.dir / "hosts").exists():
@@ -115,10 +116,10 @@ class Fleet:
             found.get(name, {}).get("state") in ("DONE", "FAILED", "PREFLIGHT_BLOCKED", "CANCELLED")
             for name, _ in self.names)
 
-    def in_stage(self, stage, state="running"):
-        """Whether some migration of this round is there now."""
+    def in_stage(self, stage, state="running", attempt=1):
+        """Whether some migration of this round is there now, at this attempt or a later one."""
         found = self.migrations() or {}
-        return any(step["name"] == stage and step["state"] == state
+        return any(step["name"] == stage and step["state"] == state and step["attempt"] >= attempt
                    for name, _ in self.names for step in found.get(name, {}).get("stages", []))
 
     def wait_ended(self, seconds=180):
