@@ -114,6 +114,9 @@ package final class SQLiteStore: JobStore {
                     CREATE INDEX outbox_of_task ON outbox(task_id);
                     """)
         }
+        migrator.registerMigration("4") { database in
+            try database.execute(sql: "ALTER TABLE task ADD COLUMN losses INTEGER NOT NULL DEFAULT 0")
+        }
         return migrator
     }
 }

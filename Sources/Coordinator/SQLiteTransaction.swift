@@ -83,7 +83,8 @@ struct SQLiteTransaction: JobTransaction {
     // MARK: Tasks
 
     private static let tasks = """
-        SELECT id, migration_id, stage, host, request, state, due_at, code, attempt, fence, failures, started_at, ended_at
+        SELECT id, migration_id, stage, host, request, state, due_at, code, attempt, fence, failures, losses, started_at,
+            ended_at
         FROM task
         """
 
@@ -126,19 +127,19 @@ struct SQLiteTransaction: JobTransaction {
         try execute(
             """
             INSERT INTO task (
-                id, migration_id, stage, host, request, state, due_at, code, attempt, fence, failures, has_worker,
-                started_at, ended_at)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                id, migration_id, stage, host, request, state, due_at, code, attempt, fence, failures, losses,
+                has_worker, started_at, ended_at)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
             ON CONFLICT (id) DO UPDATE SET host = excluded.host, request = excluded.request, state = excluded.state,
                 due_at = excluded.due_at, code = excluded.code, attempt = excluded.attempt, fence = excluded.fence,
-                failures = excluded.failures, has_worker = excluded.has_worker, started_at = excluded.started_at,
-                ended_at = excluded.ended_at,
+                failures = excluded.failures, losses = excluded.losses, has_worker = excluded.has_worker,
+                started_at = excluded.started_at, ended_at = excluded.ended_at,
                 sent_at = CASE WHEN state = excluded.state AND fence = excluded.fence THEN sent_at END
             """,
             [
                 record.id, record.migrationID, record.stage.rawValue, record.host, Data(record.request), state,
-                due?.milliseconds, code, machine.attempt, Int64(clamping: machine.fence), machine.failures, hasWorker,
-                record.startedAt?.milliseconds, record.endedAt?.milliseconds,
+                due?.milliseconds, code, machine.attempt, Int64(clamping: machine.fence), machine.failures,
+                machine.losses, hasWorker, record.startedAt?.milliseconds, record.endedAt?.milliseconds,
             ])
     }
 
@@ -161,9 +162,9 @@ struct SQLiteTransaction: JobTransaction {
             migrationID: row[1], stage: stage, host: row[3], request: [UInt8](row[4] as Data),
             now: Moment(milliseconds: 0))
         record.machine = TaskMachine(
-            state: state, attempt: row[8], fence: UInt64(row[9] as Int64), failures: row[10])
-        record.startedAt = (row[11] as Int64?).map(Moment.init(milliseconds:))
-        record.endedAt = (row[12] as Int64?).map(Moment.init(milliseconds:))
+            state: state, attempt: row[8], fence: UInt64(row[9] as Int64), failures: row[10], losses: row[11])
+        record.startedAt = (row[12] as Int64?).map(Moment.init(milliseconds:))
+        record.endedAt = (row[13] as Int64?).map(Moment.init(milliseconds:))
         return record
     }
 
@@ -183,7 +184,8 @@ struct SQLiteTransaction: JobTransaction {
 
     func unsent(limit: Int) throws -> [OutboxRecord] {
         try all(
-            "SELECT id, task_id, attempt, fence, method, host, deadline, body FROM outbox ORDER BY number LIMIT ?", [limit]
+            "SELECT id, task_id, attempt, fence, method, host, deadline, body FROM outbox ORDER BY number LIMIT ?",
+            [limit]
         ) { row in
             OutboxRecord(
                 id: row[0], identity: CallIdentity(task: row[1], attempt: row[2], fence: UInt64(row[3] as Int64)),

@@ -96,15 +96,13 @@ package struct TaskMachine: Hashable, Sendable {
     /// Ends with a retryable failure since the last restart.
     package private(set) var failures = 0
     /// Attempts since the last restart that ended without a word of their worker. Orphans don't count: a person ended those.
-    package var losses: Int { lost ?? 0 }
-    /// Nil in what earlier versions stored.
-    private var lost: Int?
+    package private(set) var losses = 0
 
     package init(now: Moment) { state = .waiting(notBefore: now) }
 
     /// As it was stored.
-    package init(state: State, attempt: UInt32, fence: UInt64, failures: Int) {
-        (self.state, self.attempt, self.fence, self.failures) = (state, attempt, fence, failures)
+    package init(state: State, attempt: UInt32, fence: UInt64, failures: Int, losses: Int) {
+        (self.state, self.attempt, self.fence, self.failures, self.losses) = (state, attempt, fence, failures, losses)
     }
 
     package var isEnded: Bool {
@@ -159,7 +157,7 @@ package struct TaskMachine: Hashable, Sendable {
             return []
 
         case (.restart, _) where isEnded:
-            (failures, lost) = (0, nil)
+            (failures, losses) = (0, 0)
             state = .waiting(notBefore: now)
             return []
 
@@ -190,7 +188,7 @@ package struct TaskMachine: Hashable, Sendable {
 
     /// The first is made up for at once: workers are restarted, and hosts.
     private mutating func lose(now: Moment, policy: Policy) -> [Action] {
-        lost = losses + 1
+        losses += 1
         guard losses < policy.maximumLosses else {
             let code = MigrationError.Code.internal.rawValue
             state = .failed(code: code)

@@ -1,4 +1,3 @@
-import FoundationEssentials
 import MigrationModel
 import Testing
 
@@ -141,13 +140,6 @@ private let dataLoss = MigrationError.Code.dataLoss.rawValue
         _ = machine.handle(.restart, now: moment(80_000), policy: few)
         #expect(machine.losses == 0)
         attempt(5, at: 80_000)
-    }
-
-    @Test func machinesOfEarlierVersionsCanBeRead() throws {
-        let machine = try JSONDecoder().decode(
-            TaskMachine.self,
-            from: Data(#"{"state":{"sent":{}},"attempt":1,"fence":1,"failures":0}"#.utf8))
-        #expect(machine.state == .sent && machine.losses == 0)
     }
 
     @Test func releaseOfItsOwnFenceAloneEndsALease() {
