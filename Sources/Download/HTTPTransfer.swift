@@ -142,15 +142,34 @@ package final class HTTPTransfer: @unchecked Sendable {
     /// - Parameter headers: besides the location's.
     /// - Throws: `Interrupted` when no answer came. The server may have acted all the same.
     package func post(_ body: [UInt8], headers more: [String]) throws -> HTTPResponse {
+        try send("POST", to: location.url, body, headers: more)
+    }
+
+    /// As `post`, with a method and for an address of the location's server.
+    ///
+    /// - Parameter body: of a POST.
+    package func send(
+        _ method: String, to url: String, _ body: [UInt8] = [], headers more: [String]
+    ) throws -> HTTPResponse {
         prepare()
         for line in more + ["Expect:"] { headers = curl_slist_append(headers, line) }
-        _ = flotilla_curl_set_long(easy, CURLOPT_POST, 1)
-        _ = flotilla_curl_set_text(easy, CURLOPT_RANGE, nil)
-        _ = flotilla_curl_set_long(easy, CURLOPT_POSTFIELDSIZE, body.count)
-        let copied = body.withUnsafeBytes {
-            flotilla_curl_set_pointer(easy, CURLOPT_COPYPOSTFIELDS, UnsafeMutableRawPointer(mutating: $0.baseAddress))
+        var results = [
+            flotilla_curl_set_text(easy, CURLOPT_URL, url), flotilla_curl_set_text(easy, CURLOPT_RANGE, nil),
+            flotilla_curl_set_long(easy, method == "POST" ? CURLOPT_POST : CURLOPT_HTTPGET, 1),
+            flotilla_curl_set_text(easy, CURLOPT_CUSTOMREQUEST, method == "POST" || method == "GET" ? nil : method),
+        ]
+        if method == "POST" {
+            results.append(flotilla_curl_set_long(easy, CURLOPT_POSTFIELDSIZE, body.count))
+            // Without a pointer libcurl would read standard input.
+            results.append(
+                body.isEmpty
+                    ? flotilla_curl_set_text(easy, CURLOPT_COPYPOSTFIELDS, "")
+                    : body.withUnsafeBytes {
+                        flotilla_curl_set_pointer(
+                            easy, CURLOPT_COPYPOSTFIELDS, UnsafeMutableRawPointer(mutating: $0.baseAddress))
+                    })
         }
-        guard copied == CURLE_OK else {
+        guard results.allSatisfy({ $0 == CURLE_OK }) else {
             throw MigrationError(.resourceExhausted, "\(location.name): no memory for a request")
         }
         try awaitHeaders()

@@ -21,6 +21,9 @@ struct ManifestView {
         }
         lines.append("  " + facts.joined(separator: ", "))
         if !vm.biosUuid.isEmpty { lines.append("  UUID \(vm.biosUuid)") }
+        if !vm.tags.isEmpty {
+            lines.append("  tags " + vm.tags.map { "\($0.category): \($0.name)" }.joined(separator: ", "))
+        }
         if !manifest.source.url.isEmpty { lines.append("  from \(manifest.source.url)") }
         if !manifest.disks.isEmpty {
             lines += table(

@@ -26,10 +26,13 @@ struct VMCapture {
     /// Of disks and network cards: "scsi0:1", "ethernet0".
     var labels: [Int64: String] = [:]
 
-    init(_ content: ObjectContent, _ inventory: Inventory, _ source: VSphereURL) {
+    private let tags: VMTags
+
+    init(_ content: ObjectContent, _ inventory: Inventory, _ source: VSphereURL, _ tags: VMTags) {
         self.content = content
         self.inventory = inventory
         self.source = source
+        self.tags = tags
     }
 
     /// - Throws: `invalidArgument` for what no server should say.
@@ -101,6 +104,11 @@ struct VMCapture {
         manifest.vm.changeTracking = content.flag("config.changeTrackingEnabled") ?? false
         manifest.vm.annotation = content.text("config.annotation") ?? ""
         manifest.vm.folder = inventory.folder(of: content.reference("parent"))
+        switch tags {
+        case .known(let tags): manifest.vm.tags = tags[content.object.value] ?? []
+        case .unknown(let error):
+            manifest.note("vm", "its tags are not known: \(error.message)", remedy: error.hint ?? "")
+        }
         manifest.vm.encrypted = content["config.keyId"] != nil
         if manifest.vm.encrypted {
             manifest.block(

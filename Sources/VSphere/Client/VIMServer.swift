@@ -41,12 +41,14 @@ package struct VIMServer: Sendable {
     package static let trustHint =
         "give its authority's certificate (a CA file) or its certificate's SHA-256 fingerprint; trust is never skipped"
 
+    func url(_ path: String) -> String { "\(scheme)://\(authority)\(path)" }
+
     /// A resource of the server.
     ///
     /// - Parameter cookie: of the session; goes to this server only.
     func location(_ path: String, name: String, cookie: String? = nil) -> HTTPLocation {
         var location = HTTPLocation(
-            "\(scheme)://\(authority)\(path)", name: name, trust: trust,
+            url(path), name: name, trust: trust,
             headers: cookie.map { ["Cookie: \($0)"] } ?? [])
         location.trustHint = Self.trustHint
         return location

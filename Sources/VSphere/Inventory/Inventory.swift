@@ -5,8 +5,6 @@ import MigrationModel
 
 /// Reads a server's inventory, or one data centre of it: two passes of the property collector, one for what VMs refer to
 /// and one for the VMs, which are handed out one by one. Memory grows with hosts and folders, not with VMs. Blocking.
-///
-/// Tags aren't read: they live behind vCenter's other API.
 package struct Inventory: Sendable {
     private let client: VIMClient
     /// What is captured when a running VM may be moved as a snapshot finds it.
@@ -168,11 +166,26 @@ package struct Inventory: Sendable {
 
     /// Every VM as a manifest, in the server's order.
     package func virtualMachines(stop: StopFlag, _ take: (Manifest) throws -> Void) throws {
+        let tags = try tags(stop: stop)
         try client.retrieve(
             [PropertySpec("VirtualMachine", VMCapture.paths)], below: container, pageSize: 250, stop: stop
         ) { content in
-            var capture = VMCapture(content, self, source)
+            var capture = VMCapture(content, self, source, tags)
             try take(capture.run())
+        }
+    }
+
+    /// Of one VM, or of all. Tags decide nothing: where they can't be read, the manifests say so.
+    private func tags(of object: ObjectReference? = nil, stop: StopFlag) throws -> VMTags {
+        // A host alone has none.
+        guard client.content.about.type == "VirtualCenter" else { return .known([:]) }
+        do {
+            let session = try TagSession(client.server, stop: stop)
+            defer { session.close() }
+            guard let object else { return .known(try session.all()) }
+            return .known([object.value: try session.ofMachine(object.value)])
+        } catch let error as MigrationError where error.code != .cancelled {
+            return .unknown(error)
         }
     }
 
@@ -199,12 +212,12 @@ package struct Inventory: Sendable {
                     ? "flotilla inventory lists those the account sees; upper and lower case differ"
                     : "name one by its id: \(named.map(\.value).sorted().joined(separator: ", "))")
         }
-        return try capture(object, stop: stop)
+        return try capture(object, tags(of: object, stop: stop), stop: stop)
     }
 
-    func capture(_ object: ObjectReference, stop: StopFlag) throws -> Manifest {
+    func capture(_ object: ObjectReference, _ tags: VMTags = .known([:]), stop: StopFlag) throws -> Manifest {
         let content = try client.properties(VMCapture.paths, of: object, stop: stop)
-        var capture = VMCapture(content, self, source)
+        var capture = VMCapture(content, self, source, tags)
         return try capture.run()
     }
 
