@@ -33,7 +33,8 @@ package func sourceFindings(_ manifest: Manifest) -> [Finding] {
             "\(name) is a raw device mapping in virtual mode; its LUN's content becomes an image",
             "make sure that nothing else writes to the LUN, or attach it to the target yourself")
         findings.add(
-            !["", "vmdk", "raw"].contains(disk.source.format), .blocked, disk.id, "image, which",
+            !["", "vmdk", "raw", "qcow2", "qed", "vdi", "vhdx", "vpc"].contains(disk.source.format), .blocked, disk.id,
+            "image, which",
             "\(name) is a \(disk.source.format) image, which a migration doesn't read",
             "make a raw disk of it with `flotilla disk convert -O raw`, and name that in the manifest")
         findings.add(

@@ -1,8 +1,8 @@
 import Export
 import MigrationModel
 
-/// `vsphere://USER@HOST[:PORT][/DATACENTER][?vm=NAME&snapshot=1&via=datastore]`. USER may hold '@' itself. Parts are
-/// percent-encoded where needed. Never holds a password.
+/// `vsphere://USER@HOST[:PORT][/DATACENTER][?vm=NAME&snapshot=1&via=datastore]`, or `&staged=1` in place of the last.
+/// USER may hold '@' itself. Parts are percent-encoded where needed. Never holds a password.
 package struct VSphereURL: Sendable, Hashable, CustomStringConvertible {
     package var user: String
     /// "vcenter.example" or "vcenter.example:8443".
@@ -14,6 +14,8 @@ package struct VSphereURL: Sendable, Hashable, CustomStringConvertible {
     /// Move a running VM as a snapshot finds it.
     package var snapshot = false
     package var transfer = Transfer.nfc
+    /// Keep the disks' files as they come (streamOptimized VMDK), beside the images made of them.
+    package var isStaged = false
 
     /// How the disks are read.
     package enum Transfer: String, Sendable, CaseIterable {
@@ -63,14 +65,18 @@ package struct VSphereURL: Sendable, Hashable, CustomStringConvertible {
             case ("vm", _): vm = value
             case ("snapshot", "1"): snapshot = true
             case ("snapshot", "0"): snapshot = false
+            case ("staged", "1"): isStaged = true
+            case ("staged", "0"): isStaged = false
             case ("via", _):
                 guard let transfer = Transfer(rawValue: value) else {
                     throw refuse("has a via= other than nfc, datastore")
                 }
                 self.transfer = transfer
-            default: throw refuse("has the unknown parameter '\(String(parts[0]).printable)=\(value.printable)'")
+            default:
+                throw refuse("has the unknown parameter '\(String(parts[0]).printable)=\(value.printable)'")
             }
         }
+        guard !isStaged || transfer == .nfc else { throw refuse("has staged=1, which goes with via=nfc") }
     }
 
     /// Canonical: equal sources have equal texts.
@@ -78,6 +84,7 @@ package struct VSphereURL: Sendable, Hashable, CustomStringConvertible {
         var parameters: [String] = []
         if let vm { parameters.append("vm=\(Self.encoded(vm))") }
         if snapshot { parameters.append("snapshot=1") }
+        if isStaged { parameters.append("staged=1") }
         if transfer != .nfc { parameters.append("via=\(transfer.rawValue)") }
         let path = datacenter.map { "/" + Self.encoded($0, besides: "/") } ?? "/"
         return "vsphere://\(Self.encoded(user, besides: "@"))@\(authority)\(path)"

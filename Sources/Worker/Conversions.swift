@@ -7,30 +7,65 @@ import HostKit
 import MigrationModel
 import SwiftProtobuf
 
-extension DiskConversion {
-    /// The conversion of one captured disk.
+/// Where a task's disks are made and go.
+struct DiskPlace {
+    var format: TargetFormat
+    /// The task's folder.
+    var work: String
+    var pool: String
+    var domain: String
+
+    func path(of disk: Disk, _ format: String) -> String {
+        targetPath(pool: pool, domain: domain, disk: disk.id, format: format)
+    }
+}
+
+/// One disk's way: perhaps into a file on this host first, then into an image.
+struct DiskWork: Sendable {
+    let disk: Disk
+    let conversion: DiskConversion
+    let staging: Staging?
+    /// Set for an image that qemu-img reads for us.
+    let foreign: QEMUImage?
+
     init(
-        _ disk: Disk, format: TargetFormat, work: String, pool: String, domain: String, rateLimit: RateLimit?
+        _ disk: Disk, _ origin: DiskConversion.Source, _ place: DiskPlace, _ options: DiskConversion.Options,
+        staging: Staging? = nil, foreign: QEMUImage? = nil
     ) throws {
-        guard let sourceFormat = DiskFormat(rawValue: disk.source.format) else {
+        guard isDiskID(disk.id) else { throw MigrationError(.invalidArgument, "\"\(disk.id)\" is not a disk id") }
+        self.disk = disk
+        self.staging = staging
+        self.foreign = foreign
+        conversion = DiskConversion(
+            origin, to: .file(place.format, path: place.path(of: disk, place.format.rawValue)),
+            workDirectory: place.work, name: disk.id, options: options)
+    }
+
+    /// Of one captured disk that lies on this host.
+    init(_ disk: Disk, _ configuration: WorkerConfiguration, _ place: DiskPlace) throws {
+        var options = DiskConversion.Options()
+        options.rateLimit = configuration.rateLimit
+        if let image = disk.foreignImage {
+            let staging = Staging(image, of: disk, work: place.work, rate: configuration.rateLimit)
+            try self.init(
+                disk, .disk(name: disk.source.path) { try staging.open($0) }, place, options, staging: staging,
+                foreign: image)
+            return
+        }
+        guard let format = DiskFormat(rawValue: disk.source.format) else {
             throw MigrationError(
                 .unimplemented, "\(disk.id): source format \"\(disk.source.format)\" is not read by this version")
         }
-        guard isDiskID(disk.id) else { throw MigrationError(.invalidArgument, "\"\(disk.id)\" is not a disk id") }
-        var options = Options()
-        options.rateLimit = rateLimit
         for digest in disk.source.expected {
             guard let algorithm = Digest.Algorithm(rawValue: digest.algorithm) else {
                 throw MigrationError(.invalidArgument, "\(disk.id): unknown digest \"\(digest.algorithm)\"")
             }
             options.expectedDigests[algorithm] = digest.hex
         }
-        self.init(
-            source: FileRegion(
-                path: disk.source.path, offset: disk.source.offset,
-                length: disk.source.length == 0 ? nil : disk.source.length),
-            sourceFormat: sourceFormat, targetFormat: format, workDirectory: work, name: disk.id,
-            finalPath: targetPath(pool: pool, domain: domain, disk: disk.id, format: format.rawValue), options: options)
+        let region = FileRegion(
+            path: disk.source.path, offset: disk.source.offset,
+            length: disk.source.length == 0 ? nil : disk.source.length)
+        try self.init(disk, .file(region, format), place, options)
     }
 }
 
@@ -41,9 +76,12 @@ extension Disk {
     /// "disk1 (web-disk2.vmdk)".
     var text: String { "\(id) (\(source.member.isEmpty ? Files.name(of: source.path) : source.member))" }
 
-    mutating func take(_ result: DiskConversion.Result) {
-        source.sha256 = result.sourceSHA256 ?? ""
-        source.streamBytes = result.sourceBytes
+    /// - Parameter isSource: whether what was converted is the source's own file.
+    mutating func take(_ result: DiskConversion.Result, isSource: Bool) {
+        if isSource {
+            source.sha256 = result.sourceSHA256 ?? ""
+            source.streamBytes = result.sourceBytes
+        }
         source.contentSha256 = result.contentDigest ?? ""
         source.contentChunkBytes = UInt64(Chunk.size)
         target = .with {

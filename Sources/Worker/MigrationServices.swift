@@ -99,28 +99,28 @@ struct ConvertHandler: ConvertService.ServiceProtocol {
                 ? try await blockingCancellable("export") { stop in
                     try configuration.openExport(request.manifest, task: call.task, stop: stop)
                 } : nil
-            var conversions: [DiskConversion] = []
+            var works: [DiskWork] = []
             do {
-                conversions = try request.manifest.disks.map {
-                    if let export {
-                        return try DiskConversion(
-                            $0, of: export, request.manifest, configuration, format: format, work: folder,
-                            pool: pool.path, domain: request.domainName)
-                    }
-                    return try DiskConversion(
-                        $0, format: format, work: folder, pool: pool.path, domain: request.domainName,
-                        rateLimit: configuration.rateLimit)
+                let place = DiskPlace(format: format, work: folder, pool: pool.path, domain: request.domainName)
+                works = try request.manifest.disks.map { disk in
+                    guard let export else { return try DiskWork(disk, configuration, place) }
+                    return try DiskWork(disk, of: export, request.manifest, configuration, place)
                 }
                 // All disks are complete and verified before the first gets its final name.
                 var notices: [DiskConversion.Notice] = []
+                var disks = request.manifest.disks
                 do {
-                    for (disk, conversion) in zip(request.manifest.disks, conversions) {
+                    for (index, work) in works.enumerated() {
                         do {
-                            notices.append(try await fetch(disk, conversion, export, request.manifest, writer))
+                            notices.append(try await fetch(work, export, request.manifest, writer))
+                            try await take(work, &disks[index])
                         } catch var error as MigrationError {
-                            error.message = "\(disk.text): \(error.message)"
+                            error.message = "\(work.disk.text): \(error.message)"
                             throw error
                         }
+                    }
+                    if !isRemote {
+                        try await blocking("convert") { try requireUnchanged(request.manifest) }
                     }
                 } catch {
                     if let export { await end(export, isDone: false, writer) }
@@ -128,124 +128,31 @@ struct ConvertHandler: ConvertService.ServiceProtocol {
                 }
                 if let export { await end(export, isDone: true, writer) }
                 try await permit("publish-disks", call)
-                var disks = request.manifest.disks
-                for (index, conversion) in conversions.enumerated() {
+                for (index, work) in works.enumerated() {
                     let notice = notices[index]
-                    let result = try await blocking("publish") { try conversion.publish(notice) }
-                    disks[index].take(result)
-                    try await writer.step(conversion.name, "written to \(result.path)")
+                    let result = try await blocking("publish") {
+                        let result = try work.conversion.publish(notice)
+                        try work.staging?.keep()
+                        return result
+                    }
+                    disks[index].take(result, isSource: work.foreign == nil)
+                    try await writer.step(work.disk.id, "written to \(result.path)")
                 }
                 try await writer.write(.with { [disks] in $0.result = .with { $0.disks = disks } })
             } catch let error as MigrationError where !error.keepsCheckpoint {
                 // Nothing of this attempt can be of use to another.
                 // What can't be tidied up now is the next attempt's; the person must hear of the cause.
-                try? await blocking("convert") { [conversions] in
-                    for conversion in conversions { try conversion.withdraw() }
+                try? await blocking("convert") { [works] in
+                    for each in works {
+                        try each.conversion.withdraw()
+                        try each.staging?.withdraw()
+                    }
                     try work.remove()
                 }
                 throw error
             }
             return [:]
         }
-    }
-
-    /// Converts one disk; one that comes from a server as often as it takes.
-    private func fetch(
-        _ disk: Disk, _ conversion: DiskConversion, _ export: VMExport?, _ manifest: Manifest,
-        _ writer: RPCWriter<ConvertUpdate>
-    ) async throws -> DiskConversion.Notice {
-        guard let export else { return try await run(conversion, writer) { _ in } }
-        let total = manifest.disks.reduce(0) { $0 &+ $1.capacityBytes }
-        let before = manifest.disks.prefix { $0.id != disk.id }.reduce(0) { $0 &+ $1.capacityBytes }
-        let source = try configuration.vsphere.source(
-            of: VSphereURL(parsing: manifest.source.url), host: configuration.host)
-        let slots = configuration.vsphere.slots(source, manifest)
-        let isRanges = try VSphereURL(parsing: manifest.source.url).transfer == .datastore
-        var retries = TransferRetries()
-        while true {
-            do {
-                return try await run(conversion, writer, slots) { report in
-                    // Of another size than the VM's: another disk. Nothing of it may go further.
-                    guard report.capacity == disk.capacityBytes else {
-                        throw MigrationError(
-                            .failedPrecondition,
-                            "the server sent a disk of \(report.capacity) bytes, the VM's has \(disk.capacityBytes)",
-                            hint: "look at the VM on the source, then migrate it again")
-                    }
-                    let done = Double(before &+ report.doneBytes) / Double(max(1, total))
-                    export.report(percent: Int(done * 100))
-                }
-            } catch let error as MigrationError {
-                guard !Task.isCancelled, let pause = retries.pause(after: error, isRanges: isRanges) else {
-                    throw error
-                }
-                try await writer.step(conversion.name, "again in \(pause) s: \(error.message)")
-                try await Task.sleep(for: .seconds(pause))
-            }
-        }
-    }
-
-    /// What is left on the server is said, and is no reason to throw the disks away.
-    private func end(_ export: VMExport, isDone: Bool, _ writer: RPCWriter<ConvertUpdate>) async {
-        let left = try? await blocking("export") { export.end(isDone: isDone) }
-        if let left = left ?? nil { try? await writer.step("source", "\(left)") }
-    }
-
-    /// - Parameter check: sees each report before anyone else and may end the conversion.
-    private func run(
-        _ conversion: DiskConversion, _ writer: RPCWriter<ConvertUpdate>, _ slots: TransferSlots? = nil,
-        check: @escaping @Sendable (DiskConversion.Progress) throws -> Void
-    ) async throws -> DiskConversion.Notice {
-        let (reports, continuation) = AsyncStream<DiskConversion.Progress>.makeStream(
-            bufferingPolicy: .bufferingNewest(1))
-        let notice = try await withThrowingTaskGroup(of: Void.self) { group in
-            group.addTask {
-                for await report in reports {
-                    try await writer.write(
-                        .with {
-                            $0.progress = .with {
-                                $0.subject = conversion.name
-                                $0.phase = "converting"
-                                $0.bytesDone = report.doneBytes
-                                $0.bytesTotal = report.capacity
-                                $0.bytesWritten = report.writtenBytes
-                            }
-                        })
-                }
-            }
-            defer { continuation.finish() }
-            return try await blockingCancellable("convert") { stop in
-                func convert() throws -> DiskConversion.Notice {
-                    var failure: (any Error)?
-                    let notice = try conversion.convert(stop: stop) { report in
-                        do {
-                            try check(report)
-                            continuation.yield(report)
-                        } catch {
-                            failure = error
-                            stop.set(error as? MigrationError ?? MigrationError(.internal, "\(error)"))
-                        }
-                    }
-                    if let failure { throw failure }
-                    return notice
-                }
-                return try slots?.with(stop, convert) ?? convert()
-            }
-        }
-        if let text = notice.text { try await writer.step(conversion.name, text) }
-        return notice
-    }
-}
-
-extension RPCWriter<ConvertUpdate> {
-    fileprivate func step(_ subject: String, _ message: String) async throws {
-        try await write(
-            .with {
-                $0.step = .with {
-                    $0.subject = subject
-                    $0.message = message
-                }
-            })
     }
 }
 

@@ -43,31 +43,38 @@ extension WorkerConfiguration {
     }
 }
 
-extension DiskConversion {
-    /// The conversion of a disk while it comes from a server.
+extension DiskWork {
+    /// Of a disk that comes from a server.
     init(
         _ disk: Disk, of export: VMExport, _ manifest: Manifest, _ configuration: WorkerConfiguration,
-        format: TargetFormat, work: String, pool: String, domain: String
+        _ place: DiskPlace
     ) throws {
-        guard isDiskID(disk.id) else { throw MigrationError(.invalidArgument, "\"\(disk.id)\" is not a disk id") }
         let url = try VSphereURL(parsing: manifest.source.url)
         let source = try configuration.vsphere.source(of: url, host: configuration.host)
         let limits = configuration.vsphere.limits(source, manifest, disk)
-        var options = Options()
-        options.rateLimit = configuration.rateLimit
-        let origin: Source =
-            switch url.transfer {
-            case .nfc:
-                .stream(
-                    Stream(name: disk.source.path) { stop in
-                        PacedSource(try export.stream(of: disk, stop: stop), limits, stop)
-                    })
-            case .datastore: .disk(name: disk.source.path) { try export.ranges(of: disk, stop: $0) }
+        var options = DiskConversion.Options()
+        let name = disk.source.path
+        switch (url.transfer, url.isStaged) {
+        case (.datastore, _):
+            options.rateLimit = configuration.rateLimit
+            let origin = DiskConversion.Source.disk(name: name) { stop in
+                PacedDisk(try export.ranges(of: disk, stop: stop), limits, stop)
             }
-        self.init(
-            origin,
-            to: .file(format, path: targetPath(pool: pool, domain: domain, disk: disk.id, format: format.rawValue)),
-            workDirectory: work, name: disk.id, options: options)
+            try self.init(disk, origin, place, options)
+        case (.nfc, false):
+            options.rateLimit = configuration.rateLimit
+            let stream = DiskConversion.Stream(name: name) { stop in
+                PacedSource(try export.stream(of: disk, stop: stop), limits, stop)
+            }
+            try self.init(disk, .stream(stream), place, options)
+        case (.nfc, true):
+            // The file's way into the image burdens the source no more.
+            let all = limits + [configuration.rateLimit].compactMap { $0 }
+            let staging = Staging(disk, work: place.work, keptAs: place.path(of: disk, "vmdk")) { stop in
+                PacedSource(try export.stream(of: disk, stop: stop), all, stop)
+            }
+            try self.init(disk, .disk(name: name) { try staging.open($0) }, place, options, staging: staging)
+        }
     }
 }
 

@@ -1,5 +1,4 @@
 import Convert
-import DiskImage
 import FlotillaProtocol
 import HostKit
 import MigrationModel
@@ -93,24 +92,5 @@ final class TransferSlots: Sendable {
         }) { try stop.wait(for: .milliseconds(200)) }
         defer { free.withLock { $0 += 1 } }
         return try body()
-    }
-}
-
-/// Paces what passes through it by several ceilings.
-final class PacedSource: ByteSource {
-    private let source: any ByteSource
-    private let limits: [RateLimit]
-    private let stop: StopFlag
-
-    init(_ source: any ByteSource, _ limits: [RateLimit], _ stop: StopFlag) {
-        (self.source, self.limits, self.stop) = (source, limits, stop)
-    }
-
-    var name: String { source.name }
-
-    func read(into buffer: UnsafeMutableRawBufferPointer) throws -> Int {
-        let count = try source.read(into: buffer)
-        for limit in limits { try limit.take(count, stop: stop) }
-        return count
     }
 }

@@ -155,6 +155,15 @@ import Testing
         #expect(try fingerprint(of: manifest) != manifest.source.fingerprint)
     }
 
+    @Test func flatFilesAreTheDiskItself() throws {
+        let text = Self.good.replacing("local_path: data.raw", with: "local_path: data-flat.vmdk")
+            .replacing("source_format: raw", with: "source_format: vmdk")
+        let folder = try folder(text)
+        try folder.write("data-flat.vmdk", [UInt8](repeating: 0, count: 1024))
+        let disk = try #require(try folder.capture("manifest", "web.yaml").disks.last)
+        #expect(disk.source.format == "raw" && disk.capacityBytes == 1024)
+    }
+
     @Test func roundTrip() throws {
         let folder = try folder()
         let manifest = try folder.capture("manifest", "web.yaml")

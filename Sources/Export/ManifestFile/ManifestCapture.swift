@@ -41,6 +41,8 @@ struct ManifestCapture {
         disk.clearTarget()
         let region = try find(named, owner)
         disk.source.path = region.path
+        // The content alone; what VMware calls the VMDK is a descriptor beside it.
+        if !isOwn, disk.source.format == "vmdk", region.path.hasSuffix("-flat.vmdk") { disk.source.format = "raw" }
         let (start, overflow) = disk.source.offset.addingReportingOverflow(isOwn ? disk.source.length : 0)
         guard !overflow, start <= region.length else {
             throw MigrationError(

@@ -57,9 +57,16 @@ struct VSphereTransfer: ParsableArguments {
         help: "How their disks are read: nfc (compressed, under a lease) or datastore (flat files, resumable).")
     var via: VSphereURL.Transfer?
 
-    func apply(to url: inout VSphereURL) {
+    @Flag(help: "Keep their disks as they come, VMDK files beside the images; needs that much more room in the pool.")
+    var staged = false
+
+    func apply(to url: inout VSphereURL) throws {
+        if staged { url.isStaged = true }
         if snapshot { url.snapshot = true }
         if let via { url.transfer = via }
+        guard !url.isStaged || url.transfer == .nfc else {
+            throw ValidationError("--staged keeps what comes through nfc: it doesn't go with --via datastore")
+        }
     }
 }
 

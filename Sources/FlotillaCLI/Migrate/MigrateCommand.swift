@@ -123,7 +123,7 @@ struct MigrateCommand: AsyncParsableCommand {
         var url = try VSphereURL(parsing: source)
         let vm = url.vm ?? ""
         url.vm = nil
-        transfer.apply(to: &url)
+        try transfer.apply(to: &url)
         return (url.description, vm)
     }
 }

@@ -46,7 +46,7 @@ struct MigrationCommand: AsyncParsableCommand {
                     var url = try VSphereURL(parsing: source)
                     if vm.isEmpty { request.vmName = url.vm ?? "" }
                     url.vm = nil
-                    transfer.apply(to: &url)
+                    try transfer.apply(to: &url)
                     request.sourceURL = url.description
                 } else {
                     let url = try SourceURL(parsing: source)

@@ -1,0 +1,135 @@
+import Convert
+import DiskImage
+import FlotillaProtocol
+import GRPCCore
+import HostKit
+import MigrationModel
+import SwiftProtobuf
+import VSphere
+
+/// What a worker tells of a disk on its way.
+private struct DiskReport {
+    /// "downloading", "reading", "converting".
+    var phase: String
+    var done: UInt64
+    var total: UInt64
+    var written: UInt64 = 0
+}
+
+extension ConvertHandler {
+    /// Converts one disk; one that comes from a server as often as it takes.
+    func fetch(
+        _ work: DiskWork, _ export: VMExport?, _ manifest: Manifest, _ writer: RPCWriter<ConvertUpdate>
+    ) async throws -> DiskConversion.Notice {
+        let disk = work.disk
+        @Sendable func check(_ report: DiskConversion.Progress) throws {
+            // Of another size than the VM's: another disk. Nothing of it may go further.
+            guard report.capacity == disk.capacityBytes || disk.capacityBytes == 0 else {
+                throw MigrationError(
+                    .failedPrecondition,
+                    "the disk that came has \(report.capacity) bytes, the VM's has \(disk.capacityBytes)",
+                    hint: "look at the VM on the source, then migrate it again")
+            }
+        }
+        guard let export else { return try await run(work, writer) { try check($0) } }
+        let total = manifest.disks.reduce(0) { $0 &+ $1.capacityBytes }
+        let before = manifest.disks.prefix { $0.id != disk.id }.reduce(0) { $0 &+ $1.capacityBytes }
+        let url = try VSphereURL(parsing: manifest.source.url)
+        let source = try configuration.vsphere.source(of: url, host: configuration.host)
+        let slots = configuration.vsphere.slots(source, manifest)
+        var retries = TransferRetries()
+        while true {
+            do {
+                return try await run(work, writer, slots) { report in
+                    try check(report)
+                    let done = Double(before &+ report.doneBytes) / Double(max(1, total))
+                    export.report(percent: Int(done * 100))
+                }
+            } catch let error as MigrationError {
+                guard !Task.isCancelled, let pause = retries.pause(after: error, isRanges: url.transfer == .datastore)
+                else { throw error }
+                // What was kept of it is as damaged as it came.
+                if error.code == .dataLoss { try await blocking("convert") { try work.staging?.discard() } }
+                try await writer.step(disk.id, "again in \(pause) s: \(error.message)")
+                try await Task.sleep(for: .seconds(pause))
+            }
+        }
+    }
+
+    /// The digest of a file that was read by another program, which must be the promised one.
+    func take(_ work: DiskWork, _ disk: inout Disk) async throws {
+        guard work.foreign != nil else { return }
+        let (digest, bytes) = try await blockingCancellable("convert") { try work.disk.checkedFile(stop: $0) }
+        disk.source.sha256 = digest
+        disk.source.streamBytes = bytes
+    }
+
+    /// What is left on the server is said, and is no reason to throw the disks away.
+    func end(_ export: VMExport, isDone: Bool, _ writer: RPCWriter<ConvertUpdate>) async {
+        let left = try? await blocking("export") { export.end(isDone: isDone) }
+        if let left = left ?? nil { try? await writer.step("source", "\(left)") }
+    }
+
+    /// - Parameter check: sees each report of the conversion before anyone else and may end it.
+    private func run(
+        _ work: DiskWork, _ writer: RPCWriter<ConvertUpdate>, _ slots: TransferSlots? = nil,
+        check: @escaping @Sendable (DiskConversion.Progress) throws -> Void
+    ) async throws -> DiskConversion.Notice {
+        let (reports, continuation) = AsyncStream<DiskReport>.makeStream(bufferingPolicy: .bufferingNewest(1))
+        let phase = work.foreign == nil ? "downloading" : "reading"
+        work.staging?.observe { continuation.yield(DiskReport(phase: phase, done: $0, total: $1)) }
+        let notice = try await withThrowingTaskGroup(of: Void.self) { group in
+            group.addTask {
+                for await report in reports { try await writer.progress(work.disk.id, report) }
+            }
+            defer { continuation.finish() }
+            return try await blockingCancellable("convert") { stop in
+                func convert() throws -> DiskConversion.Notice {
+                    var failure: (any Error)?
+                    let notice = try work.conversion.convert(stop: stop) { report in
+                        do {
+                            try check(report)
+                            continuation.yield(
+                                DiskReport(
+                                    phase: "converting", done: report.doneBytes, total: report.capacity,
+                                    written: report.writtenBytes))
+                        } catch {
+                            failure = error
+                            stop.set(error as? MigrationError ?? MigrationError(.internal, "\(error)"))
+                        }
+                    }
+                    if let failure { throw failure }
+                    return notice
+                }
+                return try slots?.with(stop, convert) ?? convert()
+            }
+        }
+        if let text = notice.text { try await writer.step(work.disk.id, text) }
+        return notice
+    }
+}
+
+extension RPCWriter<ConvertUpdate> {
+    func step(_ subject: String, _ message: String) async throws {
+        try await write(
+            .with {
+                $0.step = .with {
+                    $0.subject = subject
+                    $0.message = message
+                }
+            })
+    }
+
+    fileprivate func progress(_ subject: String, _ report: DiskReport) async throws {
+        try await write(
+            .with {
+                $0.progress = .with {
+                    $0.subject = subject
+                    $0.phase = report.phase
+                    $0.bytesDone = report.done
+                    $0.bytesTotal = report.total
+                    $0.bytesWritten = report.written
+                }
+            })
+    }
+}
