@@ -12,10 +12,15 @@ enum Chart {
 
     static func gpus(_ demand: [Assessment.Demand], hosts: Bool) -> String {
         let sorted = demand.sorted { ($1.wanted, $0.kind) < ($0.wanted, $1.kind) }
-        let rows = sorted.prefix(8).map {
+        var rows = sorted.prefix(8).map {
             ($0.kind, $0.wanted, hosts ? "\($0.wanted), hosts have \($0.free) free" : "\($0.wanted)")
         }
-        return chart("GPUs wanted, by kind", Array(rows), empty: "no GPUs")
+        let others = sorted.dropFirst(8)
+        if !others.isEmpty {
+            let wanted = others.reduce(0) { $0 + $1.wanted }
+            rows.append(("\(others.count) other \(others.count == 1 ? "kind" : "kinds")", wanted, "\(wanted)"))
+        }
+        return chart("GPUs wanted, by kind", rows, empty: "no GPUs")
     }
 
     /// What stands in the way most often.
