@@ -60,6 +60,8 @@ test-vsphere: ## compare inventories of simulated vCenters with pyvmomi's, break
 	swift build --product flotilla
 	Tests/testbeds/vsphere/crosscheck $$(swift build --show-bin-path)/flotilla
 	Tests/testbeds/vsphere/faults $$(swift build --show-bin-path)/flotilla
+	Tests/testbeds/vsphere/faults --esx $$(swift build --show-bin-path)/flotilla
+	Tests/testbeds/vsphere/fleet $$(swift build --show-bin-path)/flotilla
 
 SEEDS ?= 200
 test-disk: ## run the disk engine's tests at length: the full format matrix, SEEDS (200) random disks
