@@ -134,7 +134,7 @@ package struct DeviceTree: Sendable {
         let enabled = names.contains("sriov_numvfs") ? Int(sysfs.number("\(folder)/sriov_numvfs") ?? 0) : 0
         let override = sysfs.text("\(folder)/driver_override") ?? ""
         let header = sysfs.bytes("\(folder)/config", limit: 64).flatMap { $0.count > 0x0e ? $0[0x0e] & 0x7f : nil }
-        let offers = vgpuOffers(folder, names, sysfs)
+        let offers = vgpuOffers(address, names, sysfs)
         return DeviceFunction(
             function: function, address: address, headerType: header,
             bars: names.contains("resource") ? BaseAddress.read(wholeText(sysfs, "\(folder)/resource")) : [],
@@ -154,30 +154,15 @@ package struct DeviceTree: Sendable {
         sysfs.bytes(attribute).map { String(decoding: $0, as: UTF8.self) } ?? ""
     }
 
-    private static func vgpuOffers(_ folder: String, _ names: Set<String>, _ sysfs: Sysfs)
+    private static func vgpuOffers(_ address: PciAddress, _ names: Set<String>, _ sysfs: Sysfs)
         -> (list: [VgpuOffer], path: String?)
     {
-        if names.contains("mdev_supported_types") {
-            let types = "\(folder)/mdev_supported_types"
-            let list = sysfs.list(types).map { id in
-                VgpuOffer(
-                    id: id, name: sysfs.text("\(types)/\(id)/name") ?? "",
-                    available: sysfs.number("\(types)/\(id)/available_instances").map { Int($0) })
-            }
-            return (list, "mdev")
+        guard names.contains("mdev_supported_types") || names.contains("nvidia"),
+            let place = VgpuPlace(address, sysfs: sysfs)
+        else { return ([], nil) }
+        let offers = place.types().map {
+            VgpuOffer(id: $0.id, name: $0.name, available: place.path == .mdev ? Int($0.available) : nil)
         }
-        guard names.contains("nvidia"), sysfs.exists("\(folder)/nvidia/creatable_vgpu_types") else { return ([], nil) }
-        let lines = wholeText(sysfs, "\(folder)/nvidia/creatable_vgpu_types").split(separator: "\n")
-        return (lines.compactMap(creatable), "vendor-vfio")
-    }
-
-    /// Two forms are known: "NVIDIA A40-2Q 558" and "1428 : NVIDIA H200X-141C". A heading fits neither.
-    private static func creatable(_ line: Substring) -> VgpuOffer? {
-        let words = line.split(whereSeparator: \.isWhitespace)
-        if words.count > 2, words[1] == ":", words[0].allSatisfy(\.isNumber) {
-            return VgpuOffer(id: String(words[0]), name: words.dropFirst(2).joined(separator: " "), available: nil)
-        }
-        guard words.count > 1, let last = words.last, last.allSatisfy(\.isNumber), words[0] != "ID" else { return nil }
-        return VgpuOffer(id: String(last), name: words.dropLast().joined(separator: " "), available: nil)
+        return (offers, place.path.rawValue)
     }
 }
