@@ -88,6 +88,8 @@ package struct PreparedHost: Sendable {
 
     /// - Parameter commands: programs that carry the change into the boot, those of `HostSetup`.
     package func revert(commands: [[String]]) throws {
+        // Nothing was ever prepared.
+        guard Files.exists(path) else { return }
         let changes = try reverting()
         var record = try read()
         record.commands = changes.isEmpty ? record.commands : commands

@@ -56,17 +56,17 @@ struct KernelParameters {
         let effective = grubWords(text)
         if wanted.allSatisfy(effective.contains) && !effective.contains(where: Self.opposed.contains) { return text }
         for other in lines.indices where lines[other].hasPrefix("GRUB_CMDLINE_LINUX_DEFAULT=") {
-            guard let (quote, value) = Self.value(of: lines[other].dropFirst(27)) else { return nil }
+            guard let (quote, value, rest) = Self.value(of: lines[other].dropFirst(27)) else { return nil }
             let clean = KernelParameters(wanted: []).edited(value)
-            if clean != value { lines[other] = "GRUB_CMDLINE_LINUX_DEFAULT=\(quote)\(clean)\(quote)" }
+            if clean != value { lines[other] = "GRUB_CMDLINE_LINUX_DEFAULT=\(quote)\(clean)\(quote)\(rest)" }
         }
         guard let index = lines.lastIndex(where: { $0.hasPrefix(name) }) else {
             if lines.last == "" { lines.removeLast() }
             return (lines + ["\(name)\"\(wanted.joined(separator: " "))\"", ""]).joined(separator: "\n")
         }
-        guard let (quote, value) = Self.value(of: lines[index].dropFirst(name.count)) else { return nil }
+        guard let (quote, value, rest) = Self.value(of: lines[index].dropFirst(name.count)) else { return nil }
         let mark = quote.isEmpty ? "\"" : quote
-        lines[index] = "\(name)\(mark)\(edited(value))\(mark)"
+        lines[index] = "\(name)\(mark)\(edited(value))\(mark)\(rest)"
         return lines.joined(separator: "\n")
     }
 
@@ -75,7 +75,7 @@ struct KernelParameters {
         var words: Set<String> = []
         for line in text.split(separator: "\n") {
             for name in ["GRUB_CMDLINE_LINUX=", "GRUB_CMDLINE_LINUX_DEFAULT="] where line.hasPrefix(name) {
-                if let (_, value) = Self.value(of: line.dropFirst(name.count)) {
+                if let (_, value, _) = Self.value(of: line.dropFirst(name.count)) {
                     words.formUnion(value.split(separator: " ").map(String.init))
                 }
             }
@@ -86,15 +86,18 @@ struct KernelParameters {
     func isOpposed(_ words: Set<String>) -> Bool { words.contains(where: Self.opposed.contains) }
 
     /// The content of a quoted string, or a single bare word, with nothing but a comment behind it.
-    private static func value(of text: Substring) -> (quote: String, value: String)? {
+    private static func value(of text: Substring) -> (quote: String, value: String, comment: String)? {
         let trimmed = text.reversed().drop { $0 == " " || $0 == "\t" }.reversed()
-        guard let first = trimmed.first else { return ("", "") }
+        guard let first = trimmed.first else { return ("", "", "") }
         guard first == "\"" || first == "'" else {
-            return trimmed.contains { " \t\"'$`\\#;&|".contains($0) } ? nil : ("", String(trimmed))
+            return trimmed.contains { " \t\"'$`\\#;&|".contains($0) } ? nil : ("", String(trimmed), "")
         }
         let inner = trimmed.dropFirst()
-        guard let end = inner.firstIndex(of: first), inner[inner.index(after: end)...].isEmpty else { return nil }
+        guard let end = inner.firstIndex(of: first) else { return nil }
+        let rest = inner[inner.index(after: end)...]
+        let behind = rest.drop { $0 == " " || $0 == "\t" }
+        guard rest.isEmpty || behind.first == "#" && behind.count < rest.count else { return nil }
         let value = String(inner[..<end])
-        return value.contains { $0 == "`" || $0 == "\\" } ? nil : (String(first), value)
+        return value.contains { $0 == "`" || $0 == "\\" } ? nil : (String(first), value, String(rest))
     }
 }

@@ -110,6 +110,12 @@ struct SetupRig {
             before: "GRUB_CMDLINE_LINUX_DEFAULT=\"quiet intel_iommu=off\"\nGRUB_CMDLINE_LINUX=\"\"\n",
             after: "GRUB_CMDLINE_LINUX_DEFAULT=\"quiet\"\nGRUB_CMDLINE_LINUX=\"intel_iommu=on iommu=pt\"\n"),
         Loader(
+            testDescription: "a comment stays", path: "/etc/default/grub",
+            before: "GRUB_CMDLINE_LINUX_DEFAULT='quiet splash'  # keep\nGRUB_CMDLINE_LINUX=\"a\"\t# and this\n",
+            after:
+                "GRUB_CMDLINE_LINUX_DEFAULT='quiet splash'  # keep\n"
+                + "GRUB_CMDLINE_LINUX=\"a intel_iommu=on iommu=pt\"\t# and this\n"),
+        Loader(
             testDescription: "half there", path: "/etc/default/grub", before: "GRUB_CMDLINE_LINUX=\"iommu=pt x\"\n",
             after: "GRUB_CMDLINE_LINUX=\"iommu=pt x intel_iommu=on\"\n"),
         Loader(
@@ -140,6 +146,13 @@ struct SetupRig {
         #expect(rig.text(loader.path) == loader.after)
         #expect(try rig.setup(amd: loader.amd).changes.isEmpty)
         try host.revert(commands: [])
+        #expect(try rig.snapshot() == before)
+    }
+
+    @Test func nothingPreparedIsNothingToTakeBack() throws {
+        let rig = try SetupRig(["/etc/default/grub": Self.grub])
+        let before = try rig.snapshot()
+        try PreparedHost(root: rig.root) { _ in }.revert(commands: [["/bin/false"]])
         #expect(try rig.snapshot() == before)
     }
 
