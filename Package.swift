@@ -81,7 +81,7 @@ let package = Package(
             "VSphere",
             ["MigrationModel", "FlotillaProtocol", "HostKit", "DiskImage", "Download", "Export", "CXML", protobuf]),
         module("Volumes", ["MigrationModel", "HostKit", "DiskImage", "CBlkid", "CLinux", "CNBD"]),
-        module("Passthrough", ["MigrationModel", "FlotillaProtocol", "HostKit", protobuf]),
+        module("Passthrough", ["MigrationModel", "FlotillaProtocol", "HostKit", "CLinux", protobuf]),
         module(
             "Deploy", ["MigrationModel", "FlotillaProtocol", "HostKit", "Passthrough", "CLibvirt", "CXML", protobuf]),
 
@@ -118,7 +118,9 @@ let package = Package(
             path: "Tests/benchmarks/fleet/FleetBenchmark", swiftSettings: settings),
         .target(
             name: "TestKit",
-            dependencies: ["MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", grpc, protobuf],
+            dependencies: [
+                "MigrationModel", "FlotillaProtocol", "HostKit", "Messaging", "Passthrough", grpc, protobuf,
+            ],
             path: "Tests/TestKit", swiftSettings: settings),
         tests("MigrationModelTests", ["MigrationModel"]),
         tests(
@@ -138,11 +140,15 @@ let package = Package(
             "PassthroughTests", ["Passthrough", "FlotillaProtocol", "HostKit", "MigrationModel", "TestKit", protobuf],
             data: ["Fixtures"]),
         tests(
-            "DeployTests", ["Deploy", "Passthrough", "FlotillaProtocol", "HostKit", "MigrationModel", protobuf],
+            "DeployTests",
+            ["Deploy", "Passthrough", "FlotillaProtocol", "HostKit", "MigrationModel", "TestKit", protobuf],
             data: ["Golden"]),
         tests(
             "WorkerTests",
-            ["Worker", "Messaging", "MigrationModel", "FlotillaProtocol", "HostKit", "TestKit", protobuf, logging]),
+            [
+                "Worker", "Deploy", "Passthrough", "Messaging", "MigrationModel", "FlotillaProtocol", "HostKit",
+                "TestKit", grpc, protobuf, logging,
+            ]),
         tests(
             "CoordinatorTests",
             [

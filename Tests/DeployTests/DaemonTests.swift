@@ -3,13 +3,11 @@ import FlotillaProtocol
 import Foundation
 import HostKit
 import MigrationModel
+import TestKit
 import Testing
 
-private let daemonURI = ProcessInfo.processInfo.environment["FLOTILLA_TEST_LIBVIRT_URI"]
-
-/// Against a real daemon whose URI is in the environment, for example a private one:
-/// `FLOTILLA_TEST_LIBVIRT_URI='qemu:///system?socket=…' swift test --filter DaemonTests`.
-@Suite(.enabled(if: daemonURI != nil), .serialized) struct DaemonTests {
+/// Against a libvirtd with QEMU.
+@Suite(.serialized, PrivateLibvirt()) struct DaemonTests {
     /// A boot sector that writes a line and a prompt to the first serial port, byte by byte, and halts.
     static let bootSector: [UInt8] = {
         var sector: [UInt8] = [
@@ -38,7 +36,7 @@ private let daemonURI = ProcessInfo.processInfo.environment["FLOTILLA_TEST_LIBVI
 
     @Test func aGuestBootsAndIsRemoved() throws {
         try withFolder { folder in
-            let connection = try LibvirtConnection(uri: daemonURI ?? "")
+            let connection = try LibvirtConnection(uri: PrivateLibvirt.uri)
             let profile = try hostProfile(name: "here", connection: connection, pools: [])
             #expect(profile.hypervisor == "QEMU" && ["kvm", "qemu"].contains(profile.domainType))
             #expect(profile.domainType == "kvm" || !profile.domainTypeReason.isEmpty)
@@ -72,7 +70,7 @@ private let daemonURI = ProcessInfo.processInfo.environment["FLOTILLA_TEST_LIBVI
     }
 
     @Test(arguments: [false, true]) func firmwareIsFound(_ secureBoot: Bool) throws {
-        let connection = try LibvirtConnection(uri: daemonURI ?? "")
+        let connection = try LibvirtConnection(uri: PrivateLibvirt.uri)
         let profile = try hostProfile(name: "here", connection: connection, pools: [])
         guard secureBoot ? profile.secureBootFirmware : profile.efiFirmware else { return }
         let id = UUID().uuidString.lowercased()
@@ -87,5 +85,52 @@ private let daemonURI = ProcessInfo.processInfo.environment["FLOTILLA_TEST_LIBVI
         #expect(try domain.migrationID() == id)
         let error = #expect(throws: MigrationError.self) { try domain.start() }
         #expect(error?.message.contains("/nonexistent.raw") == true, "\(error?.message ?? "")")
+    }
+
+    /// QEMU's driver takes every golden domain, which libvirt's test driver does not judge.
+    @Test(arguments: GoldenTests.cases) func isAccepted(_ test: GoldenTests.Case) throws {
+        let connection = try LibvirtConnection(uri: PrivateLibvirt.uri)
+        var domain = GoldenTests.domain(test, type: "qemu")
+        domain.tpmEmulator = tpmEmulatorInstalled()
+        let deployment = Deployment(connection: connection, migrationID: test.manifest.migrationID)
+        let defined = try deployment.define(domain)
+        #expect(try defined.xml().contains("flotilla:migration"))
+        try deployment.undefine(defined.name)
+    }
+
+    /// The firmware's window for large registers passes libvirt by: QEMU must take it, and the firmware start with it.
+    @Test func startsWithAFirmwareWindow() throws {
+        try withFolder { folder in
+            let connection = try LibvirtConnection(uri: PrivateLibvirt.uri)
+            let profile = try hostProfile(name: "here", connection: connection, pools: [])
+            try #require(profile.efiFirmware)
+            let id = UUID().uuidString.lowercased()
+            try Files.writeAtomically([UInt8](repeating: 0, count: 1 << 20), to: "\(folder)/disk.raw")
+            var manifest = smallVM(id, "\(folder)/disk.raw")
+            (manifest.vm.firmware, manifest.vm.memory.bytes) = (.efi, 256 << 20)
+            var xml = DomainXML(manifest: manifest, options: mapped { $0.domainName = "window" }, host: profile)
+            xml.devices = [[pci("0000:ca:00.0", bars: 128 << 30)]]
+            xml.bufferedDisks = disksWithoutDirectIO(manifest)
+            let deployment = Deployment(connection: connection, migrationID: id)
+            let domain = try deployment.define(xml)
+            defer { try? deployment.undefine("window") }
+            #expect(try domain.xml().contains("name=opt/ovmf/X-PciMmio64Mb,string=262144"))
+
+            // There is no such card here: the rest of the document, as it is.
+            let text = try domain.xml()
+            let (start, end) = (try #require(text.range(of: "<hostdev")), try #require(text.range(of: "</hostdev>")))
+            let rest = text.replacingCharacters(in: start.lowerBound..<end.upperBound, with: "")
+            try Files.writeAtomically(Array(rest.utf8), to: "\(folder)/window.xml")
+            let virsh = { try run("/usr/bin/virsh", ["-c", PrivateLibvirt.uri] + $0) }
+            let defined = try virsh(["define", "\(folder)/window.xml"])
+            #expect(defined.status == 0, "\(defined.output)")
+            try domain.start()
+            let memory = try virsh(["qemu-monitor-command", "window", "--hmp", "info mtree -f"])
+            #expect(try domain.state() == .running && memory.status == 0, "\(memory.output)")
+            let arguments = try Files.list("/proc").filter { Int32($0) != nil }.compactMap {
+                try? String(decoding: Files.read("/proc/\($0)/cmdline"), as: UTF8.self)
+            }
+            #expect(arguments.contains { $0.contains("guest=window") && $0.contains("X-PciMmio64Mb,string=262144") })
+        }
     }
 }

@@ -6,32 +6,6 @@ import SwiftProtobuf
 import TestKit
 import Testing
 
-/// A private libvirtd with QEMU for a whole suite: own sockets, folders and network, stopped by pid afterwards.
-struct PrivateLibvirt: SuiteTrait, TestScoping {
-    @TaskLocal static var uri = ""
-
-    /// Around the whole suite, not around each test.
-    let isRecursive = false
-
-    func provideScope(
-        for test: Test, testCase: Test.Case?, performing function: @concurrent @Sendable () async throws -> Void
-    ) async throws {
-        let folder = "/tmp/flotilla-lv-\(getpid())"
-        let script = "\(Environment.testbeds)/libvirt/run"
-        let started = try run(script, ["start", "--dir", folder])
-        try #require(started.status == 0, "libvirtd did not start: \(started.output)\(started.errors)")
-        let uri = try require(script, "uri", "--dir", folder).trimmingCharacters(in: .whitespacesAndNewlines)
-        do {
-            try await Self.$uri.withValue(uri) { try await function() }
-        } catch {
-            _ = try? run(script, ["stop", "--dir", folder])
-            throw error
-        }
-        try require(script, "stop", "--dir", folder)
-        try Files.remove(folder)
-    }
-}
-
 /// Everything that runs the real program against real services, one test after the other.
 @Suite(.serialized, PrivateLibvirt()) struct Integration {}
 

@@ -1,0 +1,35 @@
+import Foundation
+import Glibc
+import HostKit
+package import Testing
+
+/// A private libvirtd with QEMU for a whole suite: own sockets, folders and network, stopped by pid afterwards. Needs root.
+package struct PrivateLibvirt: SuiteTrait, TestScoping {
+    @TaskLocal package static var uri = ""
+
+    /// Around the whole suite, not around each test.
+    package let isRecursive = false
+
+    package init() {}
+
+    package func provideScope(
+        for test: Test, testCase: Test.Case?, performing function: @concurrent @Sendable () async throws -> Void
+    ) async throws {
+        let folder = "/tmp/flotilla-lv-\(getpid())-\(UUID().uuidString.prefix(4))"
+        // …/Tests/TestKit/PrivateLibvirt.swift
+        let tests = URL(filePath: #filePath).deletingLastPathComponent().deletingLastPathComponent().path
+        let script = "\(tests)/testbeds/libvirt/run"
+        let started = try Program.run(script, ["start", "--dir", folder], limit: .seconds(120))
+        try #require(started.status == 0, "libvirtd did not start: \(started.output)")
+        let stop = { try Program.run(script, ["stop", "--dir", folder]) }
+        do {
+            try await Self.$uri.withValue("qemu:///system?socket=\(folder)/run/libvirt-sock") { try await function() }
+        } catch {
+            _ = try? stop()
+            throw error
+        }
+        let stopped = try stop()
+        try #require(stopped.status == 0, "libvirtd did not stop: \(stopped.output)")
+        try Files.remove(folder)
+    }
+}
