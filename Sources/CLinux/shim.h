@@ -81,3 +81,12 @@ static inline long flotilla_clock_error(void) {
     if (clock.status & STA_UNSYNC) return -1;
     return clock.maxerror > 0 ? clock.maxerror : 0;
 }
+
+#include <linux/fb.h>
+
+// FBIOGET_CON2FBMAP on any framebuffer: the number of the one that the virtual console (from 1) is on, -1 for none, -2
+// when the kernel doesn't say.
+static inline int flotilla_console_framebuffer(int fd, unsigned int console) {
+    struct fb_con2fbmap map = {.console = console};
+    return ioctl(fd, FBIOGET_CON2FBMAP, &map) == 0 ? (int)map.framebuffer : -2;
+}

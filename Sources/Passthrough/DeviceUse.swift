@@ -1,3 +1,4 @@
+import CLinux
 import Glibc
 import HostKit
 
@@ -45,6 +46,8 @@ package struct Surroundings: Sendable {
     package var holders = DeviceHolders()
     package var domains: [GPULedger.Domain] = []
     package var reservations: [GPUReservation] = []
+    /// Numbers of the framebuffers that virtual consoles are on; nil when that is not known: any may have one.
+    package var consoleFramebuffers: Set<Int>?
     /// Where procfs is mounted; nil for a recorded tree, which has none.
     package var proc: String?
 
@@ -56,7 +59,17 @@ package struct Surroundings: Sendable {
         reservations = try ledger.reservations()
         self.domains = domains
         self.proc = proc
+        consoleFramebuffers = mappedFramebuffers()
     }
+}
+
+/// Asks the kernel which framebuffer each virtual console is on (MAX_NR_CONSOLES of them); nil when it doesn't say.
+func mappedFramebuffers(devices: String = "/dev") -> Set<Int>? {
+    guard let name = try? Files.list(devices).first(where: { $0.hasPrefix("fb") && Int($0.dropFirst(2)) != nil }),
+        let file = try? File("\(devices)/\(name)", O_RDONLY)
+    else { return nil }
+    let mapped = (1...63).map { Int(flotilla_console_framebuffer(file.descriptor, $0)) }
+    return mapped.contains(-2) ? nil : Set(mapped.filter { $0 >= 0 })
 }
 
 /// Finds users by function. Reads each of the kernel's lists once.
@@ -120,8 +133,11 @@ struct DeviceUsers {
             }
         }
         let framebuffers = sysfs.list("\(folder)/graphics").filter { $0.hasPrefix("fb") }
-        if !framebuffers.isEmpty && consoleOnFramebuffer {
-            uses.append(DeviceUse(.console, "the kernel's console on \(framebuffers.joined(separator: ", "))"))
+        let consoles = framebuffers.filter { name in
+            around.consoleFramebuffers.map { $0.contains(Int(name.dropFirst(2)) ?? -1) } ?? true
+        }
+        if !consoles.isEmpty && consoleOnFramebuffer {
+            uses.append(DeviceUse(.console, "the kernel's console on \(consoles.joined(separator: ", "))"))
         }
         var paths = framebuffers.map { "/dev/\($0)" }
         paths += sysfs.list("\(folder)/drm").map { "/dev/dri/\($0)" }
