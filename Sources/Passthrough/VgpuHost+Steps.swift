@@ -22,6 +22,28 @@ extension VgpuHost {
         }
     }
 
+    /// Turns them off again.
+    ///
+    /// - Parameter tree: as it is now.
+    /// - Throws: `failedPrecondition` while one of them is in use: nothing was changed.
+    package func disableVirtualFunctions(of gpu: PciAddress, in tree: DeviceTree) throws {
+        try refuse(
+            (tree[gpu]?.virtualFunctions ?? []).compactMap { tree[$0] }.flatMap { function in
+                useObstacles(of: function, consent: [], owner: nil)
+            })
+        let folder = "bus/pci/devices/\(gpu)"
+        guard !virtualFunctions(of: gpu).isEmpty else { return }
+        if sysfs.number("\(folder)/vendor") == 0x10de {
+            try tools.run("sriov-manage", ["-d", "\(gpu)"], hint: "install NVIDIA's vGPU host driver")
+        } else {
+            try kernel.write("0\n", to: "\(folder)/sriov_numvfs")
+        }
+        guard virtualFunctions(of: gpu).isEmpty else {
+            throw MigrationError(
+                .internal, "\(gpu) still has its virtual functions", hint: "see the kernel's log: journalctl -k")
+        }
+    }
+
     /// Lets vGPUs of several frame-buffer sizes live on one GPU. Only while there is none: after the virtual functions are
     /// on, before the first type is written.
     package func allowMixedSizes(on gpu: PciAddress) throws {
@@ -38,7 +60,7 @@ extension VgpuHost {
         }
     }
 
-    private func virtualFunctions(of gpu: PciAddress) -> [String] {
+    package func virtualFunctions(of gpu: PciAddress) -> [String] {
         sysfs.list("bus/pci/devices/\(gpu)").filter { $0.hasPrefix("virtfn") }
     }
 

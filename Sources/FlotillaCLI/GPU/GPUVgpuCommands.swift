@@ -7,7 +7,7 @@ import Passthrough
 struct GPUProfilesCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "profiles", abstract: "vGPU profiles that can be made now, and the vGPUs flotilla made.",
-        discussion: "Reads only, unless --enable or --mixed-sizes is given.")
+        discussion: "Reads only, unless --enable, --disable or --mixed-sizes is given.")
 
     @OptionGroup var host: GPUHost
 
@@ -15,17 +15,28 @@ struct GPUProfilesCommand: AsyncParsableCommand {
         help: "Turn on the virtual functions of this GPU. They are gone after a reboot or when its driver is reloaded.")
     var enable: PciAddress?
 
+    @Option(help: "Turn them off again, if nothing uses them.")
+    var disable: PciAddress?
+
     @Option(help: "Let vGPUs of several sizes live on this GPU, which may have none yet.")
     var mixedSizes: PciAddress?
 
     func run() async throws {
         let vgpus = VgpuHost(sysfs: host.sysfs)
-        if enable != nil || mixedSizes != nil { try requireLive(host) }
-        let (enable, mixed) = (enable, mixedSizes)
-        let (places, records) = try await blocking("gpu") {
+        let (host, enable, disable, mixed) = (host, enable, disable, mixedSizes)
+        let isChange = enable != nil || disable != nil || mixed != nil
+        if isChange { try requireLive(host) }
+        let (places, records) = try await refusable {
             if let enable { try vgpus.exclusively { try vgpus.enableVirtualFunctions(of: enable) } }
+            if let disable {
+                try vgpus.exclusively { try vgpus.disableVirtualFunctions(of: disable, in: host.observe()) }
+            }
             if let mixed { try vgpus.allowMixedSizes(on: mixed) }
             return (vgpus.places(), try vgpus.records())
+        }
+        for gpu in [enable, disable].compactMap(\.self) {
+            let functions = vgpus.virtualFunctions(of: gpu)
+            Console.line("\(gpu): \(functions.isEmpty ? "no" : "\(functions.count)") virtual functions")
         }
         let rows = places.flatMap { place in
             place.types().map { type in
@@ -35,6 +46,7 @@ struct GPUProfilesCommand: AsyncParsableCommand {
                 ]
             }
         }
+        if isChange && rows.isEmpty { return }
         guard !rows.isEmpty || !records.isEmpty else {
             throw MigrationError(
                 .notFound, "no GPU of this host offers vGPUs now",
