@@ -80,6 +80,8 @@ package struct Assessment: Sendable, Encodable {
     package private(set) var vms: [VM] = []
 
     private let profiles: [HostProfile]
+    /// The same, less what the VMs that were added so far will have of their devices.
+    private var left: [HostProfile]
     private let options: DeployOptions
     private let pool: String?
     private let format: String
@@ -88,7 +90,7 @@ package struct Assessment: Sendable, Encodable {
 
     /// - Parameter pool: the pool's name on each host; nil for each host's largest.
     package init(hosts: [HostProfile], options: DeployOptions, pool: String?, format: String) {
-        profiles = hosts
+        (profiles, left) = (hosts, hosts)
         self.hosts = hosts.map(\.name)
         self.options = options
         self.pool = pool
@@ -110,6 +112,7 @@ package struct Assessment: Sendable, Encodable {
             if Self.weight(judged) < best.map(Self.weight) ?? .max { best = judged }
         }
         findings += best ?? hostlessFindings(manifest: manifest, options: options)
+        findings += shortage(manifest, options, on: possible)
         let reasons = Self.distinct(findings)
         add(
             VM(
@@ -120,6 +123,25 @@ package struct Assessment: Sendable, Encodable {
                 power: manifest.vm.powerState.word, networks: manifest.nics.map(\.network),
                 devices: devices(manifest), reasons: reasons, hosts: possible))
         for device in manifest.gpus { count(device) }
+    }
+
+    /// Gives the VM its devices on one of these hosts. What each VM alone could have may not be enough for all.
+    private mutating func shortage(
+        _ manifest: Manifest, _ options: DeployOptions, on possible: [String]
+    ) -> [Finding] {
+        guard !manifest.gpus.isEmpty || !manifest.otherDevices.isEmpty, !possible.isEmpty else { return [] }
+        var kept = manifest
+        // VMs of one assessment are told apart by name; none has a migration yet.
+        kept.migrationID = ""
+        for index in left.indices where possible.contains(left[index].name) {
+            if left[index].take(kept, options) { return [] }
+        }
+        let kinds = Set((manifest.gpus + manifest.otherDevices).map(\.kindText)).sorted().joined(separator: ", ")
+        return [
+            .warning(
+                "gpus", "the VMs before this one take all that the hosts have of \(kinds)",
+                remedy: "move it after one of them has gone elsewhere, or add a host with more of them")
+        ]
     }
 
     /// A source that can't be captured at all.
@@ -179,11 +201,20 @@ package struct Assessment: Sendable, Encodable {
             return
         }
         let ids = device.allowedIDs
-        let free = profiles.flatMap(\.pciFunctions).count { function in
+        let free: Int
+        if case .vgpu(let vgpu) = device.backing {
+            free = profiles.reduce(0) { $0 + Int($1.room(for: VgpuProfile(vgpu.profile))) }
+        } else {
+            free = freeFunctions(ids)
+        }
+        demand.append(Demand(kind: kind, wanted: 1, free: free))
+    }
+
+    private func freeFunctions(_ ids: [PciId]) -> Int {
+        profiles.flatMap(\.pciFunctions).count { function in
             !function.bridge && !function.bootVga && function.inUseBy.isEmpty
                 && ids.contains { $0.vendor == function.id.vendor && $0.device == function.id.device }
         }
-        demand.append(Demand(kind: kind, wanted: 1, free: free))
     }
 }
 

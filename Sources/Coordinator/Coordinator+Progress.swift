@@ -16,7 +16,7 @@ extension Coordinator {
         switch stage {
         case .export: (progress, step) = try ExportUpdate(serializedBytes: bytes).report
         case .convert: (progress, step) = try ConvertUpdate(serializedBytes: bytes).report
-        case .deploy: (progress, step) = try DeployUpdate(serializedBytes: bytes).report
+        case .deploy, .undeploy: (progress, step) = try DeployUpdate(serializedBytes: bytes).report
         }
         var notice = MigrationEvent.with {
             $0.migrationID = migrationID

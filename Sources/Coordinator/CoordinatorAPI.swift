@@ -92,7 +92,7 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
 
     package func rollbackMigration(
         request: RollbackMigrationRequest, context: ServerContext
-    ) async throws -> Migration { throw unimplemented("RollbackMigration") }
+    ) async throws -> Migration { try await coordinator.decide { try $0.rollBack(request) } }
 
     package func drainHost(request: DrainHostRequest, context: ServerContext) async throws -> Host {
         try await coordinator.decide { [clocks = coordinator.clocks] transitions in

@@ -15,6 +15,8 @@ package protocol JobTransaction {
     func migrationState(id: String) throws -> MigrationState?
     /// Newest first; nil: all.
     func migrations(limit: Int?) throws -> [MigrationRecord]
+    /// Oldest first.
+    func migrations(in states: [MigrationState]) throws -> [MigrationRecord]
     func save(_ migration: MigrationRecord) throws
 
     func task(id: String) throws -> TaskRecord?

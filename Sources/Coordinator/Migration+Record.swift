@@ -9,6 +9,7 @@ extension Stage {
         case .export: ExportService.Method.Export.descriptor.fullyQualifiedMethod
         case .convert: ConvertService.Method.Convert.descriptor.fullyQualifiedMethod
         case .deploy: DeployService.Method.Deploy.descriptor.fullyQualifiedMethod
+        case .undeploy: DeployService.Method.Undeploy.descriptor.fullyQualifiedMethod
         }
     }
 }
@@ -16,8 +17,8 @@ extension Stage {
 extension MigrationState {
     package var isFinal: Bool {
         switch self {
-        case .done, .failed, .preflightBlocked, .cancelled, .ready: true
-        case .exporting, .converting, .deploying, .unspecified, .UNRECOGNIZED: false
+        case .done, .failed, .preflightBlocked, .cancelled, .ready, .rolledBack: true
+        case .exporting, .converting, .deploying, .rollingBack, .unspecified, .UNRECOGNIZED: false
         }
     }
 }
@@ -47,7 +48,9 @@ extension Migration {
         }
         createdAt = record.createdAt.timestamp
         updatedAt = record.updatedAt.timestamp
-        stages = tasks.map { task in
+        // One that was taken back before it was done again is past.
+        let isBack = [.rollingBack, .rolledBack, .failed, .cancelled].contains(record.state)
+        stages = tasks.filter { $0.stage != .undeploy || isBack }.map { task in
             .with {
                 $0.name = task.stage.rawValue
                 $0.taskID = task.id

@@ -66,6 +66,8 @@ extension MigrationState {
         case .preflightBlocked: "blocked"
         case .cancelled: "cancelled"
         case .ready: "ready"
+        case .rollingBack: "rolling-back"
+        case .rolledBack: "rolled-back"
         case .unspecified, .UNRECOGNIZED: "unknown"
         }
     }

@@ -54,6 +54,11 @@ struct SQLiteTransaction: JobTransaction {
         try all("\(Self.migrations) ORDER BY created_at DESC, id LIMIT ?", [limit ?? -1], migration)
     }
 
+    func migrations(in states: [MigrationState]) throws -> [MigrationRecord] {
+        let list = states.map { "\($0.rawValue)" }.joined(separator: ", ")
+        return try all("\(Self.migrations) WHERE state IN (\(list)) ORDER BY created_at, id", [], migration)
+    }
+
     func save(_ record: MigrationRecord) throws {
         let findings = try Migration.with { $0.findings = record.findings }.serializedBytes() as [UInt8]
         try execute(
@@ -92,7 +97,7 @@ struct SQLiteTransaction: JobTransaction {
 
     func tasks(ofMigration id: String) throws -> [TaskRecord] {
         let found = try all("\(Self.tasks) WHERE migration_id = ?", [id], task)
-        return Stage.allCases.compactMap { stage in found.first { $0.stage == stage } }
+        return (Stage.way + [.undeploy]).compactMap { stage in found.first { $0.stage == stage } }
     }
 
     func dueTasks(now: Moment, or horizon: Moment) throws -> [String] {

@@ -49,6 +49,13 @@ extension Transitions {
             migration.findings += result.findings
             migration.state = migration.request.dryRun ? .ready : .done
             try save(migration)
+        case .undeploy:
+            let last: DeployUpdate = try decode(ended.result, stage)
+            guard case .result(let result) = last.update else { throw resultMissing(stage) }
+            migration.findings += result.findings
+            migration.result = nil
+            migration.state = .rolledBack
+            try save(migration)
         }
     }
 
@@ -78,7 +85,9 @@ extension Transitions {
         if wasConverted, let earlier { manifest.keepTargets(of: earlier) }
         migration.findings.removeAll { $0.subject != MigrationRecord.requestSubject }
         let findings = preflight(
-            manifest: manifest, options: options, pool: request.pool, diskFormat: request.format, host: host)
+            manifest: manifest, options: options, pool: request.pool, diskFormat: request.format,
+            host: try manifest.gpus.isEmpty && manifest.otherDevices.isEmpty
+                ? host : withoutPromised(host, besides: migration))
 
         if wasConverted, isDeployed, let earlier {
             // A domain is in use that was made from the source as it was: a changed one must not pass for done.
@@ -114,6 +123,16 @@ extension Transitions {
             })
     }
 
+    /// The host without the devices that migrations which are further on will take: known before a disk is converted.
+    private func withoutPromised(_ host: HostProfile, besides migration: MigrationRecord) throws -> HostProfile {
+        var host = host
+        for other in try store.migrations(in: [.converting, .deploying])
+        where other.id != migration.id && other.request.host == migration.request.host && !other.request.dryRun {
+            if let manifest = other.manifest { host.take(manifest, other.request.options.settled(for: manifest.vm)) }
+        }
+        return host
+    }
+
     private mutating func startDeploy(_ migration: inout MigrationRecord, _ mode: DeployMode) throws {
         migration.state = .deploying
         try save(migration)
@@ -142,8 +161,13 @@ extension Transitions {
         } else {
             task = TaskRecord(
                 migrationID: migration.id, stage: stage, host: migration.request.host, request: body, now: now)
-            try store.save(task)
         }
+        // Deploys and what takes them back have one order: the host's devices know only the last.
+        let rival: Stage? = stage == .deploy ? .undeploy : stage == .undeploy ? .deploy : nil
+        if let rival, let other = try store.task(id: rival.taskID(ofMigration: migration.id)) {
+            task.machine.outrank(other.machine)
+        }
+        try store.save(task)
         _ = try apply(.dispatch, to: task)
     }
 
@@ -200,7 +224,7 @@ extension TaskRecord {
 
 extension DeployOptions {
     /// With what depends on the VM decided: its domain's name, and no source UUID where there is none.
-    fileprivate func settled(for vm: VirtualMachine) -> DeployOptions {
+    func settled(for vm: VirtualMachine) -> DeployOptions {
         var options = self
         options.domainName = domainName(for: vm)
         options.keepUuid = keepUuid && !vm.biosUuid.isEmpty

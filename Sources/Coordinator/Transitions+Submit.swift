@@ -59,6 +59,45 @@ extension Transitions {
             })
     }
 
+    /// Has the host take a migration's deploy back. One whose rollback is under way goes on.
+    mutating func rollBack(_ request: RollbackMigrationRequest) throws -> Migration {
+        guard var record = try store.migration(id: request.id) else {
+            throw MigrationError(.notFound, "there is no migration \(request.id)")
+        }
+        func present() throws -> Migration { Migration(record, tasks: try store.tasks(ofMigration: record.id)) }
+        guard record.state.isFinal || record.state == .rollingBack else {
+            throw MigrationError(
+                .failedPrecondition, "migration \(record.id) is still \(record.state.word)",
+                hint: "cancel it: that takes back what it made")
+        }
+        guard let manifest = record.manifest, !record.request.dryRun,
+            try store.task(id: Stage.deploy.taskID(ofMigration: record.id)) != nil
+        else {
+            throw MigrationError(
+                .failedPrecondition, "migration \(record.id) never defined a domain: there is nothing to take back")
+        }
+        if request.dryRun { return try present() }
+        activate(record.id)
+        if record.state == .rollingBack {
+            for task in try store.tasks(ofMigration: record.id) where task.stage == .undeploy {
+                _ = try apply(.dispatch, to: task)
+            }
+            return try present()
+        }
+        record.findings = []
+        record.error = nil
+        record.state = .rollingBack
+        try save(record)
+        try start(
+            .undeploy, of: record,
+            UndeployRequest.with {
+                $0.migrationID = record.id
+                $0.domainName = record.request.options.settled(for: manifest.vm).domainName
+                $0.force = request.force
+            })
+        return try present()
+    }
+
     mutating func cancel(_ id: String) throws -> Migration {
         guard let record = try store.migration(id: id) else {
             throw MigrationError(.notFound, "there is no migration \(id)")

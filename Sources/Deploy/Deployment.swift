@@ -1,6 +1,6 @@
 package import FlotillaProtocol
 import Glibc
-import HostKit
+package import HostKit
 import MigrationModel
 import Passthrough
 
@@ -58,6 +58,27 @@ package struct Deployment: Sendable {
                 hint: "deploy without keeping the UUID, or undefine that domain")
         }
         return try connection.define(xml, name: domain.name)
+    }
+
+    /// Asks the guest of this migration's domain to end, and waits until it has.
+    ///
+    /// - Throws: `failedPrecondition` when it runs on.
+    package func shutDown(
+        _ name: String, within limit: Duration = .seconds(60), stop: StopFlag
+    ) throws {
+        guard let domain = try connection.domain(named: name) else { return }
+        try requireOwn(domain)
+        guard try domain.state().isActive else { return }
+        try domain.shutdown()
+        let end = ContinuousClock().now + limit
+        while try domain.state().isActive {
+            guard ContinuousClock().now < end else {
+                throw MigrationError(
+                    .failedPrecondition, "domain \(name) still runs: its guest did not shut down within \(limit)",
+                    hint: "shut it down from within, or cut its power with --force; nothing else was changed")
+            }
+            try stop.wait(for: .milliseconds(200))
+        }
     }
 
     /// Stops and removes this migration's domain, its NVRAM and saved state; disks stay, and libvirt gives managed

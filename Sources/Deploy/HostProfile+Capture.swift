@@ -23,11 +23,11 @@ package struct PoolFolder: Sendable {
 /// - Parameters:
 ///   - name: the worker's name.
 ///   - proc: where procfs is mounted.
-///   - gpuFolder: of the ledger and the vGPUs' records.
 package func hostProfile(
-    name: String, connection: LibvirtConnection, pools: [PoolFolder], sysfs: Sysfs = Sysfs(), proc: String = "/proc",
-    gpuFolder: String = GPULedger.folder
+    name: String, connection: LibvirtConnection, pools: [PoolFolder], devices: DeviceHost = DeviceHost(),
+    proc: String = "/proc"
 ) throws -> HostProfile {
+    let sysfs = devices.sysfs
     var profile = HostProfile()
     profile.name = name
     var now = timespec()
@@ -46,7 +46,7 @@ package func hostProfile(
     profile.pciFunctions = try pciInventory(sysfs: sysfs, holders: vfioHolders(proc: proc))
     addDetail(&profile.pciFunctions, sysfs: sysfs)
     profile.numaNodes = numaNodes(sysfs: sysfs)
-    profile.vgpus = try VgpuHost(sysfs: sysfs, folder: gpuFolder).records().map { record in
+    profile.vgpus = try devices.vgpus.records().map { record in
         .with {
             $0.function = record.function
             $0.physicalFunction = record.physical
@@ -57,6 +57,7 @@ package func hostProfile(
     profile.iommuEnabled = iommuEnabled(sysfs: sysfs)
     profile.vfioAvailable = vfioAvailable(sysfs: sysfs)
     try captureDomains(&profile, connection)
+    markReserved(&profile.pciFunctions, try devices.ledger.reservations())
     return profile
 }
 

@@ -56,6 +56,15 @@ package final class LibvirtDomain: Sendable {
         guard virDomainCreate(pointer) == 0 else { throw libvirtError("start domain \(name)") }
     }
 
+    /// Asks the guest to end, through its agent or ACPI; returns at once.
+    func shutdown() throws {
+        guard virDomainShutdown(pointer) == 0 else {
+            // It ended meanwhile.
+            if try !state().isActive { return }
+            throw libvirtError("shut down domain \(name)")
+        }
+    }
+
     /// Cuts the power.
     func destroy() throws {
         guard virDomainDestroy(pointer) == 0 else { throw libvirtError("stop domain \(name)") }

@@ -131,6 +131,16 @@ package final class BusServerTransport: ServerTransport {
         try await call.permit(step) { await self.ask(step, call) }
     }
 
+    /// Whether the call may still act on the host, if only to take back what it did: it was not taken from this worker,
+    /// and the process goes on.
+    package func mayAct(_ identity: CallIdentity) -> Bool {
+        guard let call = state.withLock({ $0.calls[identity.task] }), call.identity == identity else { return false }
+        return switch call.stopReason {
+        case nil, .cancelled, .deadline: true
+        case .lostOwnership, .shutdown: false
+        }
+    }
+
     // MARK: - One task
 
     private func receive(_ delivery: Delivery, _ handler: @escaping StreamHandler) async {

@@ -105,6 +105,9 @@ package struct TaskMachine: Hashable, Sendable {
         (self.state, self.attempt, self.fence, self.failures, self.losses) = (state, attempt, fence, failures, losses)
     }
 
+    /// Its next fence will be larger than any of `other`, whose work it takes back or does again.
+    package mutating func outrank(_ other: TaskMachine) { fence = max(fence, other.fence) }
+
     package var isEnded: Bool {
         switch state {
         case .succeeded, .failed, .cancelled: true

@@ -102,7 +102,7 @@ private func checkFunction(_ device: DeviceFunction, besides: [PciAddress], in t
             found.append(
                 .warn(
                     function.function.address, "clean", "it holds \(use.by)",
-                    remedy: "flotilla gpu release resets it; no other VM gets it before"))
+                    remedy: "flotilla gpu reset \(function.function.address), or reboot: no other VM gets it before"))
         }
     }
     let driver = device.function.driver

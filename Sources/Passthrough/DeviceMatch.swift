@@ -34,6 +34,20 @@ package struct DeviceMatch: Sendable {
 /// What `PciFunction.inUseBy` holds for a function that a libvirt domain owns.
 package func inUseBy(domain name: String) -> String { "domain \(name)" }
 
+/// Marks what the ledger has for somebody: reserved while no domain names it yet, or not reset since one had it. Without
+/// this a device would be chosen that can't be had, although the host has another.
+package func markReserved(_ functions: inout [PciFunction], _ reservations: [GPUReservation]) {
+    for index in functions.indices where functions[index].inUseBy.isEmpty {
+        let key = "pci:\(functions[index].address)"
+        if let entry = reservations.first(where: { $0.resource.key == key }) {
+            functions[index].inUseBy =
+                entry.state == .dirty ? "what \(entry.owner) left in it (not reset since)" : "\(entry.owner)"
+        } else if let part = reservations.first(where: { $0.resource.parents.contains(key) }) {
+            functions[index].inUseBy = "a vGPU of \(part.owner)"
+        }
+    }
+}
+
 /// Finds a device of the host for each wanted one, or says why there is none. Pure: judges the profile as it was
 /// captured; binding may still fail when the host changed since.
 ///
@@ -42,13 +56,13 @@ package func inUseBy(domain name: String) -> String { "domain \(name)" }
 ///
 /// - Parameter domain: the domain being deployed; devices it already holds count as free and are preferred, so that
 ///   a repeated deploy picks the same.
-/// - Parameter migration: whose vGPUs count as the domain's own.
+/// - Parameter migration: whose vGPUs and reservations count as the domain's own.
 package func matchDevices(
     _ wanted: [AssignedDevice], on host: HostProfile, for domain: String = "", migration: String = ""
 ) -> DeviceMatch {
     guard !wanted.isEmpty else { return DeviceMatch(entries: []) }
     let requests = DeviceRequest.group(wanted)
-    let inventory = HostDevices(host, owner: domain)
+    let inventory = HostDevices(host, domain: domain, migration: migration)
     var entries = wanted.map { DeviceMatch.Entry(device: $0, functions: [], findings: []) }
 
     let candidates = requests.map { inventory.candidates(for: $0) }

@@ -20,17 +20,21 @@ extension GPULedger {
     /// Makes the ledger agree with what is: libvirt's word decides over the ledger's. Call at start, before tasks run.
     ///
     /// - A device that a domain's definition names becomes that domain's, running or not.
-    /// - A reservation without such a domain is given back (dirty), unless its migration is under way: its domain may be
-    ///   about to be defined.
+    /// - A reservation without such a domain is given back (dirty if a domain had it), unless its migration is under way
+    ///   or another process that lives took it: its domain may be about to be defined.
     /// - What is gone from sysfs and belongs to no domain is dropped.
     ///
     /// - Parameters:
     ///   - domains: all of this host's, also those that are shut off.
     ///   - underWay: migrations whose tasks the worker's journal still has.
+    ///   - vgpus: those that flotilla made. One made by hand stays with its domain, defined or not.
     /// - Returns: what was changed or can't be right, for the log.
     @discardableResult
-    package func reconcile(domains: [Domain], underWay: Set<String>, sysfs: Sysfs = Sysfs()) throws -> [Finding] {
-        try update { book in
+    package func reconcile(
+        domains: [Domain], underWay: Set<String>, vgpus: [VgpuRecord] = [], sysfs: Sysfs = Sysfs()
+    ) throws -> [Finding] {
+        let byHand = Set(vgpus.filter { $0.owner.migration.isEmpty }.compactMap { $0.resource?.key })
+        return try update { book in
             var findings: [Finding] = []
             var holder: [String: Domain] = [:]
             for domain in domains {
@@ -54,8 +58,12 @@ extension GPULedger {
                     }
                 }
             }
-            findings += book.drop(holder: holder, underWay: underWay, boot: boot, sysfs: sysfs)
+            findings += book.drop(holder: holder, boot: boot, sysfs: sysfs) { entry in
+                byHand.contains(entry.resource.key) || underWay.contains(entry.owner.migration)
+                    || entry.keeper.map(keeper.isOther) ?? false
+            }
             findings += book.adopt(domains: domains, holder: holder)
+            keeper.sweep()
             return findings
         }
     }
@@ -63,27 +71,22 @@ extension GPULedger {
 
 extension GPULedger.Book {
     fileprivate mutating func drop(
-        holder: [String: GPULedger.Domain], underWay: Set<String>, boot: String, sysfs: Sysfs
+        holder: [String: GPULedger.Domain], boot: String, sysfs: Sysfs, unless isKept: (GPUReservation) -> Bool
     ) -> [Finding] {
-        let orphans = Set(
-            entries.filter {
-                holder[$0.resource.key] == nil
-                    && ($0.owner.migration.isEmpty || !underWay.contains($0.owner.migration))
-            }.map(\.resource.key))
+        let orphans = Set(entries.filter { holder[$0.resource.key] == nil && !isKept($0) }.map(\.resource.key))
         let gone = entries.filter { orphans.contains($0.resource.key) && !$0.resource.isPresent(in: sysfs) }
         entries.removeAll { entry in gone.contains { $0.resource.key == entry.resource.key } }
-        let owners = Dictionary(entries.map { ($0.resource.key, $0.owner) }) { first, _ in first }
-        let released = release(boot: boot) { orphans.contains($0.resource.key) }
+        let freed = entries.filter { $0.state == .reserved && orphans.contains($0.resource.key) }
+        _ = release(boot: boot) { orphans.contains($0.resource.key) }
         return gone.map { entry in
             .make(
                 .note, entry.resource.key, "\(entry.resource), last of \(entry.owner), is gone from this host",
                 remedy: "")
         }
-            + released.map { resource in
+            + freed.map { entry in
                 .make(
-                    .note, resource.key,
-                    "\(resource) was reserved for \(owners[resource.key].map { "\($0)" } ?? "a domain"), which does not "
-                        + "have it: given back", remedy: "")
+                    .note, entry.resource.key,
+                    "\(entry.resource) was reserved for \(entry.owner), which does not have it: given back", remedy: "")
             }
     }
 
@@ -94,7 +97,10 @@ extension GPULedger.Book {
                 let owner = GPUOwner(
                     domain: domain.name, migration: domain.migration, fence: fences[domain.migration] ?? 0)
                 let index = entries.firstIndex { $0.resource.key == resource.key }
-                if let index, entries[index].state == .reserved, entries[index].owner.isSame(as: owner) { continue }
+                if let index, entries[index].state == .reserved, entries[index].owner.isSame(as: owner) {
+                    entries[index].isUntouched = nil
+                    continue
+                }
                 if let index {
                     findings.append(
                         .make(

@@ -7,8 +7,9 @@ import MigrationModel
 /// a lock between processes, reads the file, and replaces it atomically, so that of two who race for a device exactly one
 /// gets it, and what was answered survives a crash.
 ///
-/// The life of a resource: free -> `reserve` -> reserved -> `release` -> dirty -> `reset` -> free. A mediated device or
-/// vGPU that was destroyed leaves nothing behind: `forget`. Calls block for the disk; `reset` for the device too.
+/// The life of a resource: free -> `reserve` -> reserved -> `handOver` to a domain -> `release` -> dirty -> `reset` ->
+/// free. One that no domain was given is free when released; a mediated device or vGPU that was destroyed leaves nothing
+/// behind: `forget`. Calls block for the disk; `reset` for the device too.
 package struct GPULedger: Sendable {
     package static let folder = "/var/lib/flotilla/gpu"
 
@@ -26,6 +27,7 @@ package struct GPULedger: Sendable {
 
     let path: String
     let boot: String
+    let keeper: Keeper
 
     /// - Parameters:
     ///   - folder: made by the first change.
@@ -33,6 +35,7 @@ package struct GPULedger: Sendable {
     package init(folder: String = GPULedger.folder, boot: String = bootID()) {
         path = "\(folder)/ledger.json"
         self.boot = boot
+        keeper = Keeper(folder: folder)
     }
 
     // MARK: - Reading
@@ -43,6 +46,13 @@ package struct GPULedger: Sendable {
     /// What all attempts of a migration hold.
     package func reservations(of migration: String) throws -> [GPUReservation] {
         try reservations().filter { $0.owner.migration == migration && $0.state == .reserved }
+    }
+
+    /// Another process, which lives, took what the owner's migration holds.
+    func isKeptByAnother(_ owner: GPUOwner) throws -> Bool {
+        try FileLock.holding("\(path).lock") {
+            try reservations(of: owner.migration).contains { $0.keeper.map(keeper.isOther) ?? false }
+        }
     }
 
     // MARK: - Changing
@@ -63,8 +73,7 @@ package struct GPULedger: Sendable {
                         throw MigrationError(
                             .failedPrecondition,
                             "\(what) still holds what \(entry.owner) left in it: it was not reset since",
-                            hint:
-                                "flotilla gpu release \(entry.resource) resets it where it can be; a reboot does in any case"
+                            hint: "flotilla gpu reset \(entry.resource), or reboot the host"
                         )
                     }
                     throw MigrationError(
@@ -72,17 +81,40 @@ package struct GPULedger: Sendable {
                         hint: "choose another device, or undeploy that domain first")
                 }
             }
-            let now = Moment.now.milliseconds
+            guard !resources.isEmpty else { return }
+            let (now, process) = (Moment.now.milliseconds, try keeper.own())
             for resource in Set(resources) {
+                let earlier = book.entries.first { $0.resource.key == resource.key }
                 book.entries.removeAll { $0.resource.key == resource.key }
                 book.entries.append(
-                    GPUReservation(resource: resource, owner: owner, state: .reserved, since: now))
+                    GPUReservation(
+                        resource: resource, owner: owner, state: .reserved, since: now, keeper: process,
+                        isUntouched: earlier.map { $0.state == .reserved && $0.isUntouched == true } ?? true))
             }
         }
     }
 
-    /// Gives back what `owner`'s migration holds of these; nil: all of it. What it doesn't hold is left alone. They are
-    /// dirty then. Returns them.
+    /// A domain is about to have what `owner`'s migration holds: from now on it is dirty when it is given back.
+    ///
+    /// - Throws: `aborted` for a stale fence.
+    package func handOver(to owner: GPUOwner) throws {
+        try update { book in
+            try book.admit(owner)
+            for index in book.entries.indices where book.entries[index].owner.isSame(as: owner) {
+                book.entries[index].isUntouched = nil
+            }
+        }
+    }
+
+    /// The owner under the newest fence the ledger knows of its migration: for clearing up after attempts that are over.
+    func newest(_ owner: GPUOwner) throws -> GPUOwner {
+        var newest = owner
+        newest.fence = max(owner.fence, try read().fences[owner.migration] ?? 0)
+        return newest
+    }
+
+    /// Gives back what `owner`'s migration holds of these; nil: all of it. What it doesn't hold is left alone. What a
+    /// domain had is dirty then. Returns that.
     ///
     /// - Throws: `aborted` for a stale fence.
     @discardableResult
@@ -158,14 +190,16 @@ extension GPULedger.Book {
         order.append(owner.migration)
     }
 
-    /// Makes reserved entries dirty.
+    /// Makes reserved entries dirty, and drops those that no domain had.
     mutating func release(boot: String, where isChosen: (GPUReservation) -> Bool) -> [GPUResource] {
         let now = Moment.now.milliseconds
         var released: [GPUResource] = []
+        entries.removeAll { $0.state == .reserved && $0.isUntouched == true && isChosen($0) }
         for index in entries.indices where entries[index].state == .reserved && isChosen(entries[index]) {
             entries[index].state = .dirty
             entries[index].since = now
             entries[index].boot = boot
+            entries[index].keeper = nil
             released.append(entries[index].resource)
         }
         return released

@@ -79,4 +79,8 @@ package struct GPUReservation: Sendable, Codable {
     package var since: Int64
     /// The kernel's id of the boot in which it became dirty: a reboot resets every device.
     var boot: String?
+    /// Of a reserved one: the process that took it, see `Keeper`.
+    var keeper: String?
+    /// No domain had it since it was taken.
+    var isUntouched: Bool?
 }

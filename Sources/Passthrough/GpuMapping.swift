@@ -92,13 +92,17 @@ extension HostProfile {
     /// How many vGPUs of this profile could be made if nothing else were.
     package func room(for profile: VgpuProfile, besides taken: Set<String> = []) -> UInt32 {
         pciFunctions.reduce(0) { sum, function in
-            guard !taken.contains(function.address), !taken.contains(function.physicalFunction),
-                !function.inUseBy.hasPrefix("domain "),
-                function.physicalFunction.isEmpty || !function.hasVgpu_p,
-                let type = function.vgpuTypes.first(where: { VgpuProfile($0.name) == profile })
-            else { return sum }
-            // A virtual function holds one, whatever its parent has left.
-            return sum + (function.physicalFunction.isEmpty ? type.available : min(1, type.available))
+            let isTaken = taken.contains(function.address) || taken.contains(function.physicalFunction)
+            return isTaken ? sum : sum + room(for: profile, on: function)
         }
+    }
+
+    func room(for profile: VgpuProfile, on function: PciFunction) -> UInt32 {
+        guard !["domain ", "what ", "VM "].contains(where: function.inUseBy.hasPrefix),
+            function.physicalFunction.isEmpty || !function.hasVgpu_p,
+            let type = function.vgpuTypes.first(where: { VgpuProfile($0.name) == profile })
+        else { return 0 }
+        // A virtual function holds one, whatever its parent has left.
+        return function.physicalFunction.isEmpty ? type.available : min(1, type.available)
     }
 }

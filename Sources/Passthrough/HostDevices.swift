@@ -12,14 +12,15 @@ struct HostDevice {
 /// A host's PCI devices as candidates for one domain.
 struct HostDevices {
     let host: HostProfile
-    /// `inUseBy` of what the domain itself already holds.
-    let own: String?
+    private let domain: String
+    private let migration: String
     let byAddress: [String: PciFunction]
     let byGroup: [Int32: [PciFunction]]
 
-    init(_ host: HostProfile, owner: String) {
+    init(_ host: HostProfile, domain: String, migration: String) {
         self.host = host
-        own = owner.isEmpty ? nil : inUseBy(domain: owner)
+        self.domain = domain
+        self.migration = migration
         byAddress = Dictionary(host.pciFunctions.map { ($0.address, $0) }) { first, _ in first }
         byGroup = Dictionary(grouping: host.pciFunctions.filter { $0.iommuGroup >= 0 }, by: \.iommuGroup)
     }
@@ -31,7 +32,7 @@ struct HostDevices {
             .map(device(of:))
             .filter { request.isServed(by: $0.functions) && seen.insert($0.key).inserted }
         func rank(_ unit: HostDevice) -> Int {
-            if let own, unit.functions.contains(where: { $0.inUseBy == own }) { return 0 }
+            if unit.functions.contains(where: isOwn) { return 0 }
             return request.prefers(unit.functions) ? 1 : 2
         }
         return units.enumerated().sorted { (rank($0.element), $0.offset) < (rank($1.element), $1.offset) }.map(
@@ -122,7 +123,13 @@ struct HostDevices {
     }
 
     private func foreignUser(_ function: PciFunction) -> String? {
-        function.inUseBy.isEmpty || function.inUseBy == own ? nil : function.inUseBy
+        function.inUseBy.isEmpty || isOwn(function) ? nil : function.inUseBy
+    }
+
+    /// The domain itself has it, or the ledger for its migration.
+    private func isOwn(_ function: PciFunction) -> Bool {
+        !domain.isEmpty && function.inUseBy == inUseBy(domain: domain)
+            || !migration.isEmpty && function.inUseBy.contains("(migration \(migration))")
     }
 
     private func peers(_ unit: HostDevice) -> [PciFunction] {

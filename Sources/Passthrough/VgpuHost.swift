@@ -86,6 +86,20 @@ package struct VgpuHost: Sendable {
         }
     }
 
+    /// Destroys those of migrations that are gone. One that can't be destroyed now keeps its record. Returns the others.
+    ///
+    /// - Parameter isGone: asked under the lock that every maker of a vGPU holds.
+    func reap(_ isGone: (GPUOwner) throws -> Bool) throws -> [VgpuRecord] {
+        guard try !store.read().isEmpty else { return [] }
+        return try exclusively {
+            try store.read().filter { record in
+                guard try !record.owner.migration.isEmpty && isGone(record.owner) else { return false }
+                let owner = try ledger.newest(record.owner)
+                return (try? remove(record, as: owner)) != nil
+            }
+        }
+    }
+
     /// Makes again what a reboot took, at the places where it was: domains name those. Returns what was made.
     ///
     /// - Throws: the first failure, after trying all.

@@ -11,24 +11,25 @@ extension DeployPlan {
         GPUOwner(domain: domain.name, migration: deployment.migrationID, fence: fence)
     }
 
-    private var ledger: GPULedger { GPULedger(folder: gpuFolder) }
-    private var host: VgpuHost { VgpuHost(folder: gpuFolder) }
-
     private var resources: [GPUResource] {
-        domain.devices.joined().compactMap { PciAddress($0.address) }.map { GPUResource(function: $0, sysfs: Sysfs()) }
+        domain.devices.joined().compactMap { PciAddress($0.address) }.map {
+            GPUResource(function: $0, sysfs: host.sysfs)
+        }
     }
+
+    private var takesDevices: Bool { !resources.isEmpty || !vgpus.isEmpty }
 
     /// Reserves the devices and makes the vGPUs, all or none. The domain names them then.
     ///
     /// - Throws: `resourceExhausted` naming who has one, `aborted` for a stale fence.
     mutating func claim(_ owner: GPUOwner) throws {
-        guard !resources.isEmpty || !vgpus.isEmpty else { return }
+        guard takesDevices else { return }
         do {
-            try ledger.reserve(resources, for: owner)
+            try host.ledger.reserve(resources, for: owner)
             domain.vgpus = []
             records = []
             for device in vgpus {
-                let record = try host.create(
+                let record = try host.vgpus.create(
                     VgpuProfile(device.vgpu.profile), for: owner, device: device.id,
                     parameters: vgpuParameters(of: device.config))
                 records.append(record)
@@ -50,51 +51,69 @@ extension DeployPlan {
         return .function(function)
     }
 
+    /// Defines the domain with what was claimed. Without it nothing stays taken.
+    func define(_ owner: GPUOwner) throws -> LibvirtDomain {
+        do {
+            if takesDevices { try host.ledger.handOver(to: owner) }
+            let defined = try deployment.define(domain)
+            Failpoint.deployDefined.hit()
+            try giveBackSurplus(owner)
+            return defined
+        } catch {
+            if takesDevices { try? giveBackUnused(owner) }
+            throw error
+        }
+    }
+
     /// Gives everything back that the migration holds, unless a domain of it names them.
-    func giveBackUnused(_ owner: GPUOwner) throws {
+    private func giveBackUnused(_ owner: GPUOwner) throws {
         guard try deployment.connection.domain(named: domain.name) == nil else { return }
-        try host.destroy(of: owner)
+        try host.vgpus.destroy(of: owner)
         // No guest had them: nothing is in them.
-        try ledger.forget(ledger.reservations(of: owner.migration).map(\.resource), of: owner)
+        try host.ledger.forget(host.ledger.reservations(of: owner.migration).map(\.resource), of: owner)
     }
 
     /// Gives back what an earlier attempt took and the domain, as it is defined now, does not name.
-    func giveBackSurplus(_ owner: GPUOwner) throws {
-        let held = try ledger.reservations(of: owner.migration)
+    private func giveBackSurplus(_ owner: GPUOwner) throws {
+        let held = try host.ledger.reservations(of: owner.migration)
         guard !held.isEmpty else { return }
-        for record in try host.records() where record.owner.migration == owner.migration && !owner.migration.isEmpty {
+        for record in try host.vgpus.records()
+        where record.owner.migration == owner.migration && !owner.migration.isEmpty {
             if !records.contains(where: { $0.device == record.device }) {
-                try host.destroy(of: owner, device: record.device)
+                try host.vgpus.destroy(of: owner, device: record.device)
             }
         }
         let kept = Set(resources)
-        let surplus = try ledger.reservations(of: owner.migration).map(\.resource).filter { resource in
+        let surplus = try host.ledger.reservations(of: owner.migration).map(\.resource).filter { resource in
             guard let function = resource.function else { return false }
             return !kept.contains(resource) && !records.contains { $0.function == "\(function)" }
         }
-        try ledger.release(surplus, of: owner)
+        try host.ledger.release(surplus, of: owner)
     }
 
-    /// A domain that could not start must not keep a GPU from others.
-    func rollBack(_ owner: GPUOwner) throws {
-        guard domain.hasHostDevices else { return }
+    /// Takes a deploy back that did not come to its end: no domain, nothing taken; the disks stay.
+    ///
+    /// - Parameter ran: a guest may have used the devices.
+    func rollBack(_ owner: GPUOwner, ran: Bool) throws {
+        try host.requireNewest(owner)
         try deployment.undefine(domain.name)
-        try host.destroy(of: owner)
-        try ledger.release(of: owner)
+        Failpoint.deployUndefined.hit()
+        guard ran || isDefined else { return try giveBackUnused(owner) }
+        try host.giveBack(of: owner)
     }
 }
 
-/// Removes a migration's domain and gives its devices back; disks stay. What is gone already is fine.
+/// Removes a migration's domain and gives its devices back; disks stay. What is gone already is fine. Blocking.
+///
+/// - Returns: functions that are not free before they were reset.
 func removeDeployment(
-    of name: String, migration: String, fence: UInt64, _ configuration: WorkerConfiguration
-) throws {
+    of owner: GPUOwner, _ configuration: WorkerConfiguration, stop: StopFlag, force: Bool
+) throws -> [PciAddress] {
     let deployment = Deployment(
-        connection: try LibvirtConnection(uri: configuration.libvirtURI), migrationID: migration)
-    try deployment.undefine(name)
+        connection: try LibvirtConnection(uri: configuration.libvirtURI), migrationID: owner.migration)
+    try configuration.devices.requireNewest(owner)
+    if !force { try deployment.shutDown(owner.domain, stop: stop) }
+    try deployment.undefine(owner.domain)
     Failpoint.deployUndefined.hit()
-    let owner = GPUOwner(domain: name, migration: migration, fence: fence)
-    let ledger = GPULedger(folder: configuration.gpuFolder)
-    guard try !ledger.reservations(of: migration).isEmpty else { return }
-    try VgpuHost(folder: configuration.gpuFolder).destroy(of: owner)
-    try ledger.release(of: owner)
+    return try configuration.devices.giveBack(of: owner)
 }

@@ -3,6 +3,7 @@ import FlotillaProtocol
 import HostKit
 import MigrationModel
 import Passthrough
+import SwiftProtobuf
 
 /// What a deploy will define, decided before anything changes. Looks at the host as it is now, not as it was when the
 /// migration was placed. Blocking.
@@ -17,7 +18,9 @@ struct DeployPlan: Sendable {
     var records: [VgpuRecord] = []
     /// The host's, as they were when the plan was made.
     let functions: [PciFunction]
-    let gpuFolder: String
+    /// The migration's domain was there before.
+    let isDefined: Bool
+    let host: DeviceHost
 
     init(
         _ manifest: Manifest, _ options: DeployOptions, _ configuration: WorkerConfiguration, mode: DeployMode
@@ -25,8 +28,8 @@ struct DeployPlan: Sendable {
         try Self.requireDisksInPools(manifest, configuration, mustExist: mode != .dryRun)
         let connection = try LibvirtConnection(uri: configuration.libvirtURI)
         let host = try hostProfile(
-            name: configuration.host, connection: connection, pools: configuration.pools,
-            gpuFolder: configuration.gpuFolder)
+            name: configuration.host, connection: connection, pools: configuration.pools, devices: configuration.devices
+        )
         if options.gpuCheck.visible, manifest.vm.isWindows {
             throw MigrationError(
                 .unimplemented, "VM \(manifest.vm.name): a Windows guest can't be asked for its PCI devices yet",
@@ -42,7 +45,8 @@ struct DeployPlan: Sendable {
         domain.devices = match.devices
         vgpus = match.vgpus
         functions = host.pciFunctions
-        gpuFolder = configuration.gpuFolder
+        isDefined = host.domains.contains { $0.name == domain.name }
+        self.host = configuration.devices
         domain.tpmEmulator = tpmEmulatorInstalled()
         if mode != .dryRun { domain.bufferedDisks = disksWithoutDirectIO(manifest) }
         findings = placementFindings(domain) + Self.vgpuFindings(vgpus, windows: manifest.vm.isWindows)
@@ -53,6 +57,26 @@ struct DeployPlan: Sendable {
         }
         self.domain = domain
         deployment = Deployment(connection: connection, migrationID: manifest.migrationID)
+    }
+
+    /// What the deploy is known to give, as far as it has come.
+    func result() throws -> DeployResult {
+        var result = DeployResult()
+        result.domainName = domain.name
+        result.domainUuid = try domain.uuid()
+        result.manifestSha256 = try manifestDigest(domain.manifest)
+        result.devices = domain.devices.flatMap { $0.map(\.address) }
+        result.findings = findings
+        result.vgpus = records.map { record in
+            .with {
+                $0.deviceID = record.device
+                $0.profile = record.profile
+                $0.function = record.function
+                $0.uuid = record.uuid ?? ""
+            }
+        }
+        if !vgpus.isEmpty { result.guestLicenseFiles = vgpuLicenseFiles(windows: domain.manifest.vm.isWindows) }
+        return result
     }
 
     /// Of a dry run a vGPU's place is not known yet, so its document has none.

@@ -10,6 +10,8 @@ import SwiftProtobuf
 struct DeployHandler: DeployService.ServiceProtocol {
     let configuration: WorkerConfiguration
     let permit: @Sendable (String, CallIdentity) async throws -> Void
+    /// False once the task is another's, or this process ends: what it made is for the next attempt then.
+    let mayAct: @Sendable (CallIdentity) -> Bool
     /// Tells the coordinator what the host is like now.
     let announce: @Sendable () async -> Void
     /// Choosing devices and defining the domain that takes them is one step: two VMs never get the same GPU.
@@ -17,10 +19,11 @@ struct DeployHandler: DeployService.ServiceProtocol {
 
     init(
         configuration: WorkerConfiguration, permit: @escaping @Sendable (String, CallIdentity) async throws -> Void,
-        announce: @escaping @Sendable () async -> Void
+        mayAct: @escaping @Sendable (CallIdentity) -> Bool, announce: @escaping @Sendable () async -> Void
     ) {
         self.configuration = configuration
         self.permit = permit
+        self.mayAct = mayAct
         self.announce = announce
     }
 
@@ -31,104 +34,137 @@ struct DeployHandler: DeployService.ServiceProtocol {
         try call.require(.deploy, ofMigration: request.message.manifest.migrationID)
         return StreamingServerResponse { writer in
             let request = request.message
-            let (manifest, options) = (request.manifest, request.options)
-            if case .console(let pattern) = options.verification.method { try validateConsolePattern(pattern) }
-            let (plan, defined) = try await placement.with {
-                let plan = try await blocking("deploy") {
-                    try DeployPlan(manifest, options, configuration, mode: request.mode)
-                }
-                guard request.mode == .deploy else { return (plan, LibvirtDomain?.none) }
-                let owner = plan.owner(fence: call.fence)
-                // With the digests and targets that the conversion added.
-                try await configuration.record(manifest)
-                try await permit("define-domain", call)
-                Failpoint.deployPermitted.hit()
-                return try await blocking("deploy") {
-                    var plan = plan
-                    try plan.claim(owner)
-                    Failpoint.deployClaimed.hit()
-                    do {
-                        let domain = try plan.deployment.define(plan.domain)
-                        Failpoint.deployDefined.hit()
-                        try plan.giveBackSurplus(owner)
-                        return (plan, domain)
-                    } catch {
-                        if plan.domain.hasHostDevices { try? plan.giveBackUnused(owner) }
-                        throw error
-                    }
-                }
-            }
-            var result = DeployResult()
-            result.domainName = plan.domain.name
-            result.domainUuid = try plan.domain.uuid()
-            result.manifestSha256 = try manifestDigest(manifest)
-            result.devices = plan.domain.devices.flatMap { $0.map(\.address) }
-            result.findings = plan.findings
-            result.vgpus = plan.records.map { record in
-                .with {
-                    $0.deviceID = record.device
-                    $0.profile = record.profile
-                    $0.function = record.function
-                    $0.uuid = record.uuid ?? ""
-                }
-            }
-            if !plan.vgpus.isEmpty { result.guestLicenseFiles = vgpuLicenseFiles(windows: manifest.vm.isWindows) }
-            guard let domain = defined else {
+            if case .console(let pattern) = request.options.verification.method { try validateConsolePattern(pattern) }
+            let result =
                 switch request.mode {
-                case .dryRun: result.domainXml = try plan.domain.text()
-                case .check:
-                    result.domainState = try await blocking("deploy") {
-                        try plan.deployment.state(of: plan.domain.name)
-                    }
-                case .deploy, .unspecified, .UNRECOGNIZED:
+                case .dryRun, .check: try await examine(request)
+                case .deploy: try await deploy(request, call, writer)
+                case .unspecified, .UNRECOGNIZED:
                     throw MigrationError(.invalidArgument, "deploy mode \(request.mode.rawValue) is not known")
                 }
-                try await writer.write(.with { [result] in $0.result = result })
-                return [:]
+            try await writer.write(.with { $0.result = result })
+            return [:]
+        }
+    }
+
+    /// Answers what is or would be; changes nothing.
+    private func examine(_ request: DeployRequest) async throws -> DeployResult {
+        try await blocking("deploy") {
+            let plan = try DeployPlan(request.manifest, request.options, configuration, mode: request.mode)
+            var result = try plan.result()
+            if request.mode == .dryRun {
+                result.domainXml = try plan.domain.text()
+            } else {
+                result.domainState = try plan.deployment.state(of: plan.domain.name)
             }
+            return result
+        }
+    }
+
+    private func deploy(
+        _ request: DeployRequest, _ call: CallIdentity, _ writer: RPCWriter<DeployUpdate>
+    ) async throws -> DeployResult {
+        let (plan, domain) = try await placement.with { try await define(request, call) }
+        var hasRun = false
+        do {
+            var result = try plan.result()
             // The coordinator hears of the domain before it hears that the task is done.
             await announce()
             try await writer.step(domain.name, "defined as \(result.domainUuid)")
-            if options.start {
-                try await blocking("deploy") {
-                    do { try domain.start() } catch {
-                        try? plan.rollBack(plan.owner(fence: call.fence))
-                        throw error
-                    }
-                }
+            try Task.checkCancellation()
+            if request.options.start {
+                try await blocking("deploy") { try domain.start() }
+                hasRun = true
                 Failpoint.deployStarted.hit()
                 try await writer.step(domain.name, "started")
                 result.proof = try await verify(domain, plan, writer)
                 result.guestDevices = try await guestProof(domain, plan, writer)
             }
             result.domainState = try await blocking("deploy") { "\(try domain.state())" }
-            try await writer.write(.with { [result] in $0.result = result })
-            return [:]
+            try Task.checkCancellation()
+            return result
+        } catch {
+            throw await takeBack(plan, call, because: error, ran: hasRun)
         }
+    }
+
+    private func define(_ request: DeployRequest, _ call: CallIdentity) async throws -> (DeployPlan, LibvirtDomain) {
+        @Sendable func plan() throws -> DeployPlan {
+            try DeployPlan(request.manifest, request.options, configuration, mode: request.mode)
+        }
+        let first = try await blocking("deploy", plan)
+        // With the digests and targets that the conversion added.
+        try await configuration.record(request.manifest)
+        do { try await permit("define-domain", call) } catch {
+            // An earlier attempt may have come further.
+            throw await takeBack(first, call, because: error, ran: false)
+        }
+        Failpoint.deployPermitted.hit()
+        return try await blocking("deploy") {
+            var chosen = first
+            let owner = chosen.owner(fence: call.fence)
+            do { try chosen.claim(owner) } catch let error as MigrationError where error.code == .resourceExhausted {
+                // Another process was faster: look again, there may be one more. Without one this says who has them.
+                chosen = try plan()
+                try chosen.claim(owner)
+            }
+            Failpoint.deployClaimed.hit()
+            return (chosen, try chosen.define(owner))
+        }
+    }
+
+    /// Undoes a deploy that failed or was cancelled. Returns what to say of it.
+    private func takeBack(
+        _ plan: DeployPlan, _ call: CallIdentity, because error: any Error, ran: Bool
+    ) async -> any Error {
+        // What may succeed when it is tried again goes on from here, and so does the task's next owner.
+        if let error = error as? MigrationError, error.code.isRetryable || error.code == .aborted { return error }
+        guard mayAct(call) else { return error }
+        var failure = error as? MigrationError ?? MigrationError(.cancelled, "cancelled")
+        if !(error is MigrationError), !(error is CancellationError) {
+            failure = MigrationError(.internal, "\(error)")
+        }
+        do {
+            try await blocking("deploy") { try plan.rollBack(plan.owner(fence: call.fence), ran: ran) }
+            failure.message += "; domain \(plan.domain.name) was undefined again, its disks stay"
+        } catch {
+            failure.message += "; and undefining domain \(plan.domain.name) again failed: \(error)"
+        }
+        await announce()
+        return failure
     }
 
     func undeploy(
         request: ServerRequest<UndeployRequest>, context: ServerContext
     ) async throws -> StreamingServerResponse<DeployUpdate> {
         let call = try CallIdentity(request.metadata)
-        guard !request.message.migrationID.isEmpty, call.task == "\(request.message.migrationID)-undeploy" else {
-            throw MigrationError(
-                .invalidArgument, "task \(call.task) is not the undeploy of migration '\(request.message.migrationID)'")
-        }
+        try call.require(.undeploy, ofMigration: request.message.migrationID)
         return StreamingServerResponse { writer in
             let request = request.message
             guard isValidDomainName(request.domainName) else {
                 throw MigrationError(.invalidArgument, "\"\(request.domainName)\" can't be a domain's name")
             }
-            try await placement.with {
+            let owner = GPUOwner(domain: request.domainName, migration: request.migrationID, fence: call.fence)
+            let dirty = try await placement.with {
                 try await permit("undefine-domain", call)
-                try await blocking("undeploy") {
-                    try removeDeployment(
-                        of: request.domainName, migration: request.migrationID, fence: call.fence, configuration)
+                return try await blockingCancellable("undeploy") { stop in
+                    try removeDeployment(of: owner, configuration, stop: stop, force: request.force)
                 }
             }
             await announce()
-            try await writer.write(.with { $0.result.domainName = request.domainName })
+            try await writer.step(request.domainName, "undefined")
+            try await writer.write(
+                .with {
+                    $0.result.domainName = request.domainName
+                    $0.result.devices = dirty.map(\.description)
+                    $0.result.findings = dirty.map { function in
+                        .make(
+                            .note, "\(function)",
+                            "\(function) was given back; it may hold what the guest left in it, and no other VM gets it "
+                                + "before it was reset",
+                            remedy: "flotilla gpu reset \(function), or reboot the host")
+                    }
+                })
             return [:]
         }
     }

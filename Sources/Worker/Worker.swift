@@ -5,6 +5,7 @@ package import Logging
 package import Messaging
 import HostKit
 import MigrationModel
+import Passthrough
 import VSphere
 
 /// One KVM host's hands: serves the three stages from the host's queue. Start reading at `MigrationServices`.
@@ -39,9 +40,9 @@ package final class Worker: Sendable {
             services: [
                 ExportHandler(configuration: configuration),
                 ConvertHandler(configuration: configuration, permit: permit),
-                DeployHandler(configuration: configuration, permit: permit) {
-                    await Self.announceAgain(configuration, transport, logger)
-                },
+                DeployHandler(
+                    configuration: configuration, permit: permit, mayAct: { transport.mayAct($0) },
+                    announce: { await Self.announceAgain(configuration, transport, logger) }),
             ],
             interceptors: [ErrorInterceptor()])
     }
@@ -50,6 +51,7 @@ package final class Worker: Sendable {
     /// Throws `unavailable` when libvirt can't be reached at the start: a worker without it would only fail its tasks.
     @concurrent
     package func run() async throws {
+        await recoverDevices()
         try await Self.announce(configuration, transport)
         // Found before any new task makes its own.
         let left = try await blocking("exports") { [configuration] in try leftExports(in: configuration.exportFolder) }
@@ -79,11 +81,27 @@ package final class Worker: Sendable {
         }
     }
 
+    /// What can't be put right now is in the way of the devices it is about, of nothing else.
+    private func recoverDevices() async {
+        guard configuration.recoversDevices else { return }
+        let underWay = Set(journal.interrupted.compactMap { Stage.migrationID(ofTask: $0.task) })
+        do {
+            let findings = try await blocking("gpu") { [configuration] in
+                let connection = try LibvirtConnection(uri: configuration.libvirtURI)
+                return try configuration.devices.recover(
+                    domains: connection.deviceOwners(sysfs: configuration.devices.sysfs), underWay: underWay)
+            }
+            for finding in findings { logger.warning("\(finding.message)", metadata: ["device": "\(finding.subject)"]) }
+        } catch {
+            logger.error("devices not put right", metadata: ["error": "\(error)"])
+        }
+    }
+
     private static func announce(_ configuration: WorkerConfiguration, _ transport: BusServerTransport) async throws {
         let profile = try await blocking("inventory") {
             try hostProfile(
                 name: configuration.host, connection: LibvirtConnection(uri: configuration.libvirtURI),
-                pools: configuration.pools, gpuFolder: configuration.gpuFolder)
+                pools: configuration.pools, devices: configuration.devices)
         }
         try await transport.publishInventory(profile)
     }
@@ -100,10 +118,7 @@ package final class Worker: Sendable {
     /// Returns once every result of these migrations is with the coordinator and cleaned up after, or when cancelled.
     package func settle(_ migrations: Set<String>) async {
         await journal.settled { task in
-            Stage.allCases.contains { stage in
-                task.hasSuffix("-\(stage.rawValue)")
-                    && migrations.contains(String(task.dropLast(stage.rawValue.count + 1)))
-            }
+            Stage.migrationID(ofTask: task).map(migrations.contains) ?? false
         }
     }
 

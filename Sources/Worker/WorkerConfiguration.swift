@@ -4,7 +4,7 @@ import FlotillaProtocol
 import HostKit
 package import Messaging
 import MigrationModel
-import Passthrough
+package import Passthrough
 import SwiftProtobuf
 
 /// What a worker is told about itself and its host. Nothing in a message can widen it.
@@ -21,8 +21,9 @@ package struct WorkerConfiguration: Sendable {
     package var transport: BusServerTransport.Settings
     /// How often the coordinator is told what the host is like.
     package var inventoryInterval = Duration.seconds(60)
-    /// Holds the ledger of devices and the records of vGPUs: one per host, whatever worker or command uses it.
-    package var gpuFolder = GPULedger.folder
+    package var devices = DeviceHost()
+    /// Whether what processes that are gone left of devices is put right at the start.
+    package var recoversDevices = true
     /// Shared by all conversions of this worker: together they read no faster.
     package var rateLimit: RateLimit?
     /// vCenter and ESXi servers whose VMs it may move.

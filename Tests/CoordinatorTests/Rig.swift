@@ -205,6 +205,9 @@ struct FakeWorker {
             var disks = try ConvertRequest(serializedBytes: call.body).manifest.disks
             for index in disks.indices { disks[index].target.path = "/pool/web-disk\(index).qcow2" }
             try await succeed(call, ConvertUpdate.with { [disks] in $0.result.disks = disks })
+        case .undeploy:
+            try await succeed(
+                call, DeployUpdate.with { $0.result.findings = [.with { $0.message = "0000:3b:00.0 was given back" }] })
         case .deploy:
             try await succeed(
                 call,

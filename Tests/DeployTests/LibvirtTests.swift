@@ -157,7 +157,8 @@ import Testing
                 pools: [
                     PoolFolder(name: "main", path: "\(folder)/pool"), PoolFolder(name: "gone", path: "\(folder)/gone"),
                 ],
-                sysfs: Sysfs(root: "\(folder)/sys"), proc: "\(folder)/proc")
+                devices: DeviceHost(sysfs: Sysfs(root: "\(folder)/sys"), folder: "\(folder)/gpu"),
+                proc: "\(folder)/proc")
             #expect(profile.hypervisor == "TEST" && profile.domainType == "test" && !profile.domainTypeReason.isEmpty)
             #expect(profile.libvirtVersion.split(separator: ".").count == 3 && profile.libvirtUri == "test:///default")
             #expect(profile.cpus > 0 && profile.memoryBytes > 0 && profile.networks.contains("default"))

@@ -6,7 +6,8 @@ struct GPUCommand: AsyncParsableCommand {
         discussion: "Needs no fleet. Everything that changes the host has --dry-run, and goes back.",
         subcommands: [
             GPUListCommand.self, GPUCheckCommand.self, GPUPrepareCommand.self, GPUBindCommand.self,
-            GPUReleaseCommand.self, GPUProfilesCommand.self, GPUCreateCommand.self, GPUDestroyCommand.self,
+            GPUReleaseCommand.self, GPUResetCommand.self, GPUProfilesCommand.self, GPUCreateCommand.self,
+            GPUDestroyCommand.self,
             GPURestoreCommand.self,
         ])
 }

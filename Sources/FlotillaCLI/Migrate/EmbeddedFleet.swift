@@ -28,6 +28,7 @@ struct EmbeddedFleet {
     /// Of all conversions together.
     var rateLimit: RateLimit?
     var vsphere: [VSphereSource] = []
+    var recoversDevices = true
 
     /// Runs the fleet around `body`, which talks to it through the coordinator's API and returns, with its value, the
     /// migrations it saw to their ends. `interrupted` returns when the work is to stop early.
@@ -52,6 +53,7 @@ struct EmbeddedFleet {
             transport: .init(slots: slots))
         configuration.rateLimit = rateLimit
         configuration.vsphere = VSphereSources(vsphere)
+        configuration.recoversDevices = recoversDevices
         let worker = try Worker(configuration, bus: bus, member: members.worker, logger: logger)
 
         let transport = InProcessTransport()

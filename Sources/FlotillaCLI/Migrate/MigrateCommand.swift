@@ -3,6 +3,7 @@ import Export
 import FlotillaProtocol
 import Glibc
 import HostKit
+import Logging
 import MigrationModel
 import Passthrough
 import SwiftProtobuf
@@ -53,6 +54,13 @@ struct MigrateCommand: AsyncParsableCommand {
     @Option(help: ArgumentHelp("Read all disks together no faster than this per second; K, M, G.", valueName: "bytes"))
     var rate: ByteCountArgument?
 
+    @Flag(
+        help: "Take back what this command did: undefine the domain and return its GPUs. Disks and source stay.")
+    var rollback = false
+
+    @Flag(help: "With --rollback: cut the power of a guest that runs.")
+    var force = false
+
     @Flag(help: "Print one JSON object per event.")
     var json = false
 
@@ -60,6 +68,7 @@ struct MigrateCommand: AsyncParsableCommand {
     var verbose = false
 
     func validate() throws {
+        if force && !rollback { throw ValidationError("--force goes with --rollback only") }
         if sources.isEmpty { throw ValidationError("Name at least one source, for example ova:web.ova") }
         if let name {
             guard isValidDomainName(name) else { throw ValidationError("'\(name)' can't be a domain's name") }
@@ -76,6 +85,7 @@ struct MigrateCommand: AsyncParsableCommand {
 
     func run() async throws {
         let requests = try requests()
+        if rollback { return try await takeBack(requests) }
         var servers: [VSphereSource] = []
         for source in sources where VSphereURL.isOne(source) {
             let url = try VSphereURL(parsing: source)
@@ -91,6 +101,18 @@ struct MigrateCommand: AsyncParsableCommand {
             vsphere: servers)
         let exit = try await run.run()
         if exit != .done { throw ExitCode(exit.rawValue) }
+    }
+
+    private func takeBack(_ requests: [SubmitMigrationRequest]) async throws {
+        var logger = Logger(label: "flotilla") { StreamLogHandler.standardError(label: $0) }
+        logger.logLevel = verbose ? .debug : .error
+        var fleet = EmbeddedFleet(
+            libvirtURI: host, pool: requests.first?.pool ?? pool, stateDirectory: try stateFolder(state), logger: logger
+        )
+        fleet.recoversDevices = !options.dryRun
+        let how = RollbackOptions.of(dryRun: options.dryRun, force: force)
+        let run = RollbackRun(requests: requests, fleet: fleet, options: how)
+        try await showRollback(how, json: json) { try await run.run($0) }
     }
 
     /// One migration per source and VM.

@@ -35,7 +35,8 @@ struct MigrateRun {
         defer { if isDryRun { try? Files.remove(folder) } }
         let fleet = EmbeddedFleet(
             libvirtURI: libvirtURI, pool: pool, stateDirectory: folder, logger: logger,
-            rateLimit: rate.map { RateLimit(bytesPerSecond: $0) }, vsphere: vsphere)
+            rateLimit: rate.map { RateLimit(bytesPerSecond: $0) }, vsphere: vsphere,
+            recoversDevices: !isDryRun)
         let view = output.view()
         let migrations = try await fleet.run(interrupted: { await signals.first() }) { client in
             let migrations = try await follow(requests, client, view)
@@ -58,7 +59,7 @@ extension Exit {
     init(_ migrations: [Migration]) {
         let exits = migrations.map { migration -> Exit in
             switch migration.state {
-            case .done, .ready: .done
+            case .done, .ready, .rolledBack: .done
             case .preflightBlocked: .blocked
             case .cancelled: .cancelled
             default:

@@ -11,7 +11,7 @@ import VSphere
 struct MigrationCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "migration", abstract: "The fleet's migrations.",
-        subcommands: [Submit.self, List.self, Show.self, Watch.self, Cancel.self, Retry.self])
+        subcommands: [Submit.self, List.self, Show.self, Watch.self, Cancel.self, Retry.self, Rollback.self])
 
     struct Submit: AsyncParsableCommand {
         static let configuration = CommandConfiguration(
@@ -135,6 +135,27 @@ struct MigrationCommand: AsyncParsableCommand {
         func run() async throws {
             let migration = try await fleet.connect { try await $0.cancelMigration(.with { $0.id = id }) }
             Console.line("\(migration.title): \(migration.state)")
+        }
+    }
+
+    struct Rollback: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Takes a migration back: undefines its domain and returns its GPUs.",
+            discussion: """
+                The guest is asked to shut down first; one that does not within a minute keeps running, and nothing is \
+                changed. The disks stay, and the source is not touched.
+                """)
+
+        @OptionGroup var fleet: FleetOptions
+        @OptionGroup var options: RollbackOptions
+        @Argument(help: "The migration's id.") var id: String
+        @Flag(help: "Print JSON.") var json = false
+
+        func run() async throws {
+            let (options, id) = (options, id)
+            try await showRollback(options, json: json) { view in
+                try await fleet.connect { [try await rollBack(id, options, $0, view)] }
+            }
         }
     }
 

@@ -37,6 +37,8 @@ struct Narrator {
                 case .preflightBlocked: "blocked: nothing was changed"
                 case .failed: "failed: \(migration.errorMessage)"
                 case .cancelled: "cancelled"
+                case .rollingBack: stage.map { $0.state != "running" ? "" : "\($0.name): started" } ?? ""
+                case .rolledBack: "rolled back"
                 case .unspecified, .UNRECOGNIZED: ""
                 }
             // The same attempt's start is told once; a retry is news.

@@ -62,6 +62,7 @@ struct Summary {
             case .preflightBlocked: "BLOCKED, nothing was changed"
             case .cancelled: "cancelled"
             case .ready: "ready, nothing was changed"
+            case .rolledBack: "rolled back: no domain, the disks stay"
             default: "unfinished"
             }
         return "\(migration.title)  \(outcome)"

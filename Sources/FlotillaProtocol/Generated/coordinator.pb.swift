@@ -37,6 +37,12 @@ package nonisolated enum MigrationState: SwiftProtobuf.Enum, Swift.CaseIterable 
 
   /// A dry run that found nothing in the way.
   case ready // = 8
+
+  /// Its domain is being removed again.
+  case rollingBack // = 9
+
+  /// Its domain was removed; its disks are there.
+  case rolledBack // = 10
   case UNRECOGNIZED(Int)
 
   package init() {
@@ -54,6 +60,8 @@ package nonisolated enum MigrationState: SwiftProtobuf.Enum, Swift.CaseIterable 
     case 6: self = .preflightBlocked
     case 7: self = .cancelled
     case 8: self = .ready
+    case 9: self = .rollingBack
+    case 10: self = .rolledBack
     default: self = .UNRECOGNIZED(rawValue)
     }
   }
@@ -69,6 +77,8 @@ package nonisolated enum MigrationState: SwiftProtobuf.Enum, Swift.CaseIterable 
     case .preflightBlocked: return 6
     case .cancelled: return 7
     case .ready: return 8
+    case .rollingBack: return 9
+    case .rolledBack: return 10
     case .UNRECOGNIZED(let i): return i
     }
   }
@@ -84,6 +94,8 @@ package nonisolated enum MigrationState: SwiftProtobuf.Enum, Swift.CaseIterable 
     .preflightBlocked,
     .cancelled,
     .ready,
+    .rollingBack,
+    .rolledBack,
   ]
 
 }
@@ -265,7 +277,7 @@ package nonisolated struct StageSummary: Sendable {
   // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
   // methods supported on all messages.
 
-  /// "export", "convert", "deploy".
+  /// "export", "convert", "deploy", "undeploy".
   package var name: String = String()
 
   package var taskID: String = String()
@@ -488,6 +500,12 @@ package nonisolated struct RollbackMigrationRequest: Sendable {
   // methods supported on all messages.
 
   package var id: String = String()
+
+  /// Change nothing: fail as the rollback would, or answer with the migration whose result says what would go.
+  package var dryRun: Bool = false
+
+  /// Cut the power of a guest that does not shut down.
+  package var force: Bool = false
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
@@ -825,7 +843,7 @@ package nonisolated struct Wave: Sendable {
 fileprivate nonisolated let _protobuf_package = "flotilla.v1"
 
 nonisolated extension MigrationState: SwiftProtobuf._ProtoNameProviding {
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0MIGRATION_STATE_UNSPECIFIED\0\u{1}EXPORTING\0\u{1}CONVERTING\0\u{1}DEPLOYING\0\u{1}DONE\0\u{1}FAILED\0\u{1}PREFLIGHT_BLOCKED\0\u{1}CANCELLED\0\u{1}READY\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0MIGRATION_STATE_UNSPECIFIED\0\u{1}EXPORTING\0\u{1}CONVERTING\0\u{1}DEPLOYING\0\u{1}DONE\0\u{1}FAILED\0\u{1}PREFLIGHT_BLOCKED\0\u{1}CANCELLED\0\u{1}READY\0\u{1}ROLLING_BACK\0\u{1}ROLLED_BACK\0")
 }
 
 nonisolated extension SubmitMigrationRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
@@ -1570,7 +1588,7 @@ nonisolated extension RetryMigrationRequest: SwiftProtobuf.Message, SwiftProtobu
 
 nonisolated extension RollbackMigrationRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".RollbackMigrationRequest"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{3}dry_run\0\u{1}force\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1579,6 +1597,8 @@ nonisolated extension RollbackMigrationRequest: SwiftProtobuf.Message, SwiftProt
       // enabled. https://github.com/apple/swift-protobuf/issues/1034
       switch fieldNumber {
       case 1: try { try decoder.decodeSingularStringField(value: &self.id) }()
+      case 2: try { try decoder.decodeSingularBoolField(value: &self.dryRun) }()
+      case 3: try { try decoder.decodeSingularBoolField(value: &self.force) }()
       default: break
       }
     }
@@ -1588,11 +1608,19 @@ nonisolated extension RollbackMigrationRequest: SwiftProtobuf.Message, SwiftProt
     if !self.id.isEmpty {
       try visitor.visitSingularStringField(value: self.id, fieldNumber: 1)
     }
+    if self.dryRun != false {
+      try visitor.visitSingularBoolField(value: self.dryRun, fieldNumber: 2)
+    }
+    if self.force != false {
+      try visitor.visitSingularBoolField(value: self.force, fieldNumber: 3)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
   package static func ==(lhs: RollbackMigrationRequest, rhs: RollbackMigrationRequest) -> Bool {
     if lhs.id != rhs.id {return false}
+    if lhs.dryRun != rhs.dryRun {return false}
+    if lhs.force != rhs.force {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

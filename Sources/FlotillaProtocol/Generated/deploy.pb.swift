@@ -412,6 +412,9 @@ package nonisolated struct UndeployRequest: Sendable {
 
   package var domainName: String = String()
 
+  /// Cut the power of a guest that runs, instead of asking it to end and giving up when it does not.
+  package var force: Bool = false
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -922,7 +925,7 @@ nonisolated extension Verification: SwiftProtobuf.Message, SwiftProtobuf._Messag
 
 nonisolated extension UndeployRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".UndeployRequest"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}migration_id\0\u{3}domain_name\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}migration_id\0\u{3}domain_name\0\u{1}force\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -932,6 +935,7 @@ nonisolated extension UndeployRequest: SwiftProtobuf.Message, SwiftProtobuf._Mes
       switch fieldNumber {
       case 1: try { try decoder.decodeSingularStringField(value: &self.migrationID) }()
       case 2: try { try decoder.decodeSingularStringField(value: &self.domainName) }()
+      case 3: try { try decoder.decodeSingularBoolField(value: &self.force) }()
       default: break
       }
     }
@@ -944,12 +948,16 @@ nonisolated extension UndeployRequest: SwiftProtobuf.Message, SwiftProtobuf._Mes
     if !self.domainName.isEmpty {
       try visitor.visitSingularStringField(value: self.domainName, fieldNumber: 2)
     }
+    if self.force != false {
+      try visitor.visitSingularBoolField(value: self.force, fieldNumber: 3)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
   package static func ==(lhs: UndeployRequest, rhs: UndeployRequest) -> Bool {
     if lhs.migrationID != rhs.migrationID {return false}
     if lhs.domainName != rhs.domainName {return false}
+    if lhs.force != rhs.force {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

@@ -1,51 +1,50 @@
 import Glibc
 import HostKit
 import MigrationModel
-import Passthrough
-import TestKit
+package import Passthrough
 
 /// A tree with NVIDIA's vGPU attributes as its user guide lays them out, the driver behind them, and stand-ins for the
 /// vendor's programs. No NVIDIA card was at hand.
-struct VgpuMachine: Sendable {
-    let folder: TemporaryFolder
-    let sysfs: Sysfs
-    let kernel: VgpuKernel
-    let tools: VgpuTools
+package struct VgpuMachine: Sendable {
+    package let folder: TemporaryFolder
+    package let sysfs: Sysfs
+    package let kernel: VgpuKernel
+    package let tools: VgpuTools
 
-    init(_ kernel: (Sysfs) -> VgpuKernel = { VgpuKernel(sysfs: $0) }) throws {
+    package init(_ kernel: (Sysfs) -> VgpuKernel = { VgpuKernel(sysfs: $0) }) throws {
         folder = try TemporaryFolder("sys/bus/pci/devices", "sys/bus/mdev/devices", "bin", "state")
         sysfs = Sysfs(root: "\(folder.path)/sys")
         self.kernel = kernel(sysfs)
         tools = VgpuTools(folders: ["\(folder.path)/bin"])
     }
 
-    func host() -> VgpuHost {
+    package func host() -> VgpuHost {
         VgpuHost(sysfs: sysfs, kernel: kernel, tools: tools, folder: "\(folder.path)/state")
     }
 
-    var ledger: GPULedger { GPULedger(folder: "\(folder.path)/state") }
+    package var ledger: GPULedger { GPULedger(folder: "\(folder.path)/state") }
 
-    func put(_ attribute: String, _ text: String) throws { try kernel.set(attribute, text) }
+    package func put(_ attribute: String, _ text: String) throws { try kernel.set(attribute, text) }
 
-    func program(_ name: String, _ script: String) throws {
+    package func program(_ name: String, _ script: String) throws {
         try Files.writeAtomically(
             Array(
                 "#!/bin/sh\nS=\(folder.path)/sys D=\(folder.path)\necho \"\(name) $*\" >> $D/calls\n\(script)\n".utf8),
             to: "\(folder.path)/bin/\(name)", mode: 0o755)
     }
 
-    var calls: [String] {
+    package var calls: [String] {
         let bytes = (try? Files.read("\(folder.path)/calls")) ?? []
         return String(decoding: bytes, as: UTF8.self).split(separator: "\n").map(String.init)
     }
 
-    func function(_ address: String, _ extra: [String: String] = [:]) throws {
+    package func function(_ address: String, _ extra: [String: String] = [:]) throws {
         try put("bus/pci/devices/\(address)/vendor", "0x10de\n")
         for (name, text) in extra { try put("bus/pci/devices/\(address)/\(name)", text) }
     }
 
     /// A physical function whose virtual ones appear by `sriov-manage -e`.
-    func vendorGPU(_ bus: String, types: [String], virtualFunctions: Int = 3) throws {
+    package func vendorGPU(_ bus: String, types: [String], virtualFunctions: Int = 3) throws {
         let gpu = "0000:\(bus):00.0"
         try function(gpu, ["sriov_totalvfs": "\(virtualFunctions)\n", "sriov_numvfs": "0\n"])
         let list = types.joined(separator: "\\n")
@@ -62,7 +61,7 @@ struct VgpuMachine: Sendable {
             """)
     }
 
-    func mdevGPU(_ gpu: String, _ types: [(id: String, name: String, available: Int)]) throws {
+    package func mdevGPU(_ gpu: String, _ types: [(id: String, name: String, available: Int)]) throws {
         try function(gpu)
         for type in types {
             let folder = "bus/pci/devices/\(gpu)/mdev_supported_types/\(type.id)"
@@ -73,20 +72,24 @@ struct VgpuMachine: Sendable {
     }
 }
 
-struct VgpuKernel: SysfsWriter {
-    let sysfs: Sysfs
+package struct VgpuKernel: SysfsWriter {
+    package let sysfs: Sysfs
     /// These functions take a type without an error, and don't.
-    var deaf: Set<String> = []
+    package var deaf: Set<String> = []
     /// vGPUs that a GPU holds on the vendor's path.
-    var capacity = 2
+    package var capacity = 2
 
-    func set(_ attribute: String, _ text: String) throws {
+    package init(sysfs: Sysfs, deaf: Set<String> = [], capacity: Int = 2) {
+        (self.sysfs, self.deaf, self.capacity) = (sysfs, deaf, capacity)
+    }
+
+    package func set(_ attribute: String, _ text: String) throws {
         let path = sysfs.path(attribute)
         try Files.createDirectories(Files.parent(of: path))
         try Files.writeAtomically(Array(text.utf8), to: path)
     }
 
-    func write(_ text: String, to attribute: String) throws {
+    package func write(_ text: String, to attribute: String) throws {
         let value = text.hasSuffix("\n") ? String(text.dropLast()) : text
         let parts = attribute.split(separator: "/").map(String.init)
         if attribute.hasSuffix("/create") {

@@ -1,0 +1,99 @@
+package import FlotillaProtocol
+import HostKit
+import MigrationModel
+
+/// The devices of a host as a worker has them in hand. Tests put a made tree in the kernel's place.
+package struct DeviceHost: Sendable {
+    package var sysfs: Sysfs
+    package var kernel: any SysfsWriter
+    package var tools: VgpuTools
+    /// Holds the ledger, the records of vGPUs and the journal of drivers: one per host, whatever uses it.
+    package var folder: String
+
+    /// - Parameter kernel: takes the writes; nil: the kernel behind `sysfs`.
+    package init(
+        sysfs: Sysfs = Sysfs(), kernel: (any SysfsWriter)? = nil, tools: VgpuTools = VgpuTools(),
+        folder: String = GPULedger.folder
+    ) {
+        self.sysfs = sysfs
+        self.kernel = kernel ?? KernelWriter(sysfs)
+        self.tools = tools
+        self.folder = folder
+    }
+
+    package var ledger: GPULedger { GPULedger(folder: folder) }
+    package var vgpus: VgpuHost { VgpuHost(sysfs: sysfs, kernel: kernel, tools: tools, folder: folder) }
+    private var binder: Binder { Binder(sysfs: sysfs, kernel: kernel, folder: folder) }
+
+    /// Throws `aborted` when a later attempt of the owner's migration holds its devices.
+    package func requireNewest(_ owner: GPUOwner) throws {
+        // Where nothing is held nothing is written.
+        if try !ledger.reservations(of: owner.migration).isEmpty { try ledger.update { try $0.admit(owner) } }
+    }
+
+    /// Destroys the vGPUs of the owner's migration and gives its functions back; what is gone already is fine.
+    ///
+    /// - Returns: functions that are dirty then.
+    /// - Throws: `aborted` for a stale fence.
+    @discardableResult
+    package func giveBack(of owner: GPUOwner) throws -> [PciAddress] {
+        if try vgpus.records().contains(where: { $0.owner.isSame(as: owner) }) { try vgpus.destroy(of: owner) }
+        guard try !ledger.reservations(of: owner.migration).isEmpty else { return [] }
+        return try ledger.release(of: owner).compactMap(\.function)
+    }
+
+    /// Resets functions that a VM gave back, with those that go with them: takes them from their drivers, resets what is
+    /// dirty, and gives them back. One that can't be reset stays dirty.
+    ///
+    /// - Returns: what was dirty and is free now.
+    /// - Throws: `failedPrecondition` when it is refused, or the kernel can't reset one.
+    package func reset(_ addresses: [PciAddress], observe: () throws -> DeviceTree) throws -> [PciAddress] {
+        let together = try Handover(addresses, in: observe()).functions.map(\.address)
+        let dirty = try ledger.reservations().filter { $0.state == .dirty }.map(\.resource).filter { resource in
+            resource.function.map(together.contains) ?? false
+        }
+        guard !dirty.isEmpty else { return [] }
+        let isMoved = try !binder.bind(addresses, observe: observe).isEmpty
+        let outcome = Result { try ledger.reset(dirty, sysfs: sysfs, kernel: kernel) }
+        if isMoved { _ = try binder.release(addresses, observe: observe) }
+        try outcome.get()
+        return dirty.compactMap(\.function)
+    }
+
+    /// Puts right what processes that are gone left: drivers half moved, vGPUs and reservations without a domain. What a
+    /// process that lives has is left alone. Call at start, before tasks run; blocks.
+    ///
+    /// - Parameters:
+    ///   - domains: all of this host's, also those that are shut off.
+    ///   - underWay: migrations whose tasks the worker's journal still has.
+    /// - Returns: what was changed or can't be right, for the log.
+    package func recover(domains: [GPULedger.Domain], underWay: Set<String>) throws -> [Finding] {
+        // A host that has handed out nothing gets no files.
+        guard Files.isDirectory(folder) || domains.contains(where: { !$0.resources.isEmpty }) else { return [] }
+        var findings: [Finding] = []
+        do {
+            findings += try binder.recover().map { change in
+                .make(
+                    .note, change.address,
+                    "\(change.address) is back with \(change.to.isEmpty ? "no driver" : change.to): a command that moved it "
+                        + "did not end", remedy: "")
+            }
+        } catch {
+            findings.append(
+                .warning("drivers", "\(error)", remedy: "flotilla gpu release tries again and says why it can't"))
+        }
+        let defined = Set(domains.map(\.migration))
+        let reaped = try vgpus.reap { owner in
+            try !defined.contains(owner.migration) && !underWay.contains(owner.migration)
+                && !ledger.isKeptByAnother(owner)
+        }
+        findings += reaped.map { record in
+            .make(
+                .note, record.function,
+                "the vGPU \(record.profile) on \(record.function) was made for \(record.owner), which is not there: "
+                    + "destroyed", remedy: "")
+        }
+        return try findings
+            + ledger.reconcile(domains: domains, underWay: underWay, vgpus: vgpus.records(), sysfs: sysfs)
+    }
+}
