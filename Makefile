@@ -7,7 +7,7 @@ GUEST := $(CURDIR)/.demo/guest
 SWIFT_SOURCES = $(shell find Sources Tests -name '*.swift' -not -path '*/Generated/*') Package.swift
 
 .PHONY: help setup build demo demo-fleet test test-disk test-asan test-tsan test-kill test-faults test-bus test-protocol test-vsphere test-vfio fuzz \
-	bench-disk bench-export bench-fleet format lint protos protos-check clean
+	bench-disk bench-export bench-fleet bench-gpu format lint protos protos-check clean
 
 help: ## list these targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
@@ -89,6 +89,9 @@ bench-disk: build ## compare disk conversion with qemu-img and a bare C loop (ab
 
 bench-export: build ## compare exports from a simulated vCenter with curl, inventories with govmomi (about 15 GB, 10 minutes)
 	Tests/benchmarks/export/run
+
+bench-gpu: build ## measure gpu list on 64 GPUs, and the deploy stage beside libvirt's own time
+	Tests/benchmarks/gpu/run .build/release/flotilla
 
 bench-fleet: ## compare the fleet's rate with Celery's on the same broker; latency, waves, 1,000 hosts, memory
 	deploy/setup --test

@@ -78,8 +78,16 @@ extension Transitions {
         }
         if request.dryRun { return try present() }
         activate(record.id)
+        let undeploy = UndeployRequest.with {
+            $0.migrationID = record.id
+            $0.domainName = record.request.options.settled(for: manifest.vm).domainName
+            $0.force = request.force
+        }
         if record.state == .rollingBack {
-            for task in try store.tasks(ofMigration: record.id) where task.stage == .undeploy {
+            for var task in try store.tasks(ofMigration: record.id) where task.stage == .undeploy {
+                // An attempt that runs goes on as it was asked for.
+                task.request = try undeploy.serializedBytes()
+                try store.save(task)
                 _ = try apply(.dispatch, to: task)
             }
             return try present()
@@ -88,13 +96,7 @@ extension Transitions {
         record.error = nil
         record.state = .rollingBack
         try save(record)
-        try start(
-            .undeploy, of: record,
-            UndeployRequest.with {
-                $0.migrationID = record.id
-                $0.domainName = record.request.options.settled(for: manifest.vm).domainName
-                $0.force = request.force
-            })
+        try start(.undeploy, of: record, undeploy)
         return try present()
     }
 

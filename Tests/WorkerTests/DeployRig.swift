@@ -149,7 +149,8 @@ extension DeployHandler {
     }
 
     private func answer(
-        _ call: CallIdentity, _ method: (ServerContext) async throws -> StreamingServerResponse<DeployUpdate>
+        _ call: CallIdentity,
+        _ method: @escaping @Sendable (ServerContext) async throws -> StreamingServerResponse<DeployUpdate>
     ) async throws -> DeployResult {
         try await withServerContextRPCCancellationHandle { handle in
             let context = ServerContext(

@@ -12,7 +12,7 @@ import pika
 import flotilla_bus as bus
 
 # States a migration stays in, with the exit code each stands for; the worst one counts.
-ENDS = {"done": 0, "ready": 0, "failed": 1, "blocked": 3, "cancelled": 4}
+ENDS = {"done": 0, "ready": 0, "rolled-back": 0, "failed": 1, "blocked": 3, "cancelled": 4}
 TEMPORARY_FAILURE = 75
 
 
