@@ -169,6 +169,26 @@ import Testing
             manifest: manifest, options: Self.mapped, pool: "images", diskFormat: "raw", host: Self.host())
         #expect(findings.contains { $0.severity == .blocked && $0.message.contains("encrypted") })
     }
+
+    /// One GPU, two VMs that want it: each alone could have it.
+    @Test func togetherTheyWantMoreThanThereIs() throws {
+        var id = PciId()
+        (id.vendor, id.device) = (0x10de, 0x20b5)
+        var whole = PassthroughBacking()
+        whole.id = id
+        var assessment = Assessment(hosts: [Self.host()], options: Self.mapped, pool: nil, format: "raw")
+        for name in ["first", "second"] {
+            assessment.add(
+                Self.manifest {
+                    $0.vm.name = name
+                    $0.gpus = [Self.gpu(.passthrough(whole))]
+                }, source: "manifest:\(name).json")
+        }
+        #expect(assessment.vms.map(\.hosts) == [["kvm1"], ["kvm1"]])
+        let short = assessment.vms.map { $0.reasons.filter { $0.subject == "gpus" }.map(\.message) }
+        #expect(short == [[], ["the VMs before this one take all that the hosts have of 10de:20b5"]])
+        #expect(assessment.demand.map { [$0.wanted, $0.free] } == [[2, 1]])
+    }
 }
 
 @Suite struct PageTests {
