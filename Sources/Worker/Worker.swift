@@ -92,6 +92,8 @@ package final class Worker: Sendable {
                     domains: connection.deviceOwners(sysfs: configuration.devices.sysfs), underWay: underWay)
             }
             for finding in findings { logger.warning("\(finding.message)", metadata: ["device": "\(finding.subject)"]) }
+        } catch let error as MigrationError where error.code == .unavailable {
+            // Without libvirt nothing goes; what comes next says so.
         } catch {
             logger.error("devices not put right", metadata: ["error": "\(error)"])
         }

@@ -18,12 +18,15 @@ import Testing
 struct DeployRig: Sendable {
     let machine: VgpuMachine
     let uri: String
+    /// What libvirt's test driver knows is gone with the last connection.
+    private let connection: LibvirtConnection
     var root: String { machine.folder.path }
 
-    /// `test:///default` lives as long as the process and is shared by all its tests: domains have names of their own.
+    /// All tests of a process share `test:///default`: domains have names of their own.
     init(uri: String = "test:///default") throws {
         machine = try VgpuMachine()
         self.uri = uri
+        connection = try LibvirtConnection(uri: uri)
         for folder in ["pool", "worker", "sys/bus/pci/drivers/vfio-pci", "sys/class/iommu/dmar0"] {
             _ = try machine.folder.sub(folder)
         }
@@ -110,7 +113,7 @@ struct DeployRig: Sendable {
         }
     }
 
-    func domain(_ name: String) throws -> LibvirtDomain? { try LibvirtConnection(uri: uri).domain(named: name) }
+    func domain(_ name: String) throws -> LibvirtDomain? { try connection.domain(named: name) }
 }
 
 extension VgpuMachine {
