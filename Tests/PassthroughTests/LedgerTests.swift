@@ -84,6 +84,7 @@ import Testing
             failure { try ledger.reset([a], sysfs: sysfs, kernel: KernelWriter(sysfs), holders: holders) }
         }
         try ledger.reserve([a], for: web)
+        try ledger.handOver(to: web)
         #expect(try ledger.release([a], of: web) == [a] && ledger.release([a], of: web) == [])
         #expect(try states(ledger) == ["pci:0000:3b:00.0 web dirty"])
         let error = try #require(failure { try ledger.reserve([a], for: render) })
@@ -105,6 +106,7 @@ import Testing
     @Test func itsOwnDirtIsNoObstacleAndARebootCleans() throws {
         let (a, b) = (try pci("0000:3b:00.0"), try pci("0000:5e:00.0"))
         try ledger.reserve([a, b], for: web)
+        try ledger.handOver(to: web)
         try ledger.release(of: web)
         try ledger.reserve([a], for: web)
         let rebooted = GPULedger(folder: "\(folder.path)/gpu", boot: "boot-2")
@@ -122,6 +124,7 @@ import Testing
         )
         let mdev = GPUResource(mdev: "f0e1d2c3-0000-4000-8000-000000000001", partOf: [])
         try ledger.reserve([a, mdev], for: web)
+        try ledger.handOver(to: web)
         try ledger.reserve([b], for: render)
         let findings = try ledger.reconcile(
             domains: [
