@@ -1,6 +1,4 @@
 package import FlotillaProtocol
-import FoundationEssentials
-import Glibc
 package import HostKit
 import MigrationModel
 
@@ -22,32 +20,11 @@ package func guestDevices(
 ) throws -> [GuestDevice] {
     let script =
         "for d in /sys/bus/pci/devices/*; do read v < $d/vendor && read i < $d/device && echo $v $i; done"
-    let hint = "allow guest-exec in the guest's qemu-guest-agent, or migrate without the GPU check"
-    let started: Started = try answer(
-        ask(
-            #"{"execute":"guest-exec","arguments":{"path":"/bin/sh","arg":["-c","\#(script)"],"capture-output":true}}"#)
-    )
-    let deadline = ContinuousClock().now + timeout
-    while true {
-        try stop.check()
-        let status: Status = try answer(
-            ask(#"{"execute":"guest-exec-status","arguments":{"pid":\#(started.pid)}}"#))
-        if status.exited {
-            guard status.exitcode == 0 else {
-                throw MigrationError(
-                    .failedPrecondition, "the guest could not list its PCI devices (exit \(status.exitcode ?? -1))",
-                    hint: hint)
-            }
-            let bytes = status.output.flatMap { Data(base64Encoded: $0) } ?? Data()
-            return parseGuestDevices(String(decoding: bytes, as: UTF8.self))
-        }
-        guard ContinuousClock().now < deadline else {
-            throw MigrationError(
-                .deadlineExceeded, "the guest did not list its PCI devices within \(timeout)", hint: hint)
-        }
-        // The agent has no way to wait for the program's end.
-        poll(nil, 0, 100)
-    }
+    return parseGuestDevices(
+        try runInGuest(
+            "/bin/sh", ["-c", script], to: "list its PCI devices",
+            hint: "allow guest-exec in the guest's qemu-guest-agent, or migrate without the GPU check",
+            timeout: timeout, stop: stop, ask: ask))
 }
 
 /// Throws `failedPrecondition` naming each handed over device that the guest does not see, by vendor and device id and
@@ -78,30 +55,6 @@ func parseGuestDevices(_ text: String) -> [GuestDevice] {
         guard numbers.count == 2, let vendor = numbers[0], let device = numbers[1] else { return nil }
         return GuestDevice(vendor: vendor, device: device)
     }
-}
-
-private struct Started: Decodable { var pid: Int }
-
-private struct Status: Decodable {
-    var exited: Bool
-    var exitcode: Int?
-    var output: String?
-
-    private enum CodingKeys: String, CodingKey {
-        case exited, exitcode
-        case output = "out-data"
-    }
-}
-
-private struct Answer<Value: Decodable>: Decodable { var `return`: Value }
-
-private func answer<Value: Decodable>(_ text: String) throws -> Value {
-    // A guest is not trusted: libvirt bounds the answer at 10 MB, what is wanted has a few hundred bytes.
-    guard text.utf8.count <= 1 << 20, let answer = try? JSONDecoder().decode(Answer<Value>.self, from: Data(text.utf8))
-    else {
-        throw MigrationError(.failedPrecondition, "the guest agent gave an answer that can't be read")
-    }
-    return answer.return
 }
 
 private func fourDigits(_ number: UInt32) -> String {

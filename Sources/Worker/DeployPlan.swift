@@ -21,6 +21,8 @@ struct DeployPlan: Sendable {
     /// The migration's domain was there before.
     let isDefined: Bool
     let host: DeviceHost
+    /// What the started guest's GPU is compared with.
+    let baseline: GPUBaseline?
 
     init(
         _ manifest: Manifest, _ options: DeployOptions, _ configuration: WorkerConfiguration, mode: DeployMode
@@ -42,6 +44,7 @@ struct DeployPlan: Sendable {
                 .failedPrecondition, match.findings.map(\.message).joined(separator: "; "),
                 hint: match.findings.first?.remedy)
         }
+        baseline = try Self.baseline(options.gpuCheck, of: match, configuration)
         domain.devices = match.devices
         vgpus = match.vgpus
         functions = host.pciFunctions
@@ -77,6 +80,22 @@ struct DeployPlan: Sendable {
         }
         if !vgpus.isEmpty { result.guestLicenseFiles = vgpuLicenseFiles(windows: domain.manifest.vm.isWindows) }
         return result
+    }
+
+    private static func baseline(
+        _ check: GpuCheck, of match: DeviceMatch, _ configuration: WorkerConfiguration
+    ) throws -> GPUBaseline? {
+        guard !check.benchmark.isEmpty else { return nil }
+        guard check.tolerancePercent.isFinite, check.tolerancePercent >= 0 else {
+            throw MigrationError(.invalidArgument, "a tolerance of \(check.tolerancePercent) % is none")
+        }
+        let baseline = try GPUBaselines(folder: configuration.devices.folder).read(check.benchmark)
+        let ids = match.devices.joined().map(\.id.text)
+        guard let gpu = baseline.gpu, !ids.contains(gpu), match.vgpus.isEmpty else { return baseline }
+        throw MigrationError(
+            .failedPrecondition,
+            "baseline \(baseline.name) is of a GPU \(gpu), the VM gets \(ids.isEmpty ? "none" : ids.joined(separator: ", "))",
+            hint: "record one of that GPU on host \(configuration.host)")
     }
 
     /// Of a dry run a vGPU's place is not known yet, so its document has none.

@@ -79,6 +79,9 @@ struct DeployHandler: DeployService.ServiceProtocol {
                 try await writer.step(domain.name, "started")
                 result.proof = try await verify(domain, plan, writer)
                 result.guestDevices = try await guestProof(domain, plan, writer)
+                if let baseline = plan.baseline {
+                    result.benchmark = try await benchmark(baseline, domain, plan, writer)
+                }
             }
             result.domainState = try await blocking("deploy") { "\(try domain.state())" }
             try Task.checkCancellation()
@@ -183,6 +186,24 @@ struct DeployHandler: DeployService.ServiceProtocol {
             try requireVisible(plan.domain.devices.flatMap(\.self), vgpus: plan.domain.vgpus.count, in: seen)
             return seen.map(\.text)
         }
+    }
+
+    private func benchmark(
+        _ baseline: GPUBaseline, _ domain: LibvirtDomain, _ plan: DeployPlan, _ writer: RPCWriter<DeployUpdate>
+    ) async throws -> GpuBenchmark {
+        let options = plan.domain.options
+        try await writer.step(domain.name, "running benchmark \(baseline.name) in the guest")
+        let seconds = options.verification.timeoutSeconds
+        let result = try await blockingCancellable("verify") { stop in
+            _ = try waitForAgent(
+                domain, timeout: .seconds(seconds == 0 ? 300 : Int(seconds)), stop: stop, progress: { _ in })
+            return try benchmarkGuest(
+                baseline, tolerance: options.gpuCheck.hasTolerancePercent ? options.gpuCheck.tolerancePercent : 2,
+                stop: stop
+            ) { try domain.agentCommand($0, seconds: 10) }
+        }
+        try await writer.step(domain.name, result.text)
+        return result
     }
 
     /// Waits for the proof that was asked for, and returns it.

@@ -3,6 +3,7 @@ import FlotillaProtocol
 import Foundation
 import HostKit
 import MigrationModel
+import Passthrough
 import SwiftProtobuf
 import Testing
 
@@ -53,5 +54,34 @@ import Testing
             }
             #expect(error?.code == code)
         }
+    }
+
+    /// The guest runs what the host recorded, as often, without a shell in between.
+    @Test func benchmarkAgainstTheBaseline() throws {
+        let baseline = GPUBaseline(
+            name: "gemm", command: ["/opt/gemm", "--size", "8 \"192\""], pattern: "GFLOPS ([0-9.]+)",
+            figures: [100, 100, 100])
+        var asked: [String] = []
+        func run(_ output: String, tolerance: Double = 2) throws -> GpuBenchmark {
+            asked = []
+            return try benchmarkGuest(baseline, tolerance: tolerance, stop: StopFlag()) { command in
+                if command.contains("guest-exec\"") { asked.append(command) }
+                return try Self.agent(output, after: 1)(command)
+            }
+        }
+        let result = try run("GFLOPS 98.5")
+        #expect((result.figure, result.baseline, result.lossPercent) == (98.5, 100, 1.5))
+        #expect(asked.count == 3)
+        let sent = try #require(try JSONSerialization.jsonObject(with: Data(asked[0].utf8)) as? [String: Any])
+        let arguments = try #require(sent["arguments"] as? [String: Any])
+        #expect(arguments["path"] as? String == "/opt/gemm")
+        #expect(arguments["arg"] as? [String] == ["--size", "8 \"192\""])
+
+        let slow = #expect(throws: MigrationError.self) { try run("GFLOPS 97.5") }
+        #expect(slow?.code == .failedPrecondition)
+        #expect(slow?.message.contains("gemm 97.5, bare metal 100.0 (2.5 % worse, 2.0 % allowed)") == true)
+        #expect(try run("GFLOPS 97.5", tolerance: 3).lossPercent == 2.5)
+        #expect(try run("GFLOPS 120").lossPercent == -20)
+        #expect(throws: MigrationError.self) { try run("no device") }
     }
 }

@@ -7,7 +7,6 @@ struct GPUCommand: AsyncParsableCommand {
         subcommands: [
             GPUListCommand.self, GPUCheckCommand.self, GPUPrepareCommand.self, GPUBindCommand.self,
             GPUReleaseCommand.self, GPUResetCommand.self, GPUProfilesCommand.self, GPUCreateCommand.self,
-            GPUDestroyCommand.self,
-            GPURestoreCommand.self,
+            GPUDestroyCommand.self, GPURestoreCommand.self, GPUBaselineCommand.self,
         ])
 }

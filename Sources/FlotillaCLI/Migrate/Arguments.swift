@@ -123,6 +123,16 @@ struct MigrationOptions: ParsableArguments {
     @Flag(help: "Ask the started guest's agent whether it sees its devices.")
     var verifyGPU = false
 
+    @Option(
+        help: ArgumentHelp(
+            "Have the started guest run the benchmark of a baseline of the host (flotilla gpu baseline).",
+            valueName: "baseline"))
+    var gpuBenchmark: String?
+
+    @Option(
+        help: ArgumentHelp("By how much the guest's figure may be worse (default: 2).", valueName: "percent"))
+    var gpuTolerance: Double?
+
     @Option(help: "Bus of the disks: virtio, scsi or sata (default: what suits the guest).")
     var diskBus: DiskBusArgument?
 
@@ -143,6 +153,16 @@ struct MigrationOptions: ParsableArguments {
 
     func validate() throws {
         if verifyGPU && !start { throw ValidationError("--verify-gpu needs --start") }
+        if let gpuBenchmark {
+            try GPUBaseline.validate(name: gpuBenchmark)
+            if !start { throw ValidationError("--gpu-benchmark needs --start") }
+        }
+        if let gpuTolerance {
+            guard gpuBenchmark != nil else { throw ValidationError("--gpu-tolerance needs --gpu-benchmark") }
+            guard (0...1000).contains(gpuTolerance) else {
+                throw ValidationError("--gpu-tolerance is 0 to 1000 percent")
+            }
+        }
         if verify != .none && !start {
             throw ValidationError("--verify needs --start: there is nothing to watch otherwise")
         }
@@ -157,6 +177,8 @@ struct MigrationOptions: ParsableArguments {
         request.options.hugepages = hugepages
         request.options.hideRom = hideROM
         if verifyGPU { request.options.gpuCheck.visible = true }
+        if let gpuBenchmark { request.options.gpuCheck.benchmark = gpuBenchmark }
+        if let gpuTolerance { request.options.gpuCheck.tolerancePercent = gpuTolerance }
         request.options.diskBus = diskBus?.bus ?? .unspecified
         request.options.keepUuid = !newUUID
         request.options.start = start

@@ -41,6 +41,10 @@ struct Summary {
             lines.append("  devices  \(migration.result.devices.joined(separator: ", "))")
         }
         if !migration.result.proof.isEmpty { lines.append("  proof    \(migration.result.proof)") }
+        if !migration.result.guestDevices.isEmpty {
+            lines.append("  guest    sees \(migration.result.guestDevices.joined(separator: ", "))")
+        }
+        if migration.result.hasBenchmark { lines.append("  GPU      \(migration.result.benchmark.text)") }
         if !migration.errorMessage.isEmpty, migration.state == .failed {
             lines.append("  error    \(migration.errorMessage)")
             if !migration.errorHint.isEmpty { lines.append("           \(migration.errorHint)") }

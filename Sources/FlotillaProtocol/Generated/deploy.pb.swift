@@ -316,9 +316,24 @@ package nonisolated struct GpuCheck: Sendable {
   /// Every handed over device is on the guest's PCI bus with its vendor and device id.
   package var visible: Bool = false
 
+  /// A baseline of the host (`flotilla gpu baseline record`): the guest runs its benchmark too. Empty: none.
+  package var benchmark: String = String()
+
+  /// By how many percent of the baseline the guest's figure may be worse; 2 where it is not given.
+  package var tolerancePercent: Double {
+    get {_tolerancePercent ?? 0}
+    set {_tolerancePercent = newValue}
+  }
+  /// Returns true if `tolerancePercent` has been explicitly set.
+  package var hasTolerancePercent: Bool {self._tolerancePercent != nil}
+  /// Clears the value of `tolerancePercent`. Subsequent reads from it will return its default value.
+  package mutating func clearTolerancePercent() {self._tolerancePercent = nil}
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
+
+  fileprivate var _tolerancePercent: Double? = nil
 }
 
 package nonisolated struct NetworkMapping: Sendable {
@@ -496,6 +511,40 @@ package nonisolated struct DeployResult: Sendable {
 
   /// Files that the guest needs for its vGPUs' license; convert or the administrator puts them there.
   package var guestLicenseFiles: [String] = []
+
+  /// Of the benchmark that was asked for.
+  package var benchmark: GpuBenchmark {
+    get {_benchmark ?? GpuBenchmark()}
+    set {_benchmark = newValue}
+  }
+  /// Returns true if `benchmark` has been explicitly set.
+  package var hasBenchmark: Bool {self._benchmark != nil}
+  /// Clears the value of `benchmark`. Subsequent reads from it will return its default value.
+  package mutating func clearBenchmark() {self._benchmark = nil}
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+
+  fileprivate var _benchmark: GpuBenchmark? = nil
+}
+
+/// A benchmark's figure in the guest, beside that of the host's bare metal, both in the benchmark's own unit.
+package nonisolated struct GpuBenchmark: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var name: String = String()
+
+  package var figure: Double = 0
+
+  package var baseline: Double = 0
+
+  /// By how many percent of the baseline the figure is worse; negative: better.
+  package var lossPercent: Double = 0
+
+  package var tolerancePercent: Double = 0
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
@@ -771,7 +820,7 @@ nonisolated extension GpuKind: SwiftProtobuf.Message, SwiftProtobuf._MessageImpl
 
 nonisolated extension GpuCheck: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".GpuCheck"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}visible\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}visible\0\u{1}benchmark\0\u{3}tolerance_percent\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -780,20 +829,34 @@ nonisolated extension GpuCheck: SwiftProtobuf.Message, SwiftProtobuf._MessageImp
       // enabled. https://github.com/apple/swift-protobuf/issues/1034
       switch fieldNumber {
       case 1: try { try decoder.decodeSingularBoolField(value: &self.visible) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.benchmark) }()
+      case 3: try { try decoder.decodeSingularDoubleField(value: &self._tolerancePercent) }()
       default: break
       }
     }
   }
 
   package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    // The use of inline closures is to circumvent an issue where the compiler
+    // allocates stack space for every if/case branch local when no optimizations
+    // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
+    // https://github.com/apple/swift-protobuf/issues/1182
     if self.visible != false {
       try visitor.visitSingularBoolField(value: self.visible, fieldNumber: 1)
     }
+    if !self.benchmark.isEmpty {
+      try visitor.visitSingularStringField(value: self.benchmark, fieldNumber: 2)
+    }
+    try { if let v = self._tolerancePercent {
+      try visitor.visitSingularDoubleField(value: v, fieldNumber: 3)
+    } }()
     try unknownFields.traverse(visitor: &visitor)
   }
 
   package static func ==(lhs: GpuCheck, rhs: GpuCheck) -> Bool {
     if lhs.visible != rhs.visible {return false}
+    if lhs.benchmark != rhs.benchmark {return false}
+    if lhs._tolerancePercent != rhs._tolerancePercent {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -1049,7 +1112,7 @@ nonisolated extension DeployUpdate: SwiftProtobuf.Message, SwiftProtobuf._Messag
 
 nonisolated extension DeployResult: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".DeployResult"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}domain_name\0\u{3}domain_uuid\0\u{3}domain_state\0\u{1}proof\0\u{1}devices\0\u{1}findings\0\u{3}manifest_sha256\0\u{3}domain_xml\0\u{1}vgpus\0\u{3}guest_devices\0\u{3}guest_license_files\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}domain_name\0\u{3}domain_uuid\0\u{3}domain_state\0\u{1}proof\0\u{1}devices\0\u{1}findings\0\u{3}manifest_sha256\0\u{3}domain_xml\0\u{1}vgpus\0\u{3}guest_devices\0\u{3}guest_license_files\0\u{1}benchmark\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1068,12 +1131,17 @@ nonisolated extension DeployResult: SwiftProtobuf.Message, SwiftProtobuf._Messag
       case 9: try { try decoder.decodeRepeatedMessageField(value: &self.vgpus) }()
       case 10: try { try decoder.decodeRepeatedStringField(value: &self.guestDevices) }()
       case 11: try { try decoder.decodeRepeatedStringField(value: &self.guestLicenseFiles) }()
+      case 12: try { try decoder.decodeSingularMessageField(value: &self._benchmark) }()
       default: break
       }
     }
   }
 
   package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    // The use of inline closures is to circumvent an issue where the compiler
+    // allocates stack space for every if/case branch local when no optimizations
+    // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
+    // https://github.com/apple/swift-protobuf/issues/1182
     if !self.domainName.isEmpty {
       try visitor.visitSingularStringField(value: self.domainName, fieldNumber: 1)
     }
@@ -1107,6 +1175,9 @@ nonisolated extension DeployResult: SwiftProtobuf.Message, SwiftProtobuf._Messag
     if !self.guestLicenseFiles.isEmpty {
       try visitor.visitRepeatedStringField(value: self.guestLicenseFiles, fieldNumber: 11)
     }
+    try { if let v = self._benchmark {
+      try visitor.visitSingularMessageField(value: v, fieldNumber: 12)
+    } }()
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -1122,6 +1193,57 @@ nonisolated extension DeployResult: SwiftProtobuf.Message, SwiftProtobuf._Messag
     if lhs.vgpus != rhs.vgpus {return false}
     if lhs.guestDevices != rhs.guestDevices {return false}
     if lhs.guestLicenseFiles != rhs.guestLicenseFiles {return false}
+    if lhs._benchmark != rhs._benchmark {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension GpuBenchmark: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".GpuBenchmark"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}figure\0\u{1}baseline\0\u{3}loss_percent\0\u{3}tolerance_percent\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      case 2: try { try decoder.decodeSingularDoubleField(value: &self.figure) }()
+      case 3: try { try decoder.decodeSingularDoubleField(value: &self.baseline) }()
+      case 4: try { try decoder.decodeSingularDoubleField(value: &self.lossPercent) }()
+      case 5: try { try decoder.decodeSingularDoubleField(value: &self.tolerancePercent) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.name.isEmpty {
+      try visitor.visitSingularStringField(value: self.name, fieldNumber: 1)
+    }
+    if self.figure.bitPattern != 0 {
+      try visitor.visitSingularDoubleField(value: self.figure, fieldNumber: 2)
+    }
+    if self.baseline.bitPattern != 0 {
+      try visitor.visitSingularDoubleField(value: self.baseline, fieldNumber: 3)
+    }
+    if self.lossPercent.bitPattern != 0 {
+      try visitor.visitSingularDoubleField(value: self.lossPercent, fieldNumber: 4)
+    }
+    if self.tolerancePercent.bitPattern != 0 {
+      try visitor.visitSingularDoubleField(value: self.tolerancePercent, fieldNumber: 5)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: GpuBenchmark, rhs: GpuBenchmark) -> Bool {
+    if lhs.name != rhs.name {return false}
+    if lhs.figure != rhs.figure {return false}
+    if lhs.baseline != rhs.baseline {return false}
+    if lhs.lossPercent != rhs.lossPercent {return false}
+    if lhs.tolerancePercent != rhs.tolerancePercent {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
