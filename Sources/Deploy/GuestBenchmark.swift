@@ -2,6 +2,7 @@ package import FlotillaProtocol
 package import HostKit
 import MigrationModel
 package import Passthrough
+import SwiftProtobuf
 
 /// Runs the baseline's benchmark in a guest, as often as it ran on the host, and compares the medians.
 ///

@@ -1,6 +1,6 @@
 import FoundationEssentials
 import Glibc
-package import HostKit
+import HostKit
 import MigrationModel
 
 /// Runs a program in a guest through its QEMU agent (`guest-exec`), without a shell, and returns what it printed.

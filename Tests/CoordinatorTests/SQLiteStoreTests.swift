@@ -25,19 +25,22 @@ import Testing
                 var task = TaskRecord(
                     migrationID: "m\(number)", stage: .export, host: "kvm1", request: [UInt8(number)], now: now)
                 task.machine = TaskMachine(
-                    state: state, attempt: UInt32(number + 1), fence: UInt64(number + 2), failures: number)
+                    state: state, attempt: UInt32(number + 1), fence: UInt64(number + 2), failures: number,
+                    losses: number + 3)
                 task.startedAt = Moment(milliseconds: 3)
                 try store.save(task)
             }
         }
     }
 
-    private func expectAll(_ store: SQLiteStore) async throws {
+    /// - Parameter losses: of every task; nil: as filled.
+    private func expectAll(_ store: SQLiteStore, losses: Int? = nil) async throws {
         for (number, state) in Self.states.enumerated() {
             let found = try await store.write { [id = id(number)] in try $0.task(id: id) }
             let task = try #require(found)
             let expected = TaskMachine(
-                state: state, attempt: UInt32(number + 1), fence: UInt64(number + 2), failures: number)
+                state: state, attempt: UInt32(number + 1), fence: UInt64(number + 2), failures: number,
+                losses: losses ?? number + 3)
             #expect(task.machine == expected)
             #expect(task.request == [UInt8(number)])
             #expect(task.startedAt == Moment(milliseconds: 3))
@@ -78,10 +81,11 @@ import Testing
                     ALTER TABLE task DROP COLUMN attempt;
                     ALTER TABLE task DROP COLUMN fence;
                     ALTER TABLE task DROP COLUMN failures;
+                    ALTER TABLE task DROP COLUMN losses;
                     DROP INDEX outbox_of_task;
-                    DELETE FROM grdb_migrations WHERE identifier = '3';
+                    DELETE FROM grdb_migrations WHERE identifier IN ('3', '4');
                     """)
         }
-        try await expectAll(try SQLiteStore(path: path))
+        try await expectAll(try SQLiteStore(path: path), losses: 0)
     }
 }

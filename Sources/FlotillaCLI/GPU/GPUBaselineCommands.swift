@@ -1,6 +1,6 @@
 import ArgumentParser
 import FlotillaProtocol
-import Foundation
+import FoundationEssentials
 import HostKit
 import MigrationModel
 import Passthrough

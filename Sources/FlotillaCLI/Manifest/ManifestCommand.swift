@@ -61,7 +61,7 @@ struct ManifestCommand: AsyncParsableCommand {
                         .notFound, "\(path) is not there, and an Artifact Manifest states its size",
                         hint: "write it on the machine that has the disks")
                 }
-                return UInt64(try File(path, O_RDONLY).status().st_size)
+                return try File(path, O_RDONLY).size
             }
         }
     }
