@@ -103,8 +103,9 @@ package final class EventPublisher: Sendable {
         // A `WorkerEvents`. Its events were serialized when they came: a message's fields are those of its parts.
         var body: [UInt8] = try WorkerEvents.with { $0.host = member.name }.serializedBytes()
         for waiting in batch { body.appendEvent(waiting.bytes) }
-        var message = Message(
-            exchange: names.events, routingKey: names.eventKey(host: member.name, kind: batch[0].kind), body: body)
+        // A probe has no event.
+        let key = names.eventKey(host: member.name, kind: batch.first?.kind ?? "task")
+        var message = Message(exchange: names.events, routingKey: key, body: body)
         message.type = Self.messageType
         message.messageID = UUID().uuidString.lowercased()
         message.userID = member.name
