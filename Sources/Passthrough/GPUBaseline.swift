@@ -52,22 +52,12 @@ package struct GPUBaseline: Sendable, Codable, Hashable {
         if let pattern { _ = try expression(pattern) }
     }
 
+    /// The rules are those of a domain's name: it becomes a file's.
     package static func validate(name: String) throws {
-        guard (1...64).contains(name.utf8.count), name.first != ".", name.first != "-",
-            name.utf8.allSatisfy({ isNameByte($0) })
-        else {
+        guard isValidDomainName(name) else {
             throw MigrationError(
                 .invalidArgument, "\"\(name.prefix(80))\" can't be a baseline's name",
-                hint: "use at most 64 letters, digits, '-', '_' and '.'")
-        }
-    }
-
-    private static func isNameByte(_ byte: UInt8) -> Bool {
-        switch byte {
-        case UInt8(ascii: "a")...UInt8(ascii: "z"), UInt8(ascii: "A")...UInt8(ascii: "Z"),
-            UInt8(ascii: "0")...UInt8(ascii: "9"), UInt8(ascii: "-"), UInt8(ascii: "_"), UInt8(ascii: "."):
-            true
-        default: false
+                hint: "use at most 64 letters, digits, '-', '_', '+' and '.', a letter or digit at both ends")
         }
     }
 

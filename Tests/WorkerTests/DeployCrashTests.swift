@@ -128,16 +128,15 @@ import Testing
     /// A process that lives, and has taken a device for a domain that it is about to define, keeps it.
     @Test func whatALivingProcessTookStays() async throws {
         let rig = try rig()
-        let (root, uri) = (rig.root, rig.uri)
+        let root = rig.root
         async let other = #expect(processExitsWith: .exitCode(0)) {
-            [root = root as String, uri = uri as String] in
+            [root = root as String] in
             let sysfs = Sysfs(root: "\(root)/sys")
             let ledger = GPULedger(folder: "\(root)/state")
             let address = try #require(PciAddress("0000:3b:00.0"))
             try ledger.reserve(
                 [GPUResource(function: address, sysfs: sysfs)],
                 for: GPUOwner(domain: "other", migration: "m-other", fence: 1))
-            _ = uri
             while !Files.exists("\(root)/go") { usleep(2000) }
             exit(0)
         }
