@@ -66,15 +66,15 @@ final class ConversionRun: Sendable {
         let group = DispatchGroup()
         for number in 0..<options.threadCount { start(group, "convert-\(number)") { try $0.convertChunks() } }
         start(group, "read-source") { try $0.readSource() }
-        var lastCheckpoint = DispatchTime.now()
+        var due = DispatchTime.now() + options.checkpointSeconds
         while group.wait(timeout: .now() + .milliseconds(200)) == .timedOut {
             progress(state.withLock { $0.progress })
-            if Double(DispatchTime.now().uptimeNanoseconds - lastCheckpoint.uptimeNanoseconds) / 1e9
-                >= options.checkpointSeconds
-            {
-                attempt { try checkpoint() }
-                lastCheckpoint = .now()
-            }
+            let start = DispatchTime.now()
+            guard start >= due else { continue }
+            attempt { try checkpoint() }
+            let end = DispatchTime.now()
+            let cost = Double(end.uptimeNanoseconds - start.uptimeNanoseconds) / 1e9
+            due = end + max(options.checkpointSeconds, 20 * cost)
         }
         // Also after a failure, so that the next run has less to do.
         attempt { try checkpoint() }
@@ -188,7 +188,7 @@ final class ConversionRun: Sendable {
         }
         account(chunk, isData: true)
         // Nobody waits for another thread's fdatasync, unless the disk falls far behind.
-        let batch = max(1, options.checkpointBytes)
+        let batch = options.checkpointBytes ?? (writer.isDirect ? .max : 256 << 20)
         if pending / batch >= 4 {
             try checkpoint()
         } else if pending >= batch {

@@ -73,10 +73,12 @@ package struct DiskConversion: Sendable {
         package var geometry = QCOW2.Geometry.standard
         /// Shared by the conversions that together must not read faster.
         package var rateLimit: RateLimit?
-        /// A checkpoint is due when this many image bytes were written since the last, and at the latest every
-        /// `checkpointSeconds`.
-        package var checkpointBytes: UInt64 = 256 << 20
+        /// From one checkpoint to the next, at least: to sync a disk stalls all writes to it, so the pause is also 20
+        /// times what the last one took.
         package var checkpointSeconds: Double = 2
+        /// A checkpoint is due when this many image bytes were written since the last; nil means 256 MiB where writes
+        /// go through the page cache, which is emptied then, and no bound where they bypass it.
+        package var checkpointBytes: UInt64?
 
         package init() {}
 
