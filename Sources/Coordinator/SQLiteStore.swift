@@ -14,7 +14,6 @@ package final class SQLiteStore: JobStore {
         var configuration = Configuration()
         configuration.journalMode = .wal
         configuration.prepareDatabase { database in
-            // The ids are random, so that every transaction touches pages all over the file.
             try database.execute(
                 sql: "PRAGMA synchronous = FULL; PRAGMA cache_size = -32768; PRAGMA wal_autocheckpoint = 4000")
         }

@@ -1,5 +1,4 @@
 import FlotillaProtocol
-import FoundationEssentials
 import HostKit
 import MigrationModel
 import SwiftProtobuf
@@ -40,7 +39,7 @@ extension Transitions {
             }
         } else {
             record = MigrationRecord(
-                id: UUID().uuidString.lowercased(), key: key, request: request, state: .exporting, createdAt: now,
+                id: makeMigrationID(at: now), key: key, request: request, state: .exporting, createdAt: now,
                 updatedAt: now)
             activate(record.id)
             try save(record)

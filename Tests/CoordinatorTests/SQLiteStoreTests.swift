@@ -48,6 +48,15 @@ import Testing
         }
     }
 
+    @Test func idsOfMigrationsFollowTheirTime() {
+        let moments = [0, 1, 255, 256, 1 << 40, 1_764_000_000_000, 1_764_000_000_001].map { Moment(milliseconds: $0) }
+        let ids = moments.map { makeMigrationID(at: $0) }
+        #expect(ids == ids.sorted())
+        #expect(ids[3].hasPrefix("00000000-0100-7"))
+        #expect(ids.allSatisfy { $0.count == 36 && "89ab".contains($0.dropFirst(19).first ?? " ") })
+        #expect(makeMigrationID(at: moments[0]) != ids[0])
+    }
+
     @Test func everyStateOfATaskIsKept() async throws {
         let folder = try TemporaryFolder()
         let store = try SQLiteStore(path: "\(folder.path)/store.sqlite")

@@ -79,7 +79,7 @@ struct CoordinatorProcess: AsyncParsableCommand {
             try await store.write { store in
                 let now = Moment.now
                 for _ in first..<min(first + chunk, count) {
-                    let id = UUID().uuidString.lowercased()
+                    let id = makeMigrationID(at: now)
                     try store.save(
                         MigrationRecord(
                             id: id, key: id, request: SubmitMigrationRequest(), state: .done, createdAt: now,
