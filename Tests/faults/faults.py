@@ -20,6 +20,7 @@ from workers import consumer_lost, crash_loop, drained
 
 WORKER_FAILPOINTS = [
     "worker.accepted", "worker.accepted-published", "worker.result-journaled", "worker.result-published",
+    "worker.journal-written", "worker.journal-replaced",
     "export.manifest-written", "convert.image-created", "convert.chunk-written:3", "convert.checkpoint",
     "convert.image-finished", "convert.disk-published", "deploy.permitted", "deploy.defined",
 ]
