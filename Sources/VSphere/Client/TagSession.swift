@@ -168,7 +168,7 @@ final class TagSession {
             let decoder = JSONDecoder()
             decoder.keyDecodingStrategy = .convertFromSnakeCase
             do {
-                if style == .api { return try decoder.decode(Value.self, from: Data(bytes)) }
+                if style == .api { return try decoder.decode(Value?.self, from: Data(bytes)) }
                 return try decoder.decode(Answer<Value>.self, from: Data(bytes)).value
             } catch is DecodingError {
                 throw failure("answered \(method) \(path.prefix { $0 != "?" }) with something else than it documents")

@@ -59,7 +59,8 @@ func (t *tagAPI) serveAPI(w http.ResponseWriter, r *http.Request) {
 		if parts[0] == "session" {
 			status = http.StatusCreated
 		}
-		if wrapped.Value == nil {
+		// No list is an empty one.
+		if wrapped.Value == nil || string(wrapped.Value) == "null" {
 			wrapped.Value = json.RawMessage("[]")
 		}
 	}
