@@ -87,7 +87,7 @@ fuzz: ## fuzz the VMDK readers for FUZZ_SECONDS (60)
 bench-disk: build ## compare disk conversion with qemu-img and a bare C loop (about 45 GB, 25 minutes)
 	Tests/benchmarks/disk/run
 
-bench-export: build ## compare exports from a simulated vCenter with curl, inventories with govmomi (about 15 GB, 10 minutes)
+bench-export: build ## compare exports from a simulated vCenter with curl, inventories with govmomi (about 15 GB, 15 minutes)
 	Tests/benchmarks/export/run
 
 bench-gpu: build ## measure gpu list on 64 GPUs, and the deploy stage beside libvirt's own time

@@ -34,6 +34,9 @@ package final class HTTPTransfer: @unchecked Sendable {
     private let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: room, alignment: 4096)
     private var first = 0
     private var end = 0
+    /// The waiting reader's own memory, which has `filled` bytes: they are copied once. Empty while nobody waits.
+    private var target = UnsafeMutableRawBufferPointer(start: nil, count: 0)
+    private var filled = 0
 
     package init(_ location: HTTPLocation, _ stop: StopFlag) throws {
         guard Self.isReady, let easy = curl_easy_init(), let multi = curl_multi_init() else {
@@ -110,13 +113,24 @@ package final class HTTPTransfer: @unchecked Sendable {
     }
 
     private func takeBody(_ bytes: UnsafeRawBufferPointer) -> Int {
-        if first == end { (first, end) = (0, 0) }
-        guard bytes.count <= buffer.count - end else {
+        var direct = 0
+        if first == end {
+            (first, end) = (0, 0)
+            direct = min(bytes.count, target.count - filled)
+        }
+        // All or nothing; never nothing with an empty buffer, which holds more than libcurl hands over at once.
+        let rest = UnsafeRawBufferPointer(rebasing: bytes[direct...])
+        guard rest.count <= buffer.count - end else {
             isPaused = true
             return flotilla_curl_pause
         }
-        UnsafeMutableRawBufferPointer(rebasing: buffer[end...]).copyMemory(from: bytes)
-        end += bytes.count
+        if direct > 0 {
+            UnsafeMutableRawBufferPointer(rebasing: target[filled...]).copyMemory(
+                from: UnsafeRawBufferPointer(rebasing: bytes[..<direct]))
+            filled += direct
+        }
+        UnsafeMutableRawBufferPointer(rebasing: buffer[end...]).copyMemory(from: rest)
+        end += rest.count
         return bytes.count
     }
 
@@ -198,19 +212,24 @@ package final class HTTPTransfer: @unchecked Sendable {
 
     /// Returns 0 at the end of the body.
     package func read(into target: UnsafeMutableRawBufferPointer) throws -> Int {
-        while first == end, isRunning {
+        if first < end {
+            let count = min(target.count, end - first)
+            target.copyMemory(from: UnsafeRawBufferPointer(rebasing: buffer[first..<first + count]))
+            first += count
+            return count
+        }
+        (self.target, filled) = (target, 0)
+        defer { (self.target, filled) = (UnsafeMutableRawBufferPointer(start: nil, count: 0), 0) }
+        while filled == 0, first == end, isRunning {
             if isPaused {
                 isPaused = false
                 curl_easy_pause(easy, CURLPAUSE_CONT)
-                if first < end { break }
+                if filled > 0 || first < end { break }
             }
             try advance()
         }
-        if first == end, let failure { throw failure }
-        let count = min(target.count, end - first)
-        target.copyMemory(from: UnsafeRawBufferPointer(rebasing: buffer[first..<first + count]))
-        first += count
-        return count
+        if filled == 0, first == end, let failure { throw failure }
+        return filled
     }
 
     /// Lets libcurl work until something happened or a tenth of a second went by.
@@ -224,7 +243,7 @@ package final class HTTPTransfer: @unchecked Sendable {
             let result = flotilla_curl_ended(multi)
             halt()
             if result != Int32(CURLE_OK.rawValue) { failure = error(CURLcode(UInt32(max(0, result)))) }
-        } else if first == end, !isPaused {
+        } else if first == end, filled == 0, !isPaused {
             curl_multi_poll(multi, nil, 0, 100, nil)
         }
     }

@@ -25,9 +25,11 @@ extension PciId {
 }
 
 extension AssignedDevice {
-    /// "gpu0 (NVIDIA A100, 10de:20f1)".
+    /// "gpu0 (NVIDIA A100, 10de:20f1)", "gpu1 (vGPU grid_a100-40c)".
     package var text: String {
-        let parts = [name, allowedIDs.map(\.text).joined(separator: " or ")].filter { !$0.isEmpty }
+        var what = allowedIDs.map(\.text).joined(separator: " or ")
+        if case .vgpu(let vgpu) = backing { what = "vGPU \(vgpu.profile)" }
+        let parts = [name, what].filter { !$0.isEmpty }
         return parts.isEmpty ? id : "\(id) (\(parts.joined(separator: ", ")))"
     }
 

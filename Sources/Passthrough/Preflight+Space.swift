@@ -16,19 +16,23 @@ func poolFindings(_ manifest: Manifest, _ name: String, _ format: String, _ host
                 remedy: "check the owner, mode and mount of the folder")
         ]
     }
-    let needed = bytesNeeded(manifest.disks, format: format)
+    let isStaged = manifest.keepsSourceFiles
+    let needed = bytesNeeded(manifest.disks, format: format, isStaged: isStaged)
+    let disks = isStaged ? "the disks and the VMDK files kept beside them" : "the disks"
     let free = "pool \(name) of host \(host.name) has \(size(pool.freeBytes)) free"
     if needed.expected > pool.freeBytes {
         return [
             .blocked(
-                "pool \(name)", "\(free); the disks need about \(size(needed.expected))",
-                remedy: "free some space or choose another pool")
+                "pool \(name)", "\(free); \(disks) need about \(size(needed.expected))",
+                remedy: isStaged
+                    ? "free some space, choose another pool, or leave --staged out"
+                    : "free some space or choose another pool")
         ]
     }
     guard needed.worst > pool.freeBytes else { return [] }
     return [
         .warning(
-            "pool \(name)", "\(free); the disks can grow to \(size(needed.worst))",
+            "pool \(name)", "\(free); \(disks) can grow to \(size(needed.worst))",
             remedy: "watch the pool: a guest stops when its disk can't grow")
     ]
 }
@@ -39,14 +43,19 @@ func poolFindings(_ manifest: Manifest, _ name: String, _ format: String, _ host
 /// much again for reference counts, below 1/2048). `expected` is the same for raw, since a guest writes to it without
 /// asking. For qcow2 it is what the source's bytes unpack to, at most `worst`: a streamOptimized or compressed source
 /// counts three times its length (Linux and Windows system disks compress to between a half and a third), any other
-/// its own length. Where the length is not known yet, the capacity.
-func bytesNeeded(_ disks: [Disk], format: String) -> (expected: UInt64, worst: UInt64) {
+/// its own length. Where the length is not known yet, the capacity. The compressed file that is kept with `isStaged`
+/// is expected to take half the capacity; where nothing compresses, its markers make it longer, below 1/64.
+func bytesNeeded(_ disks: [Disk], format: String, isStaged: Bool) -> (expected: UInt64, worst: UInt64) {
     var expected: UInt64 = 0
     var worst: UInt64 = 0
     for disk in disks where !disk.hasTarget || disk.target.path.isEmpty {
         let overhead = format == "qcow2" ? disk.capacityBytes / 2048 + (1 << 20) : 0
         let full = saturating(disk.capacityBytes, overhead)
         worst = saturating(worst, full)
+        if isStaged {
+            worst = saturating(worst, saturating(disk.capacityBytes, disk.capacityBytes / 64))
+            expected = saturating(expected, disk.capacityBytes / 2)
+        }
         let length = disk.source.length
         guard format == "qcow2", length > 0 else {
             expected = saturating(expected, full)
@@ -57,6 +66,14 @@ func bytesNeeded(_ disks: [Disk], format: String) -> (expected: UInt64, worst: U
         expected = saturating(expected, overflow ? full : min(full, unpacked))
     }
     return (expected, worst)
+}
+
+extension Manifest {
+    /// Whether its source's URL says so (`staged=1`).
+    var keepsSourceFiles: Bool {
+        guard source.kind == .vsphere, let question = source.url.firstIndex(of: "?") else { return false }
+        return source.url[question...].dropFirst().split(separator: "&").contains("staged=1")
+    }
 }
 
 private func saturating(_ a: UInt64, _ b: UInt64) -> UInt64 {

@@ -46,6 +46,20 @@ import Testing
         #expect(try server.daemon.said().contains("bytes=") == fault.hasPrefix("cut"))
     }
 
+    /// Whether they are larger or smaller than what comes at once.
+    @Test(arguments: ["", "pace-3000000/"]) func readsOfAnySizeGiveTheSameBytes(_ fault: String) throws {
+        let content = try Files.read(scene.conversion.source.path)
+        let source = try HTTPSource(HTTPLocation("\(server.base)/\(fault)\(stream)"), stop: StopFlag())
+        var read: [UInt8] = []
+        for count in sequence(first: 1, next: { $0 * 3 % 700_001 }) {
+            var part = [UInt8](repeating: 0, count: count)
+            let got = try part.withUnsafeMutableBytes { try source.read(into: $0) }
+            read += part[..<got]
+            if got == 0 { break }
+        }
+        #expect(read == content)
+    }
+
     @Test(arguments: ["", "cut-3000000/", "busy-1/"])
     func readsARawDiskInRanges(_ fault: String) throws {
         // The first request isn't repeated: a wrong URL is told at once.

@@ -114,6 +114,12 @@ import Testing
                 $0.disks[0].source.length = 2 << 30
             }, host: gpuHost { $0.pools[0].freeBytes = 50 << 30 }),
         Case(
+            testDescription: "full pool, with the source's files kept", subject: "pool main",
+            contains: "the VMDK files kept beside them need about 150 GiB",
+            manifest: manifest {
+                ($0.source.kind, $0.source.url) = (.vsphere, "vsphere://me@vcenter/DC?snapshot=1&staged=1")
+            }, host: gpuHost { $0.pools[0].freeBytes = 149 << 30 }),
+        Case(
             testDescription: "absurd capacities don't trap", subject: "pool main", contains: "need about 16384 PiB",
             manifest: manifest {
                 $0.disks = (0..<3).map { n in .with { ($0.id, $0.capacityBytes) = ("disk\(n)", .max) } }

@@ -110,6 +110,15 @@ import Testing
         #expect(Moment(timestamp: text)?.milliseconds == milliseconds)
     }
 
+    @Test(
+        arguments: [
+            ("6.7", .rest), ("7.0.1.0", .rest), ("", .rest), ("x", .rest), ("7.0.2.0", .api), ("8.0", .api),
+            ("9.0.0.0", .api), ("10", .api),
+        ] as [(String, TagSession.Style)])
+    func tagsAreAskedForWhereTheVersionServesThem(_ version: String, _ style: TagSession.Style) {
+        #expect(TagSession.Style.order(version: version).first == style)
+    }
+
     @Test func namesAreUnescaped() {
         #expect(unescapedName("a%2fb%5c%25%41%") == "a/b\\%%41%")
         #expect(DatastorePath("[ssd 1] a b/ü & c.vmdk")?.path == "a b/ü & c.vmdk")

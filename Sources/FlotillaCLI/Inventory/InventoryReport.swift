@@ -76,15 +76,33 @@ final class InventoryTables: InventoryReport {
         let state = state.withLock { $0 }
         if let found = state.infrastructure {
             Console.line(found.about.product)
-            section("hosts", ["host", "cluster", "state", "cores", "memory", "GPUs"], found.hosts.map(row))
+            // Names repeat between data centres.
+            let several = found.datacenters.count > 1
+            func placed(_ title: String, _ head: [String], _ rows: [(cells: [String], datacenter: String)]) {
+                guard several else { return section(title, head, rows.map(\.cells)) }
+                section(title, head + ["data centre"], rows.map { $0.cells + [$0.datacenter] })
+            }
+            placed(
+                "clusters", ["cluster", "hosts"],
+                found.clusters.map { cluster in
+                    let hosts = found.hosts.count(where: {
+                        $0.cluster == cluster.name && $0.datacenter == cluster.datacenter
+                    })
+                    return ([cluster.name, "\(hosts)"], cluster.datacenter)
+                })
+            placed(
+                "hosts", ["host", "cluster", "state", "cores", "memory", "GPUs"],
+                found.hosts.map { (row($0), $0.datacenter) })
             let gpus = found.hosts.flatMap { host in host.gpus.map { row(host, $0) } }
             section("GPUs", ["host", "address", "GPU", "mode", "memory", "VMs"], gpus)
-            section(
+            placed(
                 "datastores", ["datastore", "type", "size", "free"],
                 found.datastores.map {
-                    [$0.name, $0.kind, byteText($0.capacityBytes), byteText($0.freeBytes)]
+                    ([$0.name, $0.kind, byteText($0.capacityBytes), byteText($0.freeBytes)], $0.datacenter)
                 })
-            section("networks", ["network", "port group"], found.networks.map { [$0.name, $0.key ?? "-"] })
+            placed(
+                "networks", ["network", "port group"],
+                found.networks.map { ([$0.name, $0.key ?? "-"], $0.datacenter) })
         }
         section(
             "VMs", ["vm", "power", "cpus", "memory", "disks", "networks", "GPUs", "guest", "findings"],

@@ -37,7 +37,11 @@ struct VSphereAccess: ParsableArguments {
 
     /// The server of a source. Asks for the password if no file holds it.
     func server(of url: VSphereURL) throws -> VIMServer {
-        if let ca, !Files.exists(ca) { throw MigrationError(.notFound, "CA file \(ca) is not there") }
+        if let ca, !Files.exists(ca) {
+            throw MigrationError(
+                .notFound, "CA file \(ca) is not there",
+                hint: "a vCenter's is in https://\(url.authority)/certs/download.zip; --fingerprint goes as well")
+        }
         let trust = try trust()
         if let passwordFile {
             _ = try VIMServer.password(inFile: passwordFile)

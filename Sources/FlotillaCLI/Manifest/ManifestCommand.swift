@@ -5,6 +5,7 @@ import Glibc
 import HostKit
 import MigrationModel
 import SwiftProtobuf
+import VSphere
 
 struct ManifestCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
@@ -15,11 +16,15 @@ struct ManifestCommand: AsyncParsableCommand {
         static let configuration = CommandConfiguration(
             abstract: "Shows what a manifest says of a VM.",
             discussion: """
-                FILE is a manifest of this program (JSON), or an Artifact Manifest 1.0 of HyperSDK (JSON or YAML). \
+                SOURCE is a manifest's file, this program's (JSON) or an Artifact Manifest 1.0 of HyperSDK (JSON or \
+                YAML); or what one can be made of: vsphere://USER@HOST[/DATACENTER], ova:PATH, ovf:PATH or vmx:PATH. \
                 --json prints it as this program's, --hypersdk as HyperSDK's.
                 """)
 
-        @Argument(help: ArgumentHelp("The manifest.", valueName: "file"), completion: .file()) var file: String
+        @Argument(help: ArgumentHelp("The manifest.", valueName: "source"), completion: .file()) var source: String
+        @OptionGroup var access: VSphereAccess
+        @Option(name: .customLong("vm"), help: "The VM of a source that holds several, by name or managed object id.")
+        var vm: String?
         @Flag(help: "Print this program's manifest.") var json = false
         @Flag(name: .customLong("hypersdk"), help: "Print an Artifact Manifest 1.0 of HyperSDK.") var hyperSDK = false
         @Option(
@@ -33,11 +38,12 @@ struct ManifestCommand: AsyncParsableCommand {
         }
 
         func run() async throws {
-            let (file, json, hyperSDK) = (try absolute(file), json, hyperSDK)
-            let text = try await interruptible("manifest") { _ in
-                let manifest = try ManifestFile(path: file).valid(name: file)
+            let origin = try Origin(source, vm: vm, access)
+            let (json, hyperSDK) = (json, hyperSDK)
+            let text = try await interruptible("manifest") { stop in
+                let manifest = try origin.manifest(stop)
                 guard hyperSDK else { return json ? try manifest.jsonString() + "\n" : ManifestView(manifest).text }
-                return try Self.hyperSDK(manifest, file)
+                return try Self.hyperSDK(manifest, in: origin.folder)
             }
             guard let output else { return Console.out(text) }
             let target = try absolute(output)
@@ -48,20 +54,61 @@ struct ManifestCommand: AsyncParsableCommand {
         }
 
         /// Relative names of disks are taken from the manifest's folder.
-        private static func hyperSDK(_ manifest: Manifest, _ file: String) throws -> String {
+        private static func hyperSDK(_ manifest: Manifest, in folder: String) throws -> String {
             var manifest = manifest
             for index in manifest.disks.indices {
                 let path = manifest.disks[index].source.path
                 guard !path.isEmpty, !path.hasPrefix("/") else { continue }
-                manifest.disks[index].source.path = "\(Files.parent(of: file))/\(path)"
+                manifest.disks[index].source.path = "\(folder)/\(path)"
             }
             return try manifest.hyperSDK { path in
                 guard Files.isRegular(path) else {
                     throw MigrationError(
                         .notFound, "\(path) is not there, and an Artifact Manifest states its size",
-                        hint: "write it on the machine that has the disks")
+                        hint: "write it on the machine that has the disks; of a vSphere VM after its migration")
                 }
                 return try File(path, O_RDONLY).size
+            }
+        }
+    }
+
+    /// What is shown: a manifest's file, or a VM that has none yet.
+    private enum Origin {
+        case file(String)
+        case capture(SourceURL, vm: String?)
+        case vsphere(VSphereURL, VIMServer)
+
+        /// Asks for the server's password if no file holds it.
+        init(_ text: String, vm: String?, _ access: VSphereAccess) throws {
+            guard VSphereURL.isOne(text) else {
+                let isSource = ["ova:", "ovf:", "vmx:", "manifest:"].contains { text.hasPrefix($0) }
+                self = isSource ? .capture(try SourceURL(parsing: text), vm: vm) : .file(try absolute(text))
+                return
+            }
+            var url = try VSphereURL(parsing: text)
+            if let vm { url.vm = vm }
+            guard url.vm != nil else {
+                throw MigrationError(
+                    .invalidArgument, "\(url) holds many VMs and none is named",
+                    hint: "name it: --vm NAME, or ?vm=NAME")
+            }
+            self = .vsphere(url, try access.server(of: url))
+        }
+
+        /// Of a manifest's file, where its disks' relative names begin.
+        var folder: String {
+            guard case .file(let path) = self else { return "" }
+            return Files.parent(of: path)
+        }
+
+        func manifest(_ stop: StopFlag) throws -> Manifest {
+            switch self {
+            case .file(let path): return try ManifestFile(path: path).valid(name: path)
+            case .capture(let source, let vm): return try captureManifest(from: source, vmName: vm, stop: stop)
+            case .vsphere(let url, let server):
+                let client = try VIMClient(server, stop: stop)
+                defer { client.close() }
+                return try Inventory(client, url, stop: stop).virtualMachine(stop: stop)
             }
         }
     }

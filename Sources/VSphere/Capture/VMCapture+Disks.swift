@@ -136,6 +136,14 @@ extension VMCapture {
                 disk.id, "\(disk.label) is a raw device mapping in physical mode, which can't be exported",
                 remedy: "convert it to a virtual disk on the source (vmkfstools -i), or attach the LUN to the target")
         }
+        if source.transfer == .datastore {
+            let kind = inventory.datastore(backing?.reference("datastore")?.value)?.kind ?? ""
+            if !rawDeviceMapping(backing).isEmpty || ["vsan", "vsand", "vvol"].contains(kind.lowercased()) {
+                let place = "\(disk.datastore.printable) (\(kind.printable))"
+                manifest.block(
+                    disk.id, "\(disk.label) is no flat file of datastore \(place)", remedy: "leave --via datastore out")
+            }
+        }
         if backing?["keyId"] != nil && !manifest.vm.encrypted {
             manifest.block(
                 disk.id, "\(disk.label) is encrypted", remedy: "decrypt it on the source by its storage policy")

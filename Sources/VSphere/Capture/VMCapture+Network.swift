@@ -79,12 +79,13 @@ extension VMCapture {
 
     /// Those VMware Tools report, for keeping static ones.
     private func addresses(of key: Int64, mac: String) -> [GuestAddress] {
-        let entries = content.items("guest.net").filter { entry in
+        let cards = content.items("guest.net").enumerated().filter { _, entry in
             if let device = entry.number("deviceConfigId"), device > 0 { return device == key }
             return !mac.isEmpty && entry.text("macAddress")?.lowercased() == mac
         }
+        let routes = content.items("guest.ipStack").flatMap { $0["ipRouteConfig"]?.all("ipRoute") ?? [] }
         var addresses: [GuestAddress] = []
-        for entry in entries.prefix(16) {
+        for (index, entry) in cards.prefix(16) {
             let servers = entry["dnsConfig"]?.all("ipAddress").map(\.text) ?? []
             for item in (entry["ipConfig"]?.all("ipAddress") ?? []).prefix(256) {
                 guard let ip = item.text("ipAddress") else { continue }
@@ -93,35 +94,28 @@ extension VMCapture {
                 address.prefixLength = UInt32(clamping: item.number("prefixLength") ?? 0)
                 address.origin = item.text("origin")?.lowercased() ?? ""
                 address.dns = servers
-                address.gateway = gateway(for: ip, address.prefixLength)
+                address.gateway = Self.gateway(for: address, of: index, routes)
                 addresses.append(address)
             }
         }
         return addresses
     }
 
-    /// The default route's gateway if it lies in the address's subnet.
-    private func gateway(for ip: String, _ prefix: UInt32) -> String {
-        guard let own = Self.ipv4(ip), (1...32).contains(prefix) else { return "" }
-        let mask = UInt32.max << (32 - prefix)
-        for stack in content.items("guest.ipStack") {
-            for route in stack["ipRouteConfig"]?.all("ipRoute") ?? []
-            where route.text("network") == "0.0.0.0" && route.number("prefixLength") == 0 {
-                guard let text = route["gateway"]?.text("ipAddress"), let gateway = Self.ipv4(text) else { continue }
-                if gateway & mask == own & mask { return text }
-            }
+    /// The gateway of a default route of the address's family: one in its subnet, else one that is said to be reached
+    /// through its card. IPv6 routers are mostly known by link-local addresses, which tell no subnet.
+    ///
+    /// - Parameter card: index in `guest.net`, which routes name as their device.
+    static func gateway(for address: GuestAddress, of card: Int, _ routes: [VIMNode]) -> String {
+        guard address.origin != "linklayer", let own = IPAddress(address.ip) else { return "" }
+        var throughCard = ""
+        for route in routes where route.number("prefixLength") == 0 {
+            guard let network = route.text("network").flatMap({ IPAddress($0) }), network.isUnspecified,
+                network.bytes.count == own.bytes.count, let text = route["gateway"]?.text("ipAddress"),
+                let gateway = IPAddress(text)
+            else { continue }
+            if gateway.shares(prefix: address.prefixLength, with: own) { return text }
+            if throughCard.isEmpty, route["gateway"]?.text("device") == "\(card)" { throughCard = text }
         }
-        return ""
-    }
-
-    private static func ipv4(_ text: String) -> UInt32? {
-        let parts = text.split(separator: ".", omittingEmptySubsequences: false).map { UInt8($0) }
-        guard parts.count == 4 else { return nil }
-        var value: UInt32 = 0
-        for part in parts {
-            guard let part else { return nil }
-            value = value << 8 | UInt32(part)
-        }
-        return value
+        return throughCard
     }
 }

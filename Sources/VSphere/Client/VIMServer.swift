@@ -28,6 +28,11 @@ package struct VIMServer: Sendable {
     }
 
     package static func password(inFile path: String) throws -> String {
+        guard Files.exists(path) else {
+            throw MigrationError(
+                .notFound, "password file \(path) is not there",
+                hint: "write the password into it, one line, and chmod 600 it")
+        }
         var bytes = try Files.readSecret(path)
         if bytes.last == UInt8(ascii: "\n") { bytes.removeLast() }
         if bytes.last == UInt8(ascii: "\r") { bytes.removeLast() }
@@ -39,7 +44,8 @@ package struct VIMServer: Sendable {
     }
 
     package static let trustHint =
-        "give its authority's certificate (a CA file) or its certificate's SHA-256 fingerprint; trust is never skipped"
+        "give its authority's certificate (--ca FILE) or its own SHA-256 fingerprint (--fingerprint HEX; a worker's "
+        + "configuration: ca, fingerprint); trust is never skipped"
 
     func url(_ path: String) -> String { "\(scheme)://\(authority)\(path)" }
 

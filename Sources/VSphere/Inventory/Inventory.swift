@@ -180,7 +180,7 @@ package struct Inventory: Sendable {
         // A host alone has none.
         guard client.content.about.type == "VirtualCenter" else { return .known([:]) }
         do {
-            let session = try TagSession(client.server, stop: stop)
+            let session = try TagSession(client.server, version: client.content.about.version, stop: stop)
             defer { session.close() }
             guard let object else { return .known(try session.all()) }
             return .known([object.value: try session.ofMachine(object.value)])

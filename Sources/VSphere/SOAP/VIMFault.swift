@@ -46,7 +46,12 @@ package struct VIMFault: Error, Sendable, CustomStringConvertible {
             switch type {
             case "InvalidLogin": (.unauthenticated, "check user and password; after too many the account is locked")
             case "NotAuthenticated": (.unavailable, "the session ended; run the same command again")
-            case "NoPermission", "RestrictedVersion":
+            case "RestrictedVersion":
+                (
+                    .permissionDenied,
+                    "a host with a free license only lets itself be read: license it, or export the VM to an OVA"
+                )
+            case "NoPermission":
                 (
                     .permissionDenied,
                     "give the account that privilege: \(detail?.text("privilegeId") ?? "see the fault")"

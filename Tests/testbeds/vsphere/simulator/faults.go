@@ -130,6 +130,7 @@ func (s *server) body(w http.ResponseWriter, lease *HttpNfcLease, d *disk, index
 		done = lease.context.Done()
 	}
 	buffer := make([]byte, 1<<20)
+	due := time.Now()
 	var sent int64
 	limit := count
 	ends := ""
@@ -174,10 +175,15 @@ func (s *server) body(w http.ResponseWriter, lease *HttpNfcLease, d *disk, index
 			if flusher, can := w.(http.Flusher); can {
 				flusher.Flush()
 			}
+			// As a link: what a slow reader missed doesn't come faster later, what a timer missed does.
+			if late := time.Now().Add(-50 * time.Millisecond); due.Before(late) {
+				due = late
+			}
+			due = due.Add(time.Duration(float64(piece) / float64(slow.Rate) * float64(time.Second)))
 			select {
 			case <-done:
 				panic(http.ErrAbortHandler)
-			case <-time.After(100 * time.Millisecond):
+			case <-time.After(time.Until(due)):
 			}
 		}
 	}

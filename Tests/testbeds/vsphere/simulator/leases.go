@@ -117,7 +117,8 @@ func (l *leases) open(vm *simulator.VirtualMachine, snapshot string) (*HttpNfcLe
 	l.byID[lease.id] = lease
 	l.counts["opened"]++
 	simulator.Map.Put(lease)
-	lease.timer = time.AfterFunc(l.timeout, func() {
+	// Counts from when it is ready; making it so may take a busy computer its time.
+	lease.timer = time.AfterFunc(l.timeout+time.Minute, func() {
 		lease.fail("timedOut", &types.Timedout{}, "The lease timed out.")
 	})
 	go lease.prepare()
@@ -157,6 +158,7 @@ func (h *HttpNfcLease) prepare() {
 	})
 	simulator.Map.WithLock(h, func() {
 		if h.State == types.HttpNfcLeaseStateInitializing {
+			h.timer.Reset(h.all.timeout)
 			simulator.Map.Update(h, []types.PropertyChange{
 				{Name: "info", Val: info}, {Name: "state", Val: types.HttpNfcLeaseStateReady},
 			})

@@ -250,23 +250,33 @@ func (w *world) guestState(vm *simulator.VirtualMachine, m *machine) {
 	for n, nic := range m.NICs {
 		v4, v6 := fmt.Sprintf("10.%d.%d.%d", n, w.random.Intn(250), 1+w.random.Intn(250)), fmt.Sprintf("fe80::250:56ff:fe%02x:%d", n, 1+w.random.Intn(9000))
 		origin := []string{"manual", "dhcp"}[w.random.Intn(2)]
+		global := fmt.Sprintf("2001:db8:%d::%s", n, strings.TrimPrefix(v6, "fe80::250:"))
 		g.Net = append(g.Net, types.GuestNicInfo{
-			Network: nic.Network, MacAddress: nic.Mac, Connected: true, DeviceConfigId: int32(4000 + n), IpAddress: []string{v4, v6},
+			Network: nic.Network, MacAddress: nic.Mac, Connected: true, DeviceConfigId: int32(4000 + n), IpAddress: []string{v4, v6, global},
 			DnsConfig: &types.NetDnsConfigInfo{HostName: "guest", DomainName: "example", IpAddress: []string{"10.0.0.53"}},
 			IpConfig: &types.NetIpConfigInfo{IpAddress: []types.NetIpConfigInfoIpAddress{
 				{IpAddress: v4, PrefixLength: 24, Origin: origin, State: "preferred"},
 				{IpAddress: v6, PrefixLength: 64, Origin: "linklayer", State: "unknown"},
+				{IpAddress: global, PrefixLength: 64, Origin: origin, State: "preferred"},
 			}},
 		})
 	}
 	if len(g.Net) > 0 {
 		g.IpAddress = g.Net[0].IpAddress[0]
 		gateway := strings.Join(strings.Split(g.IpAddress, ".")[:3], ".") + ".1"
+		route := func(network, gateway, device string) types.NetIpRouteConfigInfoIpRoute {
+			return types.NetIpRouteConfigInfoIpRoute{
+				Network: network, Gateway: types.NetIpRouteConfigInfoGateway{IpAddress: gateway, Device: device},
+			}
+		}
+		// An IPv6 router has its link-local address, on the first card; the second card's is in its subnet.
+		routes := []types.NetIpRouteConfigInfoIpRoute{route("0.0.0.0", gateway, "0"), route("::", "fe80::1", "0")}
+		if len(g.Net) > 1 {
+			routes = append(routes, route("::", "2001:db8:1::1", "1"))
+		}
 		g.IpStack = []types.GuestStackInfo{{
-			DnsConfig: &types.NetDnsConfigInfo{HostName: "guest", DomainName: "example", IpAddress: []string{"10.0.0.53"}},
-			IpRouteConfig: &types.NetIpRouteConfigInfo{IpRoute: []types.NetIpRouteConfigInfoIpRoute{{
-				Network: "0.0.0.0", PrefixLength: 0, Gateway: types.NetIpRouteConfigInfoGateway{IpAddress: gateway, Device: "0"},
-			}}},
+			DnsConfig:     &types.NetDnsConfigInfo{HostName: "guest", DomainName: "example", IpAddress: []string{"10.0.0.53"}},
+			IpRouteConfig: &types.NetIpRouteConfigInfo{IpRoute: routes},
 		}}
 	}
 	vm.Summary.Guest.HostName, vm.Summary.Guest.IpAddress, vm.Summary.Guest.ToolsStatus = g.HostName, g.IpAddress, g.ToolsStatus

@@ -32,6 +32,7 @@ type options struct {
 	page         int
 	port         int
 	leaseTimeout time.Duration
+	tags         string
 	verbose      bool
 }
 
@@ -46,6 +47,7 @@ func main() {
 	flag.IntVar(&o.page, "page", 500, "objects in one answer of the property collector")
 	flag.IntVar(&o.port, "port", 0, "port of the first address; 0: any")
 	flag.DurationVar(&o.leaseTimeout, "lease-timeout", 300*time.Second, "time without progress after which a lease dies")
+	flag.StringVar(&o.tags, "tags", "both", "where a vCenter serves tags: rest, api or both")
 	flag.BoolVar(&o.verbose, "verbose", false, "log every request")
 	flag.Parse()
 	if err := serve(o); err != nil {
@@ -121,10 +123,15 @@ func serve(o options) error {
 	mux.HandleFunc("/sdk/vimServiceVersions.xml", service.ServiceVersions)
 	mux.HandleFunc("/nfc/", server.nfc)
 	mux.HandleFunc("/folder/", server.folder)
+	tags := &tagAPI{}
 	if !o.esx {
 		path, rest := vapi.New(service.Listen, simulator.Map.OptionManager().Setting)
 		service.Handle(path, rest)
-		mux.Handle(path, rest)
+		tags.rest = rest
+		mux.HandleFunc(path, tags.serveRest)
+		if o.tags != "rest" {
+			mux.HandleFunc("/api/", tags.serveAPI)
+		}
 	}
 
 	failed := make(chan error, 4)
@@ -151,6 +158,9 @@ func serve(o options) error {
 	if !o.esx {
 		if err := world.attachTags(service.Listen); err != nil {
 			return fmt.Errorf("tags: %w", err)
+		}
+		if o.tags == "api" {
+			tags.restIsGone.Store(true)
 		}
 	}
 	server.forget()
