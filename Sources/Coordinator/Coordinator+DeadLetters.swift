@@ -61,18 +61,25 @@ extension Coordinator {
     /// unless they are only to be thrown away. What can't be made up for stays.
     func replayDeadLetters(_ ids: Set<String>?, discards: Bool) async throws -> ReplayDeadLettersResponse {
         let count = try await bus.depth(of: settings.names.dead).ready
-        let letters = try await bus.subscribe(settings.names.dead, prefetch: max(count, 1))
-        // Somebody else may empty the queue meanwhile: what was not taken goes back.
-        let patience = Task {
-            try await Task.sleep(for: .seconds(10))
-            letters.cancel()
-        }
-        defer {
-            patience.cancel()
-            letters.cancel()
-        }
         var response = ReplayDeadLettersResponse()
-        guard count > 0 else { return response }
+        guard count > 0 || ids != nil else { return response }
+        // Besides those that are there, some that come back from other hands.
+        let letters = try await bus.subscribe(settings.names.dead, prefetch: count + 64)
+        @Sendable func stop(in time: Duration) -> Task<Void, any Error> {
+            Task {
+                try await Task.sleep(for: time)
+                letters.cancel()
+            }
+        }
+        // Somebody else may empty the queue meanwhile: what was not taken goes back.
+        var timers = [stop(in: .seconds(10))]
+        defer {
+            for timer in timers { timer.cancel() }
+            letters.cancel()
+        }
+        // Who looks at letters takes them for a moment: one that is missing may come back.
+        func lookOnForAWhile() { timers.append(stop(in: .seconds(2))) }
+        if count == 0 { lookOnForAWhile() }
         var seen = 0
         var missing = ids ?? []
         for await letter in letters.deliveries {
@@ -94,7 +101,8 @@ extension Coordinator {
                     response.kept.append(.with { ($0.messageID, $0.reason) = (id, error.message) })
                 }
             }
-            if seen == count { break }
+            if missing.isEmpty, ids != nil || seen == count { break }
+            if seen == count { lookOnForAWhile() }
         }
         response.kept += missing.sorted().map { id in
             .with { ($0.messageID, $0.reason) = (id, "it is not among the dead letters") }

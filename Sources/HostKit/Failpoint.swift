@@ -4,7 +4,8 @@ import Synchronization
 /// Named places where a test can make the process die as if its power was cut. Each stands right after or right
 /// before something durable changes. `FLOTILLA_FAILPOINT=name` (or `name:3` for the third time it is reached) sends
 /// this process SIGKILL there; without the variable a failpoint costs one comparison. `name=stop` sends SIGSTOP
-/// instead, and SIGCONT lets it go on: for breaking something else at that very moment.
+/// instead, and SIGCONT lets it go on: for breaking something else at that very moment. `name=hang` keeps the thread that
+/// gets there, for ever, and no other.
 package enum Failpoint: String, CaseIterable, Sendable {
     case coordinatorMigrationStored = "coordinator.migration-stored"
     case coordinatorTaskStored = "coordinator.task-stored"
@@ -41,23 +42,29 @@ package enum Failpoint: String, CaseIterable, Sendable {
 
     package static let environmentKey = "FLOTILLA_FAILPOINT"
 
-    private static let armed: (name: String, count: Int, stops: Bool)? = {
+    private enum Action: String { case kill, stop, hang }
+
+    private static let armed: (name: String, count: Int, action: Action)? = {
         guard let value = getenv(environmentKey).map({ String(cString: $0) }), !value.isEmpty else { return nil }
-        let stops = value.hasSuffix("=stop")
-        let parts = value.dropLast(stops ? "=stop".count : 0).split(separator: ":", maxSplits: 1)
-        return (String(parts[0]), parts.count > 1 ? Int(parts[1]) ?? 1 : 1, stops)
+        let words = value.split(separator: "=", maxSplits: 1)
+        let parts = words[0].split(separator: ":", maxSplits: 1)
+        let action = words.count > 1 ? Action(rawValue: String(words[1])) : .kill
+        guard let action else { fatalError("\(environmentKey)=\(value): no such action") }
+        return (String(parts[0]), parts.count > 1 ? Int(parts[1]) ?? 1 : 1, action)
     }()
     private static let reached = Atomic<Int>(0)
 
     package func hit() {
         guard let armed = Self.armed, armed.name == rawValue else { return }
         if Self.reached.add(1, ordering: .relaxed).newValue == armed.count {
-            guard !armed.stops else {
+            switch armed.action {
+            case .stop:
                 kill(getpid(), SIGSTOP)
                 return
+            case .kill: kill(getpid(), SIGKILL)
+            case .hang: break
             }
-            kill(getpid(), SIGKILL)
-            // The signal is on its way; nothing may happen after the failpoint.
+            // Nothing may happen after the failpoint, also while the signal is on its way.
             while true { pause() }
         }
     }

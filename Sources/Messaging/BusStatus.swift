@@ -34,13 +34,28 @@ package struct BusStatus: Sendable, Equatable {
         package var activeSince: Moment?
         /// Why it is not.
         package var problem: String?
+        /// What it was given first of all that it has not settled.
+        package var held: Held?
 
         package var isActive: Bool { activeSince != nil }
 
-        package init(queue: String, activeSince: Moment?, problem: String? = nil) {
+        package init(queue: String, activeSince: Moment?, problem: String? = nil, held: Held? = nil) {
             self.queue = queue
             self.activeSince = activeSince
             self.problem = problem
+            self.held = held
+        }
+    }
+
+    /// A delivery in this process's hands.
+    package struct Held: Sendable, Equatable {
+        /// "task ID", or "message ID" of one about none.
+        package var name: String
+        package var duration: Duration
+
+        package init(name: String, duration: Duration) {
+            self.name = name
+            self.duration = duration
         }
     }
 
@@ -70,7 +85,14 @@ package struct BusStatus: Sendable, Equatable {
     }
 
     /// What claims to be alive and isn't; nil while all is well, and while the bus knows that it has to reconnect.
-    package func pretence(at now: Moment) -> String? {
+    ///
+    /// - Parameter longestHold: in which whoever works settles any delivery.
+    package func pretence(at now: Moment, longestHold: Duration) -> String? {
+        for consumer in consumers {
+            guard let held = consumer.held, held.duration > longestHold else { continue }
+            return "\(held.name) of \(consumer.queue) has been neither accepted nor rejected "
+                + "for \(held.duration.components.seconds) s"
+        }
         for connection in connections {
             guard case .connected = connection.state, let heard = connection.lastInbound else { continue }
             let silence = (now.milliseconds - heard.milliseconds) / 1000

@@ -88,6 +88,15 @@ extension Connection {
             return MigrationError(.unavailable, "broker \(broker) has been silent for two heartbeats")
         case AMQP_STATUS_TIMEOUT.rawValue:
             return MigrationError(.unavailable, "broker \(broker) did not answer in time")
+        case AMQP_STATUS_SSL_ERROR.rawValue:
+            return MigrationError(
+                .unavailable, "TLS with broker \(broker) broke off: \(text)",
+                hint: "if it refused this member's certificate, flotilla doctor tells whether that is still good, "
+                    + "and the broker's log what it minds")
+        case AMQP_STATUS_SOCKET_ERROR.rawValue, AMQP_STATUS_HOSTNAME_RESOLUTION_FAILED.rawValue:
+            return MigrationError(
+                .unavailable, "broker \(broker) can't be reached: \(text)",
+                hint: "check that it runs, and its name and port in broker.addresses")
         default: return MigrationError(.unavailable, "broker \(broker): \(text)")
         }
     }
@@ -117,6 +126,13 @@ extension Connection {
             case 405, 406, 530: .failedPrecondition
             default: .unavailable
             }
-        return MigrationError(kind, "broker: \(text)")
+        let hint: String? =
+            switch (code, kind) {
+            case (_, .unauthenticated): "check the user's name, and password or certificate: rabbitmqctl list_users"
+            case (403, _), (530, _):
+                "give members their permissions: flotilla fleet definitions | rabbitmqctl import_definitions"
+            default: nil
+            }
+        return MigrationError(kind, "broker: \(text)", hint: hint)
     }
 }

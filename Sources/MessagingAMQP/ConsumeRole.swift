@@ -181,8 +181,10 @@ final class ConsumeRole: LinkRole {
         let message = Message(content, exchange: exchange, routingKey: key)
         let name = DeliveryTag(channel: channel.generation, tag: tag)
         let redeliveries = content.properties.deliveryCount ?? (isRedelivered ? 1 : 0)
+        channel.consumer.hold(message, name)
         channel.consumer.mailbox.put(
             Delivery(message: message, redeliveries: redeliveries) { [inbox, consumer = channel.consumer] settlement in
+                consumer.release(name)
                 inbox.add(.settle(consumer, name, settlement))
             })
     }
@@ -255,6 +257,7 @@ final class ConsumerChannel {
         acknowledged = []
         assembly = ContentAssembly()
         consumer.mailbox.removeAll()
+        consumer.releaseAll()
     }
 
     func end(_ error: MigrationError) {

@@ -10,6 +10,24 @@ import Testing
 
 /// What the coordinator makes of hosts: whom it believes, who is alive, who gets tasks.
 @Suite(.timeLimit(.minutes(1))) struct HostTests {
+    /// Whoever looks at dead letters takes them for a moment.
+    @Test func letterInOtherHandsIsDiscardedOnceItIsBack() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            _ = try await client.submitMigration(Rig.request)
+            try await worker.forge(.ended(.with { $0.code = 15 }), of: try await worker.take())
+            let (letter, hands) = try await worker.holdDeadLetter()
+            async let discarded = client.replayDeadLetters(
+                .with { ($0.messageIds, $0.discard) = ([letter.messageID], true) })
+            let waiting = worker
+            #expect(try await eventually { try await waiting.deadLetterConsumers() == 2 ? true : nil } == true)
+            hands.cancel()
+            #expect(try await discarded.removed == 1)
+            let missed = try await client.replayDeadLetters(.with { ($0.messageIds, $0.discard) = (["no-such"], true) })
+            #expect(missed.kept.map(\.messageID) == ["no-such"])
+        }
+    }
+
     @Test func forgedEventsReachTheDeadLettersAndChangeNothing() async throws {
         let rig = try Rig()
         try await rig.process { client, worker in

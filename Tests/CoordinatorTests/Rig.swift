@@ -149,6 +149,16 @@ struct FakeWorker {
         return await iterator.next(isolation: #isolation)?.message
     }
 
+    /// The next dead letter, in hands that let go of it when they cancel.
+    func holdDeadLetter() async throws -> (letter: Messaging.Message, hands: Subscription) {
+        let hands = try await bus.subscribe(names.dead, prefetch: 1)
+        var iterator = hands.deliveries.makeAsyncIterator()
+        let delivery = await iterator.next(isolation: #isolation)
+        return (try #require(delivery).message, hands)
+    }
+
+    func deadLetterConsumers() async throws -> Int { try await bus.depth(of: names.dead).consumers }
+
     /// The next task of the queue, settled.
     mutating func take() async throws -> TaskCall {
         let next = await tasks.next(isolation: #isolation)

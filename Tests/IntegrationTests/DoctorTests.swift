@@ -48,6 +48,8 @@ extension Integration {
             let (status, findings) = try examine("--worker", "\(path)/worker.yaml")
             #expect(status == 1)
             #expect(findings["keys"]?.verdict == "fail" && findings["broker"]?.verdict == "fail")
+            #expect(findings["broker"]?.found.contains("localhost:1 can't be reached") == true)
+            #expect(findings["broker"]?.remedy?.contains("broker.addresses") == true)
             #expect(findings["pool default"]?.verdict == "pass" && findings["libvirt"]?.verdict == "pass")
         }
     }

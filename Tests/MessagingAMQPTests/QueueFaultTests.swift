@@ -74,6 +74,34 @@ extension RabbitMQ.Faults {
         }
     }
 
+    @Test func whatIsHeldShowsUntilItIsSettledOrItsChannelLost() async throws {
+        let broker = try Broker.current
+        let names = Broker.names()
+        try await withBus(broker.configuration()) { bus in
+            try await bus.declare(names.topology(hosts: ["kvm1"]))
+            let subscription = try await bus.subscribe(names.tasks(of: "kvm1"), prefetch: 10)
+            var iterator = subscription.deliveries.makeAsyncIterator()
+            var held: BusStatus.Held? { bus.status.consumers[0].held }
+            #expect(held == nil)
+            var task = message(names, "m-convert-1")
+            task.correlationID = "m-convert"
+            try await bus.publish(task)
+            let first = try await iterator.delivery()
+            try await bus.publish(message(names, "later"))
+            let second = try await iterator.delivery()
+            // The oldest, and for longer and longer.
+            let before = try #require(held)
+            #expect(before.name == "task m-convert")
+            #expect(try #require(held).duration > before.duration)
+            await first.settle(.ack)
+            #expect(held?.name == "message later")
+            try await broker.ctl("delete_queue", names.tasks(of: "kvm1"))
+            let isGone = try await eventually { bus.status.consumers[0].held == nil ? true : nil }
+            #expect(isGone == true)
+            await second.settle(.ack)
+        }
+    }
+
     /// RabbitMQ ends the channel of a consumer that settles nothing for too long (30 minutes by default).
     @Test func consumerTimeoutRedelivers() async throws {
         let broker = try Broker.current

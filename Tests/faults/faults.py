@@ -16,7 +16,7 @@ from fleet import HOSTS, LEASE, Fleet, Violation, wait
 from permissions import permissions
 from poison import poison
 from proxy import ChaosProxy
-from workers import consumer_lost, crash_loop, drained
+from workers import consumer_lost, crash_loop, drained, task_stuck
 
 WORKER_FAILPOINTS = [
     "worker.accepted", "worker.accepted-published", "worker.result-journaled", "worker.result-published",
@@ -328,7 +328,7 @@ def random_schedule(fleet, seed, seconds):
 CASES = {
     "worker-failpoints": worker_failpoints, "coordinator-failpoints": coordinator_failpoints,
     "broker-at-failpoints": broker_at_failpoints, "worker-restarted": worker_restarted, "permissions": permissions,
-    "poison": poison, "crash-loop": crash_loop, "consumer-lost": consumer_lost,
+    "poison": poison, "crash-loop": crash_loop, "consumer-lost": consumer_lost, "task-stuck": task_stuck,
     "duplicated": duplicated, "leader-partitioned": leader_partitioned, "clock-jumps": clock_jumps,
     "broker-killed": broker_killed, "broker-restarted": broker_restarted, "paused-worker": paused_worker,
     "coordinator-away": coordinator_away, "all-killed": all_killed, "replayed": replayed, "bad-network": bad_network,

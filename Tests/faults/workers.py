@@ -117,6 +117,24 @@ def stop(fleet, name):
     return time.monotonic() - began
 
 
+def task_stuck(fleet):
+    """a thread that never comes back with a task it was to take on: the process ends by itself, and names the task"""
+    with Settings(fleet, "coordinator", "lost-attempts: 100"):  # it gives the task out again and again meanwhile
+        fleet.kill("kvm1")
+        log = Log(fleet, "kvm1")
+        fleet.begin("kvm1", "worker.accepted=hang")
+        fleet.submit(["kvm1", "kvm2"])
+        wait(30, "a task at the failpoint", lambda: log.lines("task taken on"))
+        began = time.monotonic()
+        wait(300, "kvm1 to end by itself", lambda: fleet.pid("kvm1") is None)
+        task = re.search(r"\btask=(\S+)", log.lines("task taken on")[0])[1]
+        if not log.lines(f"task {task} of flotilla.tasks.kvm1 has been neither accepted nor rejected"):
+            raise Violation(f"kvm1 ended for another reason: {log.text()[-2000:]}")
+        print(f"  kvm1 ended {time.monotonic() - began:.0f} s after it got {task}", flush=True)
+        fleet.begin("kvm1")
+        fleet.wait_ended()
+
+
 # What a queue of the broker may do to a consumer: forget it, and say nothing to its channel.
 FORGET = """{ok, Queue} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"QUEUE">>)),
 [ra:process_command(amqqueue:get_pid(Queue), rabbit_fifo:make_checkout({element(2, C), element(1, C)}, cancel, #{}))

@@ -18,7 +18,8 @@ extension Examination {
             let member = examineKeys(file.keys, of: file.host)
             examineCertificate(file.broker)
             await examineBroker(
-                file.broker, reads: [names.tasks(of: file.host), names.control(of: file.host)], writes: names.events
+                file.broker, consumes: [names.tasks(of: file.host), names.control(of: file.host)],
+                while: "flotilla-worker", writes: names.events
             ) { bus in
                 if let member { try await EventPublisher(bus: bus, names: names, member: member).probe() }
             }
@@ -34,7 +35,10 @@ extension Examination {
             _ = examineKeys(file.keys, of: FleetMember.coordinator)
             examineCertificate(file.broker)
             let names = file.names
-            await examineBroker(file.broker, reads: [names.coordinatorEvents, names.dead], writes: names.tasks) { bus in
+            await examineBroker(
+                file.broker, consumes: [names.coordinatorEvents], while: "flotilla-coordinator", reads: [names.dead],
+                writes: names.tasks
+            ) { bus in
                 // Where it may write, a message to a host that can't exist is returned; where it may not, refused.
                 do {
                     try await bus.publish(Message(exchange: names.tasks, routingKey: "-", body: []))
@@ -66,27 +70,30 @@ extension Examination {
         do {
             let end = try Enrollment.expiry(ofCertificate: path)
             let days = (end.milliseconds - Moment.now.milliseconds) / 86_400_000
-            let found = end < .now ? "\(path) is no longer good" : "\(path) is good for \(days) days"
+            let found = end < .now ? "\(path) ended \(age(end)) ago" : "\(path) is good for \(days) days"
             let verdict: Verdict = end < .now ? .fail : days < 30 ? .warn : .pass
             note("certificate", verdict, found, verdict == .pass ? nil : "enroll again: see flotilla fleet --help")
         } catch { note("certificate", error) }
     }
 
     /// Logs in, and does what this member has to be able to do, to no effect.
+    ///
+    /// - Parameter service: consumes some of the queues it reads all the time.
     private mutating func examineBroker(
-        _ configuration: AMQPConfiguration, reads queues: [String], writes exchange: String,
-        _ write: @Sendable (AMQPBus) async throws -> Void
+        _ configuration: AMQPConfiguration, consumes consumed: [String], while service: String,
+        reads others: [String] = [], writes exchange: String, _ write: @Sendable (AMQPBus) async throws -> Void
     ) async {
         let place = configuration.brokers.map(\.description).joined(separator: ", ")
         do {
             let bus = try AMQPBus(configuration)
             do {
-                let depths = try await bus.depths(of: queues)
+                let depths = try await bus.depths(of: consumed + others)
                 note("broker", .pass, "\(place): logged in\(configuration.tls == nil ? " without TLS" : " by TLS")")
                 if configuration.tls == nil {
                     note("encryption", .warn, "messages and passwords can be read on the way", "configure broker.tls")
                 }
-                for queue in queues { await examine(queue, depths[queue], bus) }
+                for queue in consumed { await examine(queue, depths[queue], consumedBy: service, bus) }
+                for queue in others { await examine(queue, depths[queue], consumedBy: nil, bus) }
                 do {
                     try await write(bus)
                     note("exchange \(exchange)", .pass, "may be written to")
@@ -100,7 +107,9 @@ extension Examination {
         } catch { note("broker", error) }
     }
 
-    private mutating func examine(_ queue: String, _ depth: QueueDepth?, _ bus: AMQPBus) async {
+    private mutating func examine(
+        _ queue: String, _ depth: QueueDepth?, consumedBy service: String?, _ bus: AMQPBus
+    ) async {
         guard let depth else {
             return note(
                 "queue \(queue)", .fail, "does not exist",
@@ -109,9 +118,14 @@ extension Examination {
         do {
             // Permissions count when a message is asked for, and to ask for one that waits is a delivery of it.
             if depth.ready == 0 { _ = try await bus.peek(queue, limit: 1) }
-            note(
-                "queue \(queue)", .pass,
-                "\(depth.ready == 0 ? "may be read, empty" : "\(depth.ready) waiting"), \(depth.consumers) consumers")
+            let found = depth.ready == 0 ? "may be read, empty" : "\(depth.ready) waiting"
+            if let service, depth.consumers == 0 {
+                note(
+                    "queue \(queue)", .warn, "\(found), nothing consumes it",
+                    "its service does while it runs: systemctl status \(service)")
+            } else {
+                note("queue \(queue)", .pass, service == nil ? found : "\(found), consumed")
+            }
         } catch { note("queue \(queue)", error) }
     }
 

@@ -50,7 +50,11 @@ struct CoordinatorCommand: AsyncParsableCommand {
                 try await coordinator.run { try member.believed().filter { $0 != FleetMember.coordinator } }
             }
             group.addTask { try await server.serve() }
-            group.addTask { try await watchLiveness(of: bus, logger) }
+            group.addTask {
+                try await watchLiveness(
+                    of: bus, lease: configuration.policy.leaseDuration,
+                    publishTimeout: configuration.broker.publishTimeout, logger)
+            }
             group.addTask { try await watchConsumers(of: bus, every: configuration.broker.heartbeat * 30, logger) }
             group.addTask { await signals.first() }
             defer { group.cancelAll() }

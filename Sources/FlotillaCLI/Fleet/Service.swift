@@ -28,23 +28,25 @@ extension Logger {
     }
 }
 
-/// Ends the process, by throwing, when the bus looks alive but isn't: a consumer that the broker does not have, or a
-/// connection that hears nothing although it should hear heartbeats. While the broker is away the bus reconnects, and
-/// nothing here minds. Tells systemd's watchdog of every look that went well.
-func watchLiveness(of bus: any MessageBus, _ logger: Logger) async throws {
+/// Ends the process, by throwing, when it looks alive but isn't: a consumer that the broker does not have, a connection
+/// that hears nothing although it should hear heartbeats, a delivery that stays with whoever was to settle it. While the
+/// broker is away the bus reconnects, and nothing here minds. Tells systemd's watchdog of every look.
+///
+/// - Parameter lease: a worker tries for as long to tell that it has taken a task on.
+func watchLiveness(of bus: any MessageBus, lease: Duration, publishTimeout: Duration, _ logger: Logger) async throws {
+    // Whatever was begun has failed by then, and one thing that had to wait for it.
+    let longestHold = (lease + publishTimeout) * 2
     // Looks, not time: a process that was stopped for a while finds out about its connections afterwards.
     let patience = 12
     var sick = 0
     ServiceManager.notify("READY=1")
     while true {
         try await Task.sleep(for: .seconds(5))
-        if let problem = bus.status.pretence(at: .now) {
+        if let problem = bus.status.pretence(at: .now, longestHold: longestHold) {
             logger.warning("bus", metadata: ["problem": "\(problem)"])
             sick += 1
             guard sick < patience else {
-                throw MigrationError(
-                    .unavailable, "the connection to the broker is dead: \(problem)",
-                    hint: "the service manager starts this process again")
+                throw deadly("this process is alive and does not work: \(problem)", logger)
             }
         } else {
             sick = 0
@@ -65,13 +67,26 @@ func watchConsumers(of bus: any MessageBus, every interval: Duration, _ logger: 
         let missing = believed.filter { depths[$0.queue]?.consumers == 0 }
         for consumer in missing { logger.warning("bus", metadata: ["problem": "\(consumer.queue) has no consumer"]) }
         // The same registration as before: one that was renewed meanwhile is looked at again.
-        if let lost = missing.first(where: missed.contains) {
-            throw MigrationError(
-                .unavailable, "nothing consumes \(lost.queue), although the broker agreed to it",
-                hint: "the service manager starts this process again")
+        let lost = missing.first { consumer in
+            missed.contains { $0.queue == consumer.queue && $0.activeSince == consumer.activeSince }
+        }
+        if let lost {
+            throw deadly("nothing consumes \(lost.queue), although the broker agreed to it", logger)
         }
         missed = missing
     }
+}
+
+/// An error that ends the process: in order, or, where what is stuck stands in the way of that, all the same. Whatever is
+/// under way goes on from its last checkpoint in the next process.
+private func deadly(_ problem: String, _ logger: Logger) -> MigrationError {
+    let error = MigrationError(.unavailable, problem, hint: "the service manager starts this process again")
+    spawnThread("end") {
+        sleep(15)
+        logger.critical("ends at once, since it does not end in order", metadata: ["problem": "\(problem)"])
+        _exit(Exit(error).rawValue)
+    }
+    return error
 }
 
 /// systemd's notification socket (sd_notify(3)); without one nothing happens.

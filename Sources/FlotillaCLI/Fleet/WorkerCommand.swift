@@ -43,7 +43,11 @@ struct WorkerRunCommand: AsyncParsableCommand {
         let signals = Signals(SIGTERM, SIGINT)
         try await withThrowingTaskGroup(of: Void.self) { group in
             group.addTask { try await worker.run() }
-            group.addTask { try await watchLiveness(of: bus, logger) }
+            group.addTask {
+                try await watchLiveness(
+                    of: bus, lease: file.worker.transport.leaseDuration, publishTimeout: file.broker.publishTimeout,
+                    logger)
+            }
             group.addTask { try await watchConsumers(of: bus, every: file.broker.heartbeat * 30, logger) }
             group.addTask {
                 await signals.first()
