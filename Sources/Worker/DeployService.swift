@@ -76,7 +76,7 @@ struct DeployHandler: DeployService.ServiceProtocol {
                 try await blocking("deploy") { try domain.start() }
                 hasRun = true
                 Failpoint.deployStarted.hit()
-                try await writer.step(domain.name, "started")
+                try await writer.step(domain.name, "domain started")
                 result.proof = try await verify(domain, plan, writer)
                 result.guestDevices = try await guestProof(domain, plan, writer)
                 if let baseline = plan.baseline {
