@@ -20,6 +20,10 @@ package func checkDevices(
                     remedy: "flotilla gpu list --all shows those it has"))
             continue
         }
+        if let unknown = unknownObstacle(device) {
+            found.append(unknown)
+            continue
+        }
         found.append(.pass(device.function.address, "present", device.function.text))
         if let vgpu {
             found += checkVgpu(vgpu, on: device, in: tree)
@@ -92,9 +96,18 @@ private func checkFunction(_ device: DeviceFunction, besides: [PciAddress], in t
     if tree.iommu && !failed.contains("IOMMU group") {
         let inside = Set(together.map(\.address))
         let rest = tree.members(of: device.function.iommuGroup).filter { !inside.contains($0.address) }
-        let shared =
-            rest.isEmpty ? " is its own" : ": \(rest.map(\.function.text).joined(separator: ", ")) in it is no obstacle"
-        found.append(.pass(subject, "IOMMU group", "group \(device.function.iommuGroup)\(shared)"))
+        func texts(_ devices: [DeviceFunction]) -> String { devices.map(\.function.text).joined(separator: ", ") }
+        let asked = rest.filter { requested.contains($0.address) }
+        let idle = rest.filter { !requested.contains($0.address) }
+        let shared = [
+            asked.isEmpty ? nil : "\(texts(asked)) in it goes too",
+            idle.isEmpty ? nil : "\(texts(idle)) in it is no obstacle",
+        ].compactMap(\.self)
+        found.append(
+            .pass(
+                subject, "IOMMU group",
+                "group \(device.function.iommuGroup)"
+                    + (shared.isEmpty ? " is its own" : ": \(shared.joined(separator: "; "))")))
     }
     found += obstacles
     for function in together {
@@ -105,15 +118,19 @@ private func checkFunction(_ device: DeviceFunction, besides: [PciAddress], in t
                     remedy: "flotilla gpu reset \(function.function.address), or reboot: no other VM gets it before"))
         }
     }
-    let driver = device.function.driver
-    found.append(
-        .pass(
-            subject, "driver",
-            isVfio(driver: driver)
-                ? "\(driver): ready"
-                : driver.isEmpty ? "none: ready to bind" : "\(driver): flotilla gpu bind takes it over"
-        ))
+    found.append(.pass(subject, "driver", driverText(device, others)))
     return found
+}
+
+private func driverText(_ device: DeviceFunction, _ others: [DeviceFunction]) -> String {
+    let driver = device.function.driver
+    guard isVfio(driver: driver) else {
+        return driver.isEmpty ? "none: ready to bind" : "\(driver): flotilla gpu bind takes it over"
+    }
+    let left = others.filter { !isVfio(driver: $0.function.driver) }
+    return left.isEmpty
+        ? "\(driver): ready"
+        : "\(driver); flotilla gpu bind takes \(left.map(\.function.text).joined(separator: ", ")) over too"
 }
 
 private func checkQuality(_ device: DeviceFunction, in tree: DeviceTree) -> [Requirement] {
