@@ -142,7 +142,7 @@ package struct VgpuHost: Sendable {
     }
 
     /// GPUs that have vGPUs already come first: an empty one stays free for another size, or to be handed over whole.
-    private func candidates(for profile: VgpuProfile, on gpu: PciAddress?) -> [VgpuPlace] {
+    func candidates(for profile: VgpuProfile, on gpu: PciAddress?) -> [VgpuPlace] {
         let all = places().filter { gpu == nil || $0.physical == gpu }
         let used = Set(all.filter { !$0.mediatedDevices.isEmpty || $0.currentType != nil }.map(\.physical))
         let free = all.filter { !$0.isOccupied && $0.type(of: profile) != nil }
@@ -162,7 +162,7 @@ package struct VgpuHost: Sendable {
         if let failure { throw failure }
     }
 
-    private func noRoom(for profile: VgpuProfile, on gpu: PciAddress?) throws -> MigrationError {
+    func noRoom(for profile: VgpuProfile, on gpu: PciAddress?) throws -> MigrationError {
         let all = places().filter { gpu == nil || $0.physical == gpu }
         let owners = try store.read().filter { record in all.contains { "\($0.function)" == record.function } }
             .map { "\($0.profile) on \($0.function) for \($0.owner)" }
