@@ -108,7 +108,7 @@ package struct VgpuHost: Sendable {
         try exclusively {
             var made: [VgpuRecord] = []
             var failure: (any Error)?
-            for record in try store.read() where !exists(record) {
+            for var record in try store.read() where !exists(record) {
                 do {
                     guard record.phase == .present else {
                         try remove(record, as: record.owner)
@@ -126,6 +126,11 @@ package struct VgpuHost: Sendable {
                         throw MigrationError(
                             .failedPrecondition, "\(record.function) offers no \(record.profile) after the reboot",
                             hint: "check that the vendor's vGPU host driver is loaded")
+                    }
+                    if type.id != record.typeID {
+                        // Another version of the driver numbers its types anew.
+                        record.typeID = type.id
+                        try store.put(record)
                     }
                     try write(record, type: type.id, at: place)
                     made.append(record)
