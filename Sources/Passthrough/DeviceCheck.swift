@@ -6,12 +6,18 @@ import MigrationModel
 ///
 /// - Parameters:
 ///   - vgpu: a vGPU of this profile on them, instead of the whole function.
-///   - cpuinfo: tells whose IOMMU it is; empty where it is not known.
 ///   - commandLine: the running kernel's.
+///   - seesAll: as root; others don't see all processes and reservations.
 package func checkDevices(
-    _ addresses: [PciAddress], vgpu: String?, in tree: DeviceTree, commandLine: String = ""
+    _ addresses: [PciAddress], vgpu: String?, in tree: DeviceTree, commandLine: String = "", seesAll: Bool = true
 ) -> [Requirement] {
     var found = checkHost(tree, commandLine: commandLine)
+    if !seesAll {
+        found.append(
+            .warn(
+                "host", "users", "only root sees which processes have devices and for whom they are reserved",
+                remedy: "run it with sudo before you rely on what it says of users"))
+    }
     for address in addresses {
         guard let device = tree[address] else {
             found.append(

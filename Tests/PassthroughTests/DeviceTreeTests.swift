@@ -138,6 +138,13 @@ struct MadeTree {
                 == "vfio-pci; flotilla gpu bind takes 0000:0c:00.1 (1002:ab30, snd_hda_intel) over too")
     }
 
+    @Test func whoIsNotRootIsToldSo() throws {
+        let tree = try MadeTree()
+        try tree.device("0000:01:00.0", 0x10de, 0x2204, class: 0x0300, group: 1, ["reset": ""])
+        let found = checkDevices([try pci("0000:01:00.0")], vgpu: nil, in: try DeviceTree(tree.sysfs), seesAll: false)
+        #expect(found.filter { $0.verdict != .pass }.map(\.requirement) == ["users"])
+    }
+
     @Test func aCopyWithoutLinksIsNotJudged() throws {
         let tree = try MadeTree()
         try tree.device("0000:01:00.0", 0x10de, 0x2204, class: 0x0300)

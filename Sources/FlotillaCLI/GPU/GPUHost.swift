@@ -21,6 +21,9 @@ struct GPUHost: ParsableArguments {
     /// Of this running host, not of a recorded one.
     var isLive: Bool { sysfsRoot == nil }
 
+    /// Every user of a device is seen: by root, and in a recorded tree, which has none.
+    var seesAll: Bool { !isLive || geteuid() == 0 }
+
     /// Blocks: asks libvirt, looks at every process. Of a recorded tree only what is in it is known.
     func observe() throws -> DeviceTree {
         guard Files.isDirectory(sysfs.path("bus/pci/devices")) else {

@@ -27,6 +27,9 @@ struct GPUListCommand: AsyncParsableCommand {
             if host.isLive { readMIG(&tree) }
             return GPUListing(tree, all: all)
         }
+        if !host.seesAll {
+            Console.complain("warning: only root sees which processes have devices and for whom they are reserved")
+        }
         if json { return Console.line(try jsonLine(listing)) }
         for line in listing.lines { Console.line(line) }
     }
