@@ -10,7 +10,15 @@ extension Transitions {
         guard var migration = try store.migration(id: task.migrationID), !migration.state.isFinal else { return }
         switch outcome {
         case .failure(let code):
-            migration.state = code == MigrationError.Code.cancelled.rawValue ? .cancelled : .failed
+            var ended = ended
+            if ended.code == 0 { ended.code = Int32(code) }
+            if task.stage == .undeploy { return try finishTakingBack(&migration, failure: ended) }
+            if task.stage == .deploy, !isReplaced, mayBeLeft(task, ended),
+                try takeBack(&migration, because: ended)
+            {
+                return
+            }
+            migration.state = ended.finalState
             migration.error = ended
             try save(migration)
         case .success:
@@ -54,8 +62,7 @@ extension Transitions {
             guard case .result(let result) = last.update else { throw resultMissing(stage) }
             migration.findings += result.findings
             migration.result = nil
-            migration.state = .rolledBack
-            try save(migration)
+            try finishTakingBack(&migration, failure: nil)
         }
     }
 

@@ -16,6 +16,8 @@ extension Transitions {
             activate(record.id)
             let isOther = record.request != request
             if isOther && !record.state.isFinal {
+                isReplaced = true
+                defer { isReplaced = false }
                 for task in try store.tasks(ofMigration: record.id) where !task.machine.isEnded {
                     _ = try apply(.cancel, to: task)
                 }
@@ -69,7 +71,7 @@ extension Transitions {
                 .failedPrecondition, "migration \(record.id) is still \(record.state.word)",
                 hint: "cancel it: that takes back what it made")
         }
-        guard let manifest = record.manifest, !record.request.dryRun,
+        guard record.manifest != nil, !record.request.dryRun,
             try store.task(id: Stage.deploy.taskID(ofMigration: record.id)) != nil
         else {
             throw MigrationError(
@@ -77,11 +79,7 @@ extension Transitions {
         }
         if request.dryRun { return try present() }
         activate(record.id)
-        let undeploy = UndeployRequest.with {
-            $0.migrationID = record.id
-            $0.domainName = record.request.options.settled(for: manifest.vm).domainName
-            $0.force = request.force
-        }
+        let undeploy = record.undeploy(force: request.force)
         if record.state == .rollingBack {
             for var task in try store.tasks(ofMigration: record.id) where task.stage == .undeploy {
                 // An attempt that runs goes on as it was asked for.

@@ -29,6 +29,8 @@ struct Transitions {
     /// transaction.
     let isWatched: (String) -> Bool
     var effects = Effects()
+    /// What is cancelled now makes way for another request of the same migration, which goes on with what is there.
+    var isReplaced = false
     /// Hosts of which this transaction has asked whether they are drained.
     private var drained: [String: Bool] = [:]
 

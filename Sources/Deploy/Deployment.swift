@@ -86,8 +86,13 @@ package struct Deployment: Sendable {
     package func undefine(_ name: String) throws {
         guard let domain = try connection.domain(named: name) else { return }
         try requireOwn(domain)
-        if try domain.state().isActive { try domain.destroy() }
-        try domain.undefine()
+        do {
+            if try domain.state().isActive { try domain.destroy() }
+            try domain.undefine()
+        } catch {
+            // Someone else was faster.
+            guard try connection.domain(named: name) == nil else { throw error }
+        }
     }
 
     /// The state of this migration's domain, in virsh's words. Throws `notFound` when it is gone.

@@ -6,6 +6,8 @@ extension Binder {
     /// What `release` would do, as pairs of a function and the driver it goes back to; nil: whichever the kernel picks.
     package struct ReleasePlan: Sendable {
         package var functions: [(address: String, driver: String?)]
+        /// As far as it is known before what the kernel makes of them.
+        package var writes: [SysfsWrite]
         var records: [BindRecord]
     }
 
@@ -36,7 +38,19 @@ extension Binder {
                 requested: [device.function.address])
         }
         return ReleasePlan(
-            functions: records.map { ($0.address, $0.driver == Self.anyDriver ? nil : $0.driver) }, records: records)
+            functions: records.map { ($0.address, $0.driver == Self.anyDriver ? nil : $0.driver) },
+            writes: records.sorted { $0.address < $1.address }.flatMap { writes(restoring: $0) }, records: records)
+    }
+
+    /// The function's way back, from where it is now.
+    private func writes(restoring record: BindRecord) -> [SysfsWrite] {
+        let (address, now) = (record.address, driver(of: record.address))
+        let override = sysfs.text("bus/pci/devices/\(address)/driver_override").map { $0 == "(null)" ? "" : $0 }
+        let first = override == record.override ? [] : [Self.override(address, with: record.override)]
+        if now == record.driver { return first }
+        let isKernelsChoice = record.driver == Self.anyDriver && !isVfio(driver: now)
+        return first + (now.isEmpty || isKernelsChoice ? [] : [Self.unbind(address)])
+            + (record.driver.isEmpty ? [] : [Self.probe(address)])
     }
 
     /// Gives functions, with all that was bound with them, back to the drivers they had. What is with its driver already
@@ -66,6 +80,15 @@ extension Binder {
             let changes = try restore(releasing)
             Failpoint.gpuDone.hit()
             return changes
+        }
+    }
+
+    /// The way back of what `plan` would bind.
+    func writesBack(after plan: Plan) -> [SysfsWrite] {
+        plan.handover.all.filter { !isVfio(driver: $0.function.driver) }.flatMap { device in
+            let address = device.function.address
+            return [Self.override(address, with: device.driverOverride), Self.unbind(address)]
+                + (device.function.driver.isEmpty ? [] : [Self.probe(address)])
         }
     }
 
@@ -102,30 +125,16 @@ extension Binder {
 
     private func restore(_ record: BindRecord) throws {
         let address = record.address
-        let folder = "bus/pci/devices/\(address)"
-        guard sysfs.exists(folder) else { return }  // Taken out meanwhile.
-        let original = record.override.isEmpty ? "" : record.override
-        let override = sysfs.text("\(folder)/driver_override").map { $0 == "(null)" ? "" : $0 }
-        // A write without a byte may not clear it; a newline does.
-        if override != original { try step("\(original)\n", to: "\(folder)/driver_override") }
-        let isAny = record.driver == Self.anyDriver
-        if driver(of: address) == record.driver { return }
-        if !driver(of: address).isEmpty && !(isAny && !isVfio(driver: driver(of: address))) {
-            try step("\(address)\n", to: "\(folder)/driver/unbind")
-        }
+        guard sysfs.exists("bus/pci/devices/\(address)") else { return }  // Taken out meanwhile.
+        for write in writes(restoring: record) { try step(write) }
+        if record.driver == Self.anyDriver || driver(of: address) == record.driver { return }
         if record.driver.isEmpty {
-            guard driver(of: address).isEmpty else {
-                throw MigrationError(.internal, "\(driver(of: address)) does not let go of \(address)")
-            }
-            return
+            throw MigrationError(.internal, "\(driver(of: address)) does not let go of \(address)")
         }
-        try step("\(address)\n", to: "bus/pci/drivers_probe")
-        if isAny || driver(of: address) == record.driver { return }
         // Another driver came first, or the device's id was given to vfio-pci: ask for its own by name.
-        if !driver(of: address).isEmpty { try step("\(address)\n", to: "\(folder)/driver/unbind") }
-        if sysfs.exists("bus/pci/drivers/\(record.driver)/bind") {
-            try? step("\(address)\n", to: "bus/pci/drivers/\(record.driver)/bind")
-        }
+        if !driver(of: address).isEmpty { try step(Self.unbind(address)) }
+        let bind = "bus/pci/drivers/\(record.driver)/bind"
+        if sysfs.exists(bind) { try? step(SysfsWrite(attribute: bind, text: "\(address)\n")) }
         guard driver(of: address) == record.driver else {
             let now = driver(of: address)
             throw MigrationError(

@@ -25,8 +25,8 @@ package struct Binder: Sendable {
     /// What a bind would do.
     package struct Plan: Sendable {
         package var handover: Handover
-        /// Attribute and text of every write to sysfs, in order.
-        package var writes: [(attribute: String, text: String)]
+        /// In order.
+        package var writes: [SysfsWrite]
         package var loadsDriver: Bool
     }
 
@@ -99,7 +99,7 @@ package struct Binder: Sendable {
             try journal.write(before.filter { !records.map(\.address).contains($0.address) } + records)
             Failpoint.gpuJournaled.hit()
             do {
-                for write in plan.writes { try step(write.text, to: write.attribute) }
+                for write in plan.writes { try step(write) }
                 Failpoint.gpuStep.hit()
                 for record in records { try requireBound(record) }
                 try claim(involved, for: slots)
@@ -137,20 +137,29 @@ package struct Binder: Sendable {
 
     /// All overrides, then the old drivers off (consumers, which have the higher functions, before what they need), then
     /// vfio-pci on.
-    private func bindWrites(_ steps: [DeviceFunction]) -> [(attribute: String, text: String)] {
-        let folder = { (address: String) in "bus/pci/devices/\(address)" }
+    private func bindWrites(_ steps: [DeviceFunction]) -> [SysfsWrite] {
         let addresses = steps.map(\.function.address)
-        return addresses.map { ("\(folder($0))/driver_override", "\(Self.driver)\n") }
-            + steps.reversed().filter { !$0.function.driver.isEmpty }.map {
-                ("\(folder($0.function.address))/driver/unbind", "\($0.function.address)\n")
-            } + addresses.map { ("bus/pci/drivers_probe", "\($0)\n") }
+        return addresses.map { Self.override($0, with: Self.driver) }
+            + steps.reversed().filter { !$0.function.driver.isEmpty }.map { Self.unbind($0.function.address) }
+            + addresses.map(Self.probe)
     }
 
-    func step(_ text: String, to attribute: String) throws {
+    /// Nothing, as a newline, clears it; a write without a byte may not.
+    static func override(_ address: String, with driver: String) -> SysfsWrite {
+        SysfsWrite(attribute: "bus/pci/devices/\(address)/driver_override", text: "\(driver)\n")
+    }
+    static func unbind(_ address: String) -> SysfsWrite {
+        SysfsWrite(attribute: "bus/pci/devices/\(address)/driver/unbind", text: "\(address)\n")
+    }
+    static func probe(_ address: String) -> SysfsWrite {
+        SysfsWrite(attribute: "bus/pci/drivers_probe", text: "\(address)\n")
+    }
+
+    func step(_ write: SysfsWrite) throws {
         Failpoint.gpuStep.hit()
         // The driver may have let go on its own, with the one it needs.
-        if attribute.hasSuffix("/driver/unbind") && !sysfs.exists(Files.parent(of: attribute)) { return }
-        try kernel.write(text, to: attribute)
+        if write.attribute.hasSuffix("/driver/unbind") && !sysfs.exists(Files.parent(of: write.attribute)) { return }
+        try kernel.write(write.text, to: write.attribute)
     }
 
     func driver(of address: String) -> String { sysfs.linkName("bus/pci/devices/\(address)/driver") ?? "" }

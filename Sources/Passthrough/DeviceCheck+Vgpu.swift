@@ -39,9 +39,7 @@ func checkVgpu(_ profile: String, on device: DeviceFunction, in tree: DeviceTree
                 .fail(
                     subject, "virtual functions",
                     "none of its \(device.totalVirtualFunctions) virtual functions is enabled",
-                    remedy: device.function.id.vendor == 0x10de
-                        ? "/usr/lib/nvidia/sriov-manage -e \(subject)"
-                        : "write a number to /sys/bus/pci/devices/\(subject)/sriov_numvfs")
+                    remedy: "flotilla gpu profiles --enable \(subject)")
             ]
         }
         return found + [

@@ -6,18 +6,28 @@ import MigrationModel
 ///
 /// - Parameters:
 ///   - vgpu: a vGPU of this profile on them, instead of the whole function.
-///   - cpuinfo: tells whose IOMMU it is; empty where it is not known.
 ///   - commandLine: the running kernel's.
+///   - seesAll: as root; others don't see all processes and reservations.
 package func checkDevices(
-    _ addresses: [PciAddress], vgpu: String?, in tree: DeviceTree, commandLine: String = ""
+    _ addresses: [PciAddress], vgpu: String?, in tree: DeviceTree, commandLine: String = "", seesAll: Bool = true
 ) -> [Requirement] {
     var found = checkHost(tree, commandLine: commandLine)
+    if !seesAll {
+        found.append(
+            .warn(
+                "host", "users", "only root sees which processes have devices and for whom they are reserved",
+                remedy: "run it with sudo before you rely on what it says of users"))
+    }
     for address in addresses {
         guard let device = tree[address] else {
             found.append(
                 .fail(
                     address.description, "present", "this host has no PCI function \(address)",
                     remedy: "flotilla gpu list --all shows those it has"))
+            continue
+        }
+        if let unknown = unknownObstacle(device) {
+            found.append(unknown)
             continue
         }
         found.append(.pass(device.function.address, "present", device.function.text))
@@ -92,9 +102,18 @@ private func checkFunction(_ device: DeviceFunction, besides: [PciAddress], in t
     if tree.iommu && !failed.contains("IOMMU group") {
         let inside = Set(together.map(\.address))
         let rest = tree.members(of: device.function.iommuGroup).filter { !inside.contains($0.address) }
-        let shared =
-            rest.isEmpty ? " is its own" : ": \(rest.map(\.function.text).joined(separator: ", ")) in it is no obstacle"
-        found.append(.pass(subject, "IOMMU group", "group \(device.function.iommuGroup)\(shared)"))
+        func texts(_ devices: [DeviceFunction]) -> String { devices.map(\.function.text).joined(separator: ", ") }
+        let asked = rest.filter { requested.contains($0.address) }
+        let idle = rest.filter { !requested.contains($0.address) }
+        let shared = [
+            asked.isEmpty ? nil : "\(texts(asked)) in it goes too",
+            idle.isEmpty ? nil : "\(texts(idle)) in it is no obstacle",
+        ].compactMap(\.self)
+        found.append(
+            .pass(
+                subject, "IOMMU group",
+                "group \(device.function.iommuGroup)"
+                    + (shared.isEmpty ? " is its own" : ": \(shared.joined(separator: "; "))")))
     }
     found += obstacles
     for function in together {
@@ -105,15 +124,19 @@ private func checkFunction(_ device: DeviceFunction, besides: [PciAddress], in t
                     remedy: "flotilla gpu reset \(function.function.address), or reboot: no other VM gets it before"))
         }
     }
-    let driver = device.function.driver
-    found.append(
-        .pass(
-            subject, "driver",
-            isVfio(driver: driver)
-                ? "\(driver): ready"
-                : driver.isEmpty ? "none: ready to bind" : "\(driver): flotilla gpu bind takes it over"
-        ))
+    found.append(.pass(subject, "driver", driverText(device, others)))
     return found
+}
+
+private func driverText(_ device: DeviceFunction, _ others: [DeviceFunction]) -> String {
+    let driver = device.function.driver
+    guard isVfio(driver: driver) else {
+        return driver.isEmpty ? "none: ready to bind" : "\(driver): flotilla gpu bind takes it over"
+    }
+    let left = others.filter { !isVfio(driver: $0.function.driver) }
+    return left.isEmpty
+        ? "\(driver): ready"
+        : "\(driver); flotilla gpu bind takes \(left.map(\.function.text).joined(separator: ", ")) over too"
 }
 
 private func checkQuality(_ device: DeviceFunction, in tree: DeviceTree) -> [Requirement] {

@@ -48,16 +48,30 @@ package struct DeviceHost: Sendable {
     /// - Returns: what was dirty and is free now.
     /// - Throws: `failedPrecondition` when it is refused, or the kernel can't reset one.
     package func reset(_ addresses: [PciAddress], observe: () throws -> DeviceTree) throws -> [PciAddress] {
-        let together = try Handover(addresses, in: observe()).functions.map(\.address)
-        let dirty = try ledger.reservations().filter { $0.state == .dirty }.map(\.resource).filter { resource in
-            resource.function.map(together.contains) ?? false
-        }
+        let dirty = try dirty(with: addresses, in: observe())
         guard !dirty.isEmpty else { return [] }
         let isMoved = try !binder.bind(addresses, observe: observe).isEmpty
         let outcome = Result { try ledger.reset(dirty, sysfs: sysfs, kernel: kernel) }
         if isMoved { _ = try binder.release(addresses, observe: observe) }
         try outcome.get()
         return dirty.compactMap(\.function)
+    }
+
+    /// What `reset` would write; changes nothing. Throws what `reset` would refuse with.
+    package func plan(reset addresses: [PciAddress], observe: () throws -> DeviceTree) throws -> [SysfsWrite] {
+        let tree = try observe()
+        let dirty = try dirty(with: addresses, in: tree)
+        guard !dirty.isEmpty else { return [] }
+        let plan = try binder.plan(bind: addresses, observe: { tree })
+        return plan.writes + dirty.compactMap(\.resetting) + binder.writesBack(after: plan)
+    }
+
+    /// Dirty functions among these and those that go with them.
+    private func dirty(with addresses: [PciAddress], in tree: DeviceTree) throws -> [GPUResource] {
+        let together = try Handover(addresses, in: tree).functions.map(\.address)
+        return try ledger.reservations().filter { $0.state == .dirty }.map(\.resource).filter { resource in
+            resource.function.map(together.contains) ?? false
+        }
     }
 
     /// Puts right what processes that are gone left: drivers half moved, vGPUs and reservations without a domain. What a

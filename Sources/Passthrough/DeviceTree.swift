@@ -1,5 +1,6 @@
 package import FlotillaProtocol
 import HostKit
+import MigrationModel
 import SwiftProtobuf
 
 /// A base address register, or the expansion ROM.
@@ -92,6 +93,15 @@ package struct DeviceTree: Sendable {
         iommu = iommuEnabled(sysfs: sysfs)
         vfio = vfioAvailable(sysfs: sysfs, modules: modules ?? "/nonexistent")
         let inventory = try pciInventory(sysfs: sysfs, holders: around.holders.groups)
+        // A copy that followed the links has no groups and no drivers, and would be misjudged.
+        if let copied = inventory.first(where: {
+            let group = "bus/pci/devices/\($0.address)/iommu_group"
+            return $0.iommuGroup < 0 && sysfs.exists(group) && sysfs.linkPath(group) == nil
+        }) {
+            throw MigrationError(
+                .invalidArgument, "\(sysfs.path("bus/pci/devices/\(copied.address)/iommu_group")) is no symbolic link",
+                hint: "record the device tree with its links: flotilla gpu list --help says how")
+        }
         let users = DeviceUsers(sysfs, around)
         functions = inventory.compactMap { function in
             guard let address = PciAddress(function.address) else { return nil }

@@ -109,7 +109,7 @@ package struct GPUBaselines: Sendable {
     /// - Parameter folder: the one of the GPU ledger.
     package init(folder: String = GPULedger.folder) { self.folder = "\(folder)/baselines" }
 
-    private func path(of name: String) -> String { "\(folder)/\(name).json" }
+    package func path(of name: String) -> String { "\(folder)/\(name).json" }
 
     /// Stores it in place of an older one of that name.
     package func save(_ baseline: GPUBaseline) throws {

@@ -62,6 +62,13 @@ extension GPULedger {
                 .failedPrecondition, "the kernel knows no way to reset \(function) (it has no reset attribute)",
                 hint: "reboot the host before another VM gets this device")
         }
-        try kernel.write("1\n", to: "\(folder)/reset")
+        if let write = resource.resetting { try kernel.write(write.text, to: write.attribute) }
+    }
+}
+
+extension GPUResource {
+    /// The write that resets it; nil for a mediated device.
+    package var resetting: SysfsWrite? {
+        function.map { SysfsWrite(attribute: "bus/pci/devices/\($0)/reset", text: "1\n") }
     }
 }

@@ -65,22 +65,7 @@ package struct GPULedger: Sendable {
     package func reserve(_ resources: [GPUResource], for owner: GPUOwner) throws {
         try update { book in
             try book.admit(owner)
-            for resource in resources {
-                for entry in book.entries where entry.resource.overlaps(resource) && !entry.owner.isSame(as: owner) {
-                    let what =
-                        entry.resource == resource ? "\(resource)" : "\(resource) goes with \(entry.resource), which"
-                    if entry.state == .dirty {
-                        throw MigrationError(
-                            .failedPrecondition,
-                            "\(what) still holds what \(entry.owner) left in it: it was not reset since",
-                            hint: "flotilla gpu reset \(entry.resource), or reboot the host"
-                        )
-                    }
-                    throw MigrationError(
-                        .resourceExhausted, "\(what) is reserved for \(entry.owner)",
-                        hint: "choose another device, or undeploy that domain first")
-                }
-            }
+            for resource in resources { try book.requireFree(resource, for: owner) }
             guard !resources.isEmpty else { return }
             let (now, process) = (Moment.now.milliseconds, try keeper.own())
             for resource in Set(resources) {
@@ -92,6 +77,11 @@ package struct GPULedger: Sendable {
                         isUntouched: earlier.map { $0.state == .reserved && $0.isUntouched == true } ?? true))
             }
         }
+    }
+
+    /// Throws what `reserve` would say of one that another owner has. Changes nothing.
+    func requireFree(_ resource: GPUResource, for owner: GPUOwner) throws {
+        try read().requireFree(resource, for: owner)
     }
 
     /// A domain is about to have what `owner`'s migration holds: from now on it is dirty when it is given back.
@@ -188,6 +178,20 @@ extension GPULedger.Book {
         fences[owner.migration] = owner.fence
         order.removeAll { $0 == owner.migration }
         order.append(owner.migration)
+    }
+
+    fileprivate func requireFree(_ resource: GPUResource, for owner: GPUOwner) throws {
+        for entry in entries where entry.resource.overlaps(resource) && !entry.owner.isSame(as: owner) {
+            let what = entry.resource == resource ? "\(resource)" : "\(resource) goes with \(entry.resource), which"
+            if entry.state == .dirty {
+                throw MigrationError(
+                    .failedPrecondition, "\(what) still holds what \(entry.owner) left in it: it was not reset since",
+                    hint: "flotilla gpu reset \(entry.resource), or reboot the host")
+            }
+            throw MigrationError(
+                .resourceExhausted, "\(what) is reserved for \(entry.owner)",
+                hint: "choose another device, or undeploy that domain first")
+        }
     }
 
     /// Makes reserved entries dirty, and drops those that no domain had.

@@ -110,9 +110,20 @@ func hostObstacles(_ tree: DeviceTree) -> [Requirement] {
     return []
 }
 
+/// Of a function that was taken out just now, or of a recorded tree with holes, nobody can say that it is no bridge.
+func unknownObstacle(_ device: DeviceFunction) -> Requirement? {
+    let function = device.function
+    guard function.id.vendor == 0 || (device.headerType == nil && function.classCode == 0) else { return nil }
+    return .fail(
+        function.address, "present",
+        "sysfs does not say what \(function.address) is: its vendor, or both its class and configuration, can't be read",
+        remedy: "if it was not taken out just now, the recorded device tree is not whole: record it again, as root")
+}
+
 /// What stands against taking this function from the host, beyond what is agreed to.
 func handoverObstacles(of device: DeviceFunction, consent: Consent, owner: GPUOwner?) -> [Requirement] {
     let (function, address) = (device.function, device.function.address)
+    if let unknown = unknownObstacle(device) { return [unknown] }
     if let header = device.headerType, header != 0 {
         return [
             .fail(

@@ -17,6 +17,8 @@ package struct PreparedHost: Sendable {
     struct Record: Codable {
         var version = 1
         var entries: [Entry] = []
+        /// Made for the files, below the root, parents first; nil in records of earlier versions.
+        var folders: [String]?
         /// Still to run, after a crash or a failure too.
         var commands: [[String]] = []
     }
@@ -56,6 +58,7 @@ package struct PreparedHost: Sendable {
         }
         record.commands += setup.commands.filter { !record.commands.contains($0) }
         guard !setup.changes.isEmpty || !record.commands.isEmpty else { return }
+        record.folders = missingFolders(for: setup.changes.map(\.path), besides: record.folders ?? [])
         try Files.createDirectories(Files.parent(of: path), mode: 0o700)
         try write(record)
         for change in setup.changes {
@@ -97,10 +100,27 @@ package struct PreparedHost: Sendable {
         for change in changes { try put(change.path, change.after, mode: change.mode) }
         record.entries = []
         try finish(&record)
+        let made = (record.folders ?? []).reversed().map { "\(root)\($0)" }
+        let ownFolders = made.filter { path.hasPrefix("\($0)/") }
+        for folder in made where !ownFolders.contains(folder) { try Files.removeDirectoryIfEmpty(folder) }
         try Files.remove(path)
+        for folder in ownFolders { try Files.removeDirectoryIfEmpty(folder) }
     }
 
     // MARK: -
+
+    /// Folders that these files and the record need and that are not there, with those that were made before.
+    private func missingFolders(for paths: [String], besides made: [String]) -> [String] {
+        var missing = Set(made)
+        for path in paths + [String(path.dropFirst(root.count))] {
+            var folder = Files.parent(of: path)
+            while folder != "/", !Files.exists("\(root)\(folder)") {
+                missing.insert(folder)
+                folder = Files.parent(of: folder)
+            }
+        }
+        return missing.sorted()
+    }
 
     private func finish(_ record: inout Record) throws {
         try write(record)

@@ -6,15 +6,8 @@ extension VgpuHost {
     /// Turns the GPU's virtual functions on: NVIDIA's by its own program, which also prepares the driver, others' through
     /// `sriov_numvfs`. A GPU without any, or with some on, is left alone.
     package func enableVirtualFunctions(of gpu: PciAddress) throws {
-        let folder = "bus/pci/devices/\(gpu)"
-        guard let total = sysfs.number("\(folder)/sriov_totalvfs"), total > 0, virtualFunctions(of: gpu).isEmpty else {
-            return
-        }
-        if sysfs.number("\(folder)/vendor") == 0x10de {
-            try tools.run("sriov-manage", ["-e", "\(gpu)"], hint: "install NVIDIA's vGPU host driver")
-        } else {
-            try kernel.write("\(total)\n", to: "\(folder)/sriov_numvfs")
-        }
+        guard let step = enabling(gpu) else { return }
+        try carryOut(step, hint: "install NVIDIA's vGPU host driver")
         guard !virtualFunctions(of: gpu).isEmpty else {
             throw MigrationError(
                 .internal, "\(gpu) has no virtual functions although they were turned on without an error",
@@ -27,17 +20,8 @@ extension VgpuHost {
     /// - Parameter tree: as it is now.
     /// - Throws: `failedPrecondition` while one of them is in use: nothing was changed.
     package func disableVirtualFunctions(of gpu: PciAddress, in tree: DeviceTree) throws {
-        try refuse(
-            (tree[gpu]?.virtualFunctions ?? []).compactMap { tree[$0] }.flatMap { function in
-                useObstacles(of: function, consent: [], owner: nil)
-            })
-        let folder = "bus/pci/devices/\(gpu)"
-        guard !virtualFunctions(of: gpu).isEmpty else { return }
-        if sysfs.number("\(folder)/vendor") == 0x10de {
-            try tools.run("sriov-manage", ["-d", "\(gpu)"], hint: "install NVIDIA's vGPU host driver")
-        } else {
-            try kernel.write("0\n", to: "\(folder)/sriov_numvfs")
-        }
+        guard let step = try disabling(gpu, in: tree) else { return }
+        try carryOut(step, hint: "install NVIDIA's vGPU host driver")
         guard virtualFunctions(of: gpu).isEmpty else {
             throw MigrationError(
                 .internal, "\(gpu) still has its virtual functions", hint: "see the kernel's log: journalctl -k")
@@ -49,14 +33,7 @@ extension VgpuHost {
     package func allowMixedSizes(on gpu: PciAddress) throws {
         try exclusively {
             try enableVirtualFunctions(of: gpu)
-            let used = places().filter { $0.physical == gpu && (!$0.mediatedDevices.isEmpty || $0.currentType != nil) }
-            guard used.isEmpty else {
-                throw MigrationError(
-                    .failedPrecondition,
-                    "\(gpu) has vGPUs (on \(used.map { "\($0.function)" }.joined(separator: ", ")))",
-                    hint: "destroy them first: sizes can be mixed only from the first vGPU on")
-            }
-            try tools.run("nvidia-smi", ["vgpu", "-i", "\(gpu)", "-shm", "1"], hint: "not every GPU can mix sizes")
+            try carryOut(mixingSizes(on: gpu), hint: "not every GPU can mix sizes")
         }
     }
 
@@ -76,10 +53,7 @@ extension VgpuHost {
     func make(
         _ type: VgpuType, at place: VgpuPlace, for owner: GPUOwner, device: String, _ parameters: [String]
     ) throws -> VgpuRecord {
-        var record = VgpuRecord(
-            owner: owner, device: device, function: "\(place.function)", physical: "\(place.physical)",
-            path: place.path, typeID: type.id, profile: type.name, parameters: parameters)
-        if place.path == .mdev { record.uuid = mdevUUID(owner, device) }
+        var record = record(of: type, at: place, for: owner, device: device, parameters)
         guard let resource = record.resource else {
             throw MigrationError(.internal, "\(place.function) is not a PCI address")
         }
@@ -102,22 +76,17 @@ extension VgpuHost {
 
     /// Asks the kernel, reads back, then sets parameters.
     func write(_ record: VgpuRecord, type: String, at place: VgpuPlace) throws {
-        let parameters: String
+        if let current = place.currentType {
+            throw MigrationError(
+                .resourceExhausted, "\(place.function) has a vGPU of type \(current)", hint: "destroy it first")
+        }
+        try carryOut(making(record, type: type, at: place))
         switch place.path {
         case .mdev:
-            let uuid = record.uuid ?? ""
-            parameters = "bus/mdev/devices/\(uuid)/nvidia/vgpu_params"
-            try kernel.write("\(uuid)\n", to: "\(place.folder)/mdev_supported_types/\(type)/create")
-            guard sysfs.exists("bus/mdev/devices/\(uuid)") else {
+            guard exists(record) else {
                 throw MigrationError(.internal, "the kernel did not make a \(record.profile) on \(place.function)")
             }
         case .vendor:
-            parameters = "\(place.folder)/nvidia/vgpu_params"
-            if let current = place.currentType {
-                throw MigrationError(
-                    .resourceExhausted, "\(place.function) has a vGPU of type \(current)", hint: "destroy it first")
-            }
-            try kernel.write("\(type)\n", to: "\(place.folder)/nvidia/current_vgpu_type")
             guard place.currentType == type else {
                 throw MigrationError(
                     .internal,
@@ -125,16 +94,13 @@ extension VgpuHost {
                     hint: "the kernel's log says why: journalctl -k | grep -i nvidia")
             }
         }
-        if !record.parameters.isEmpty {
-            try kernel.write("\(record.parameters.joined(separator: ","))\n", to: parameters)
-        }
+        if let step = parameters(of: record) { try carryOut(step) }
     }
 
-    /// True when mdevctl will make it at boot. It does not keep MIG-backed ones, whose instances are gone by then.
+    /// True when mdevctl will make it at boot.
     private func persist(_ record: VgpuRecord) throws -> Bool {
-        guard let uuid = record.uuid, VgpuProfile(record.profile).gpuInstance == nil, tools.find("mdevctl") != nil
-        else { return false }
-        try tools.run("mdevctl", ["define", "--auto", "--uuid", uuid], hint: "see mdevctl(8)")
+        guard let step = persisting(record) else { return false }
+        try carryOut(step, hint: "see mdevctl(8)")
         return true
     }
 
@@ -143,11 +109,7 @@ extension VgpuHost {
         leaving.phase = .destroying
         try store.put(leaving)
         if exists(record) {
-            if let uuid = record.uuid {
-                try kernel.write("1\n", to: "bus/mdev/devices/\(uuid)/remove")
-            } else {
-                try kernel.write("0\n", to: "bus/pci/devices/\(record.function)/nvidia/current_vgpu_type")
-            }
+            try carryOut(removing(record))
             guard !exists(record) else {
                 throw MigrationError(
                     .failedPrecondition, "the vGPU \(record.profile) on \(record.function) is still there",
@@ -155,20 +117,8 @@ extension VgpuHost {
             }
         }
         Failpoint.gpuVgpuDestroyed.hit()
-        if record.isInMdevctl, let uuid = record.uuid {
-            _ = try? tools.run("mdevctl", ["undefine", "--uuid", uuid], hint: "")
-        }
+        if let step = forgetting(record) { try? carryOut(step) }
         if let resource = record.resource { try ledger.forget([resource], of: owner) }
         try store.remove(record)
     }
-}
-
-/// The same for every attempt (RFC 9562 version 8), so that a repeated one finds what a crashed one made.
-private func mdevUUID(_ owner: GPUOwner, _ device: String) -> String {
-    let seed = "flotilla vgpu \(owner.migration.isEmpty ? owner.domain : owner.migration) \(device)"
-    var bytes = Array(Digest.hash(.sha256, Array(seed.utf8)).prefix(16))
-    bytes[6] = bytes[6] & 0x0f | 0x80
-    bytes[8] = bytes[8] & 0x3f | 0x80
-    let text = Array(hex(bytes))
-    return [0..<8, 8..<12, 12..<16, 16..<20, 20..<32].map { String(text[$0]) }.joined(separator: "-")
 }

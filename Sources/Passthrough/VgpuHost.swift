@@ -108,7 +108,7 @@ package struct VgpuHost: Sendable {
         try exclusively {
             var made: [VgpuRecord] = []
             var failure: (any Error)?
-            for record in try store.read() where !exists(record) {
+            for var record in try store.read() where !exists(record) {
                 do {
                     guard record.phase == .present else {
                         try remove(record, as: record.owner)
@@ -127,6 +127,11 @@ package struct VgpuHost: Sendable {
                             .failedPrecondition, "\(record.function) offers no \(record.profile) after the reboot",
                             hint: "check that the vendor's vGPU host driver is loaded")
                     }
+                    if type.id != record.typeID {
+                        // Another version of the driver numbers its types anew.
+                        record.typeID = type.id
+                        try store.put(record)
+                    }
                     try write(record, type: type.id, at: place)
                     made.append(record)
                 } catch { failure = failure ?? error }
@@ -142,7 +147,7 @@ package struct VgpuHost: Sendable {
     }
 
     /// GPUs that have vGPUs already come first: an empty one stays free for another size, or to be handed over whole.
-    private func candidates(for profile: VgpuProfile, on gpu: PciAddress?) -> [VgpuPlace] {
+    func candidates(for profile: VgpuProfile, on gpu: PciAddress?) -> [VgpuPlace] {
         let all = places().filter { gpu == nil || $0.physical == gpu }
         let used = Set(all.filter { !$0.mediatedDevices.isEmpty || $0.currentType != nil }.map(\.physical))
         let free = all.filter { !$0.isOccupied && $0.type(of: profile) != nil }
@@ -162,7 +167,7 @@ package struct VgpuHost: Sendable {
         if let failure { throw failure }
     }
 
-    private func noRoom(for profile: VgpuProfile, on gpu: PciAddress?) throws -> MigrationError {
+    func noRoom(for profile: VgpuProfile, on gpu: PciAddress?) throws -> MigrationError {
         let all = places().filter { gpu == nil || $0.physical == gpu }
         let owners = try store.read().filter { record in all.contains { "\($0.function)" == record.function } }
             .map { "\($0.profile) on \($0.function) for \($0.owner)" }

@@ -58,11 +58,7 @@ struct MIGInstances {
     /// - Throws: `resourceExhausted`; the instances are as they were.
     func add(_ name: String, mayRearrange: Bool) throws {
         let ids = try profiles()
-        guard let id = ids[name] else {
-            throw MigrationError(
-                .failedPrecondition, "\(gpu) has no GPU instance profile \(name)",
-                hint: "it has \(ids.keys.sorted().joined(separator: ", "))")
-        }
+        let id = try id(of: name, among: ids)
         do { return try create([id]) } catch {
             let full = MigrationError(
                 .resourceExhausted, "\(gpu) has no room for a GPU instance \(name): \(error)",
@@ -78,9 +74,25 @@ struct MIGInstances {
         }
     }
 
+    /// What `add` does where there is room.
+    func adding(_ name: String) throws -> HostStep { .run(creation(of: [try id(of: name, among: profiles())])) }
+
+    private func id(of name: String, among ids: [String: String]) throws -> String {
+        guard let id = ids[name] else {
+            throw MigrationError(
+                .failedPrecondition, "\(gpu) has no GPU instance profile \(name)",
+                hint: "it has \(ids.keys.sorted().joined(separator: ", "))")
+        }
+        return id
+    }
+
+    private func creation(of ids: [String]) -> [String] {
+        ["nvidia-smi", "mig", "-i", "\(gpu)", "-cgi", ids.joined(separator: ","), "-C"]
+    }
+
     private func create(_ ids: [String]) throws {
-        try tools.run(
-            "nvidia-smi", ["mig", "-i", "\(gpu)", "-cgi", ids.joined(separator: ","), "-C"], hint: hint)
+        let command = creation(of: ids)
+        try tools.run(command[0], Array(command.dropFirst()), hint: hint)
     }
 
     private func clear() throws {

@@ -87,8 +87,70 @@ struct MadeTree {
         _ = try tree.folder.sub("kernel/iommu_groups/1")
         #expect(
             try tree.verdicts("0000:01:00.0", "0000:02:00.0") == [
-                "fail 0000:01:00.0 IOMMU group", "warn 0000:01:00.0 reset", "fail 0000:02:00.0 present",
+                "fail 0000:01:00.0 present", "fail 0000:02:00.0 present",
             ])
+        // Without a class and a configuration it might be a bridge.
+        try tree.device("0000:03:00.0", 0x10de, 0x2204, class: 0x0300, driver: "nvidia", group: 3)
+        let folder = "bus/pci/devices/0000:03:00.0"
+        try Files.remove(tree.sysfs.path("\(folder)/config"))
+        #expect(try tree.verdicts("0000:03:00.0") == ["warn 0000:03:00.0 reset"])
+        try Files.remove(tree.sysfs.path("\(folder)/class"))
+        #expect(try tree.verdicts("0000:03:00.0") == ["fail 0000:03:00.0 present"])
+        let error = failure {
+            try Binder(sysfs: tree.sysfs, folder: "\(tree.folder.path)/state", boot: "b", loadDriver: {})
+                .bind([pci("0000:03:00.0")]) { try DeviceTree(tree.sysfs) }
+        }
+        #expect(error?.code == .failedPrecondition && error?.message.contains("does not say what") == true)
+    }
+
+    /// A consumer card with USB-C beside its root port, and two cards of which one is bound by half.
+    @Test func whatGoesTogetherIsToldTogether() throws {
+        let tree = try MadeTree()
+        try tree.device("0000:00:01.0", 0x8086, 0xa70d, class: 0x0604, driver: "pcieport", group: 2, header: 1)
+        let drivers = ["nvidia", "snd_hda_intel", "xhci_hcd", "nvidia-gpu"]
+        for (number, (code, driver)) in zip([0x0300, 0x0403, 0x0c03, 0x0c80], drivers).enumerated() {
+            try tree.device(
+                "0000:01:00.\(number)", 0x10de, 0x2684 + number, class: code, driver: driver, group: 2, ["reset": ""])
+        }
+        func found(_ addresses: String...) throws -> [String: String] {
+            let found = try checkDevices(addresses.map { try pci($0) }, vgpu: nil, in: DeviceTree(tree.sysfs))
+            #expect(found.allSatisfy { $0.verdict == .pass })
+            return Dictionary(found.filter { $0.subject == addresses[0] }.map { ($0.requirement, $0.found) }) { $1 }
+        }
+        // Whichever function is asked for.
+        let usb = try found("0000:01:00.2")
+        #expect(usb["companions"]?.contains("0000:01:00.0 (10de:2684, nvidia), 0000:01:00.1 (") == true)
+        #expect(usb["IOMMU group"] == "group 2: 0000:00:01.0 (8086:a70d, pcieport) in it is no obstacle")
+
+        for bus in ["03", "04"] {
+            try tree.device(
+                "0000:\(bus):00.0", 0x10de, 0x1db4, class: 0x0302, driver: "nvidia", group: 12, ["reset": ""])
+        }
+        #expect(
+            try found("0000:03:00.0", "0000:04:00.0")["IOMMU group"]
+                == "group 12: 0000:04:00.0 (10de:1db4, nvidia) in it goes too")
+
+        try tree.device("0000:0c:00.0", 0x1002, 0x744c, class: 0x0300, driver: "vfio-pci", group: 20, ["reset": ""])
+        try tree.device(
+            "0000:0c:00.1", 0x1002, 0xab30, class: 0x0403, driver: "snd_hda_intel", group: 21, ["reset": ""])
+        #expect(
+            try found("0000:0c:00.0")["driver"]
+                == "vfio-pci; flotilla gpu bind takes 0000:0c:00.1 (1002:ab30, snd_hda_intel) over too")
+    }
+
+    @Test func whoIsNotRootIsToldSo() throws {
+        let tree = try MadeTree()
+        try tree.device("0000:01:00.0", 0x10de, 0x2204, class: 0x0300, group: 1, ["reset": ""])
+        let found = checkDevices([try pci("0000:01:00.0")], vgpu: nil, in: try DeviceTree(tree.sysfs), seesAll: false)
+        #expect(found.filter { $0.verdict != .pass }.map(\.requirement) == ["users"])
+    }
+
+    @Test func aCopyWithoutLinksIsNotJudged() throws {
+        let tree = try MadeTree()
+        try tree.device("0000:01:00.0", 0x10de, 0x2204, class: 0x0300)
+        _ = try tree.folder.sub("bus/pci/devices/0000:01:00.0/iommu_group")
+        let error = failure { try DeviceTree(tree.sysfs) }
+        #expect(error?.message.hasSuffix("0000:01:00.0/iommu_group is no symbolic link") == true)
     }
 
     @Test func qualityIsWarnedOf() throws {

@@ -37,11 +37,15 @@ struct SetupRig {
         return try HostSetup(root: root, devices: devices, in: tree, amd: amd)
     }
 
-    /// Every file with its bytes and mode.
+    /// Every folder, and every file with its bytes and mode.
     func snapshot() throws -> [String] {
         let outcome = try Program.run(
             "/usr/bin/find",
-            [root, "-type", "f", "-not", "-path", "*/var/lib/*", "-printf", "%P %m ", "-exec", "md5sum", "{}", ";"])
+            [
+                root, "-type", "d", "-printf", "%P/\\n", "-o", "-type", "f", "-printf", "%P %m ", "-exec", "md5sum",
+                "{}",
+                ";",
+            ])
         return outcome.output.split(separator: "\n").map(String.init).sorted()
     }
 }
@@ -147,6 +151,26 @@ struct SetupRig {
         #expect(try rig.setup(amd: loader.amd).changes.isEmpty)
         try host.revert(commands: [])
         #expect(try rig.snapshot() == before)
+    }
+
+    /// A folder that somebody put something into stays, with that; one that was there before stays empty.
+    @Test func foldersGoAsTheyCame() throws {
+        let rig = try SetupRig(["/etc/kernel/cmdline": "root=x\n"])
+        try Files.createDirectories("\(rig.root)/etc/modprobe.d")
+        let before = try rig.snapshot()
+        let host = PreparedHost(root: rig.root) { _ in }
+        try host.apply(rig.setup())
+        // Later, with more to do: what the first run made is remembered.
+        try host.apply(rig.setup(["0000:01:00.0"]))
+        try host.revert(commands: [])
+        #expect(try rig.snapshot() == before)
+
+        try host.apply(rig.setup(["0000:01:00.0"]))
+        try rig.write("/etc/udev/rules.d/20-site.rules", "# ours\n")
+        try host.revert(commands: [])
+        #expect(rig.text("/etc/udev/rules.d/20-site.rules") == "# ours\n")
+        let folders = try rig.snapshot().filter { $0.hasSuffix("/") }
+        #expect(folders == ["/", "etc/", "etc/kernel/", "etc/modprobe.d/", "etc/udev/", "etc/udev/rules.d/"])
     }
 
     @Test func nothingPreparedIsNothingToTakeBack() throws {

@@ -105,6 +105,15 @@ import Testing
         #expect(try machine.host().restore() == [made])
         #expect(machine.sysfs.text("bus/pci/devices/\(made.function)/nvidia/current_vgpu_type") == "558")
         #expect(try machine.host().restore().isEmpty)
+
+        // With another version of the driver, which numbers its types anew.
+        for n in 1...3 { try Files.remove(machine.sysfs.path("bus/pci/devices/0000:3b:00.\(n)")) }
+        for n in 0...2 { try Files.remove(machine.sysfs.path("bus/pci/devices/0000:3b:00.0/virtfn\(n)")) }
+        try machine.vendorGPU("3b", types: ["NVIDIA A40-1Q 600", "NVIDIA A40-2Q 601"])
+        #expect(try machine.host().restore().map(\.typeID) == ["601"])
+        #expect(try machine.host().restore().isEmpty)
+        try machine.host().destroy(of: web)
+        #expect(machine.sysfs.text("bus/pci/devices/\(made.function)/nvidia/current_vgpu_type") == "0")
     }
 
     /// A GPU whose instances fit in one order only: 3 slices must begin at 0 or 4, so the small one has to come after.

@@ -98,6 +98,15 @@ import Testing
         try expectNothing(rig, dirty: true)
     }
 
+    /// Cancelled before another attempt was made: the coordinator asks for an undeploy, under a larger fence.
+    @Test(arguments: deploying) func killedWhileDeployingThenTakenBack(_ point: String) async throws {
+        let rig = try rig()
+        try await killed(rig, at: point)
+        #expect(try recover(rig, underWay: ["m-crash"]).isEmpty)
+        try await Self.handler(rig.root, rig.uri).takeBack("crash", fence: 2)
+        try expectNothing(rig, dirty: point == "deploy.defined")
+    }
+
     @Test(arguments: removing) func killedWhileUndeploying(_ point: String) async throws {
         let rig = try rig()
         try await Self.handler(rig.root, rig.uri).run(DeployRig.request(rig.root, "crash", [a100, t4Profile]))

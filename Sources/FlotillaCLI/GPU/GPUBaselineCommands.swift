@@ -100,12 +100,15 @@ struct GPUBaselineCommand: AsyncParsableCommand {
         static let configuration = CommandConfiguration(abstract: "Forgets a baseline.")
 
         @Argument(help: "The baseline's name.") var name: String
+        @Flag(help: "Say which file would be removed, remove nothing.") var dryRun = false
 
         func run() async throws {
-            try requireRoot()
-            let name = name
-            try await blocking("gpu") { try GPUBaselines().remove(name) }
-            Console.line("forgot \(name)")
+            if !dryRun { try requireRoot() }
+            let (name, dryRun, baselines) = (name, dryRun, GPUBaselines())
+            try await blocking("gpu") {
+                if dryRun { _ = try baselines.read(name) } else { try baselines.remove(name) }
+            }
+            Console.line(dryRun ? "would remove \(baselines.path(of: name))" : "forgot \(name)")
         }
     }
 }

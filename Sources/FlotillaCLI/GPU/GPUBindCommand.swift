@@ -49,22 +49,13 @@ struct GPUBindCommand: AsyncParsableCommand {
     }
 
     private func show(_ plan: Binder.Plan) throws {
-        if json {
-            struct Write: Encodable {
-                var attribute: String
-                var text: String
+        if !json {
+            for member in plan.handover.groupMembers {
+                Console.line("also, as a member of IOMMU group \(member.function.iommuGroup): \(member.function.text)")
             }
-            return Console.line(
-                try jsonLine(plan.writes.map { Write(attribute: host.sysfs.path($0.attribute), text: $0.text) }))
+            if plan.loadsDriver { Console.line("would run: modprobe vfio-pci") }
         }
-        for member in plan.handover.groupMembers {
-            Console.line("also, as a member of IOMMU group \(member.function.iommuGroup): \(member.function.text)")
-        }
-        if plan.loadsDriver { Console.line("would load vfio-pci: modprobe vfio-pci") }
-        if plan.writes.isEmpty { Console.line("bound already: nothing to do") }
-        for write in plan.writes {
-            Console.line("would write \(write.text.dropLast()) to \(host.sysfs.path(write.attribute))")
-        }
+        try showWrites(plan.writes, host.sysfs, json: json, nothing: "bound already: nothing to do")
     }
 }
 

@@ -19,7 +19,8 @@ struct GPUCheckCommand: AsyncParsableCommand {
         let found = try await blocking("gpu check") { [host, addresses, vgpu] in
             let line = host.isLive ? (try? Files.read("/proc/cmdline")) ?? [] : []
             return checkDevices(
-                addresses, vgpu: vgpu, in: try host.observe(), commandLine: String(decoding: line, as: UTF8.self))
+                addresses, vgpu: vgpu, in: try host.observe(), commandLine: String(decoding: line, as: UTF8.self),
+                seesAll: host.seesAll)
         }
         if json {
             Console.line(try jsonLine(found))

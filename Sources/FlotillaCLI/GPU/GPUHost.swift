@@ -16,14 +16,13 @@ struct GPUHost: ParsableArguments {
             valueName: "uri"))
     var libvirt: String?
 
-    var sysfs: Sysfs {
-        var root = sysfsRoot ?? "/sys"
-        while root.count > 1 && root.hasSuffix("/") { root.removeLast() }
-        return Sysfs(root: root)
-    }
+    var sysfs: Sysfs { Sysfs(folder: sysfsRoot ?? "/sys") }
 
     /// Of this running host, not of a recorded one.
     var isLive: Bool { sysfsRoot == nil }
+
+    /// Every user of a device is seen: by root, and in a recorded tree, which has none.
+    var seesAll: Bool { !isLive || geteuid() == 0 }
 
     /// Blocks: asks libvirt, looks at every process. Of a recorded tree only what is in it is known.
     func observe() throws -> DeviceTree {
@@ -54,6 +53,15 @@ struct GPUHost: ParsableArguments {
     }
 }
 
+extension Sysfs {
+    /// As a person writes it, with a slash at its end or without.
+    init(folder: String) {
+        var root = folder
+        while root.count > 1 && root.hasSuffix("/") { root.removeLast() }
+        self.init(root: root)
+    }
+}
+
 extension PciAddress: ExpressibleByArgument {
     package init?(argument: String) {
         // lspci leaves the domain out.
@@ -73,9 +81,26 @@ func refusable<Value: Sendable>(_ body: @escaping @Sendable () throws -> Value) 
     }
 }
 
-/// As root; the kernel would refuse each write by itself, after some had been done.
+/// As root; the kernel would refuse each write by itself, after some had been done, and what flotilla noted of this host's
+/// devices is for root's eyes.
 func requireRoot() throws {
     guard geteuid() == 0 else {
-        throw MigrationError(.permissionDenied, "only root can move devices between drivers", hint: "run it with sudo")
+        throw MigrationError(
+            .permissionDenied, "only root can change this host's devices, or read what flotilla noted of them",
+            hint: "run it with sudo")
     }
+}
+
+/// What a dry run would write to sysfs.
+func showWrites(_ writes: [SysfsWrite], _ sysfs: Sysfs, json: Bool, nothing: String) throws {
+    if json {
+        struct Write: Encodable {
+            var attribute: String
+            var text: String
+        }
+        return Console.line(
+            try jsonLine(writes.map { Write(attribute: sysfs.path($0.attribute), text: $0.text) }))
+    }
+    if writes.isEmpty { Console.line(nothing) }
+    for write in writes { Console.line(write.told(of: sysfs)) }
 }

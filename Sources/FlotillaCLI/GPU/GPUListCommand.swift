@@ -8,6 +8,13 @@ struct GPUListCommand: AsyncParsableCommand {
         discussion: """
             A group goes to one virtual machine as a whole; bridges and functions without a driver in it are no obstacle. \
             Names come from pci.ids (Debian: package pci.ids). MIG is asked of nvidia-smi where NVIDIA's driver runs.
+
+            To look at a host from elsewhere, record its device tree there, without the devices' own memory:
+
+              tar -C /sys --exclude='resource[0-9]*' --exclude=rom --exclude=vpd --ignore-failed-read -czf tree.tgz \
+                  bus/pci class/iommu kernel/iommu_groups devices/pci*
+
+            and unpack it into a folder for --sysfs-root.
             """)
 
     @OptionGroup var host: GPUHost
@@ -19,6 +26,9 @@ struct GPUListCommand: AsyncParsableCommand {
             var tree = try host.observe()
             if host.isLive { readMIG(&tree) }
             return GPUListing(tree, all: all)
+        }
+        if !host.seesAll {
+            Console.complain("warning: only root sees which processes have devices and for whom they are reserved")
         }
         if json { return Console.line(try jsonLine(listing)) }
         for line in listing.lines { Console.line(line) }

@@ -50,7 +50,7 @@ struct GPUPrepareCommand: AsyncParsableCommand {
             isOther
             ? PreparedHost(root: folder) { Console.line("to run there: \($0.joined(separator: " "))") }
             : PreparedHost(root: "")
-        let sysfs = Sysfs(root: sysfsRoot ?? "/sys")
+        let sysfs = Sysfs(folder: sysfsRoot ?? "/sys")
         if revert { return try takeBack(host, sysfs) }
 
         let tree = try DeviceTree(sysfs)

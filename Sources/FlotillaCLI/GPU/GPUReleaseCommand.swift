@@ -14,7 +14,7 @@ struct GPUReleaseCommand: AsyncParsableCommand {
     @OptionGroup var host: GPUHost
     @Argument(help: ArgumentHelp("PCI addresses, 0000:3b:00.0 or 3b:00.0.", valueName: "address"))
     var addresses: [PciAddress]
-    @Flag(help: "Say what would go where, change nothing.") var dryRun = false
+    @Flag(help: "Print every write, do none.") var dryRun = false
     @Flag(help: "Print JSON.") var json = false
 
     func validate() throws {
@@ -25,11 +25,16 @@ struct GPUReleaseCommand: AsyncParsableCommand {
         let (host, addresses) = (host, addresses)
         let binder = Binder(sysfs: host.sysfs)
         if dryRun {
-            let plan = try await refusable { try binder.plan(release: addresses, observe: host.observe) }
-            let changes = plan.functions.map {
-                Binder.Change(address: $0.address, from: "vfio-pci", to: $0.driver ?? "the driver the kernel picks")
+            let (plan, resets) = try await refusable {
+                let plan = try binder.plan(release: addresses, observe: host.observe)
+                return (plan, host.isLive ? try Self.dirty(plan.functions.map(\.address)).compactMap(\.resetting) : [])
             }
-            return try showChanges(changes, json: json, nothing: "not bound: nothing to do")
+            if !json {
+                for function in plan.functions {
+                    Console.line("\(function.address) would go to \(function.driver.text)")
+                }
+            }
+            return try showWrites(resets + plan.writes, host.sysfs, json: json, nothing: "not bound: nothing to do")
         }
         try requireRoot()
         let (changes, problem) = try await refusable {
@@ -44,12 +49,22 @@ struct GPUReleaseCommand: AsyncParsableCommand {
     /// What is dirty can be reset only while no driver of the host's has it. What can't be reset stays dirty in the ledger.
     private static func reset(_ addresses: [String]) -> MigrationError? {
         do {
-            let ledger = GPULedger()
-            let dirty = try ledger.reservations().filter { $0.state == .dirty }.map(\.resource).filter {
-                $0.function.map { addresses.contains($0.description) } ?? false
-            }
-            if !dirty.isEmpty { try ledger.reset(dirty) }
+            let dirty = try dirty(addresses)
+            if !dirty.isEmpty { try GPULedger().reset(dirty) }
             return nil
         } catch { return error as? MigrationError ?? MigrationError(.internal, "\(error)") }
+    }
+
+    private static func dirty(_ addresses: [String]) throws -> [GPUResource] {
+        try GPULedger().reservations().filter { $0.state == .dirty }.map(\.resource).filter {
+            $0.function.map { addresses.contains($0.description) } ?? false
+        }
+    }
+}
+
+extension String? {
+    fileprivate var text: String {
+        guard let driver = self else { return "the driver the kernel picks" }
+        return driver.isEmpty ? "no driver" : driver
     }
 }

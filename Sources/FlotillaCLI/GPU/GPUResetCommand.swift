@@ -14,7 +14,7 @@ struct GPUResetCommand: AsyncParsableCommand {
     @OptionGroup var host: GPUHost
     @Argument(help: ArgumentHelp("PCI addresses, 0000:3b:00.0 or 3b:00.0.", valueName: "address"))
     var addresses: [PciAddress]
-    @Flag(help: "Say what would be reset, change nothing.") var dryRun = false
+    @Flag(help: "Print every write, do none.") var dryRun = false
 
     func validate() throws {
         if !host.isLive { throw ValidationError("A recorded device tree can't be reset") }
@@ -24,16 +24,8 @@ struct GPUResetCommand: AsyncParsableCommand {
         let (host, addresses) = (host, addresses)
         let devices = DeviceHost(sysfs: host.sysfs)
         if dryRun {
-            let lines = try await refusable {
-                let (tree, reservations) = (try host.observe(), try devices.ledger.reservations())
-                return Set(addresses.flatMap { tree.together(with: $0) }.map(\.address)).sorted().compactMap {
-                    function in
-                    reservations.first { $0.resource.function == function && $0.state == .dirty }.map {
-                        "\(function): would be reset; it holds what \($0.owner) left in it"
-                    }
-                }
-            }
-            return (lines.isEmpty ? ["not dirty: nothing to do"] : lines).forEach(Console.line)
+            let writes = try await refusable { try devices.plan(reset: addresses, observe: host.observe) }
+            return try showWrites(writes, host.sysfs, json: false, nothing: "not dirty: nothing to do")
         }
         try requireRoot()
         let freed = try await refusable { try devices.reset(addresses, observe: host.observe) }

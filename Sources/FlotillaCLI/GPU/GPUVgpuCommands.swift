@@ -7,7 +7,10 @@ import Passthrough
 struct GPUProfilesCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "profiles", abstract: "vGPU profiles that can be made now, and the vGPUs flotilla made.",
-        discussion: "Reads only, unless --enable, --disable or --mixed-sizes is given.")
+        discussion: """
+            Reads only, unless --enable, --disable or --mixed-sizes is given. Tested on trees made from NVIDIA's documented \
+            layout with stand-ins for its programs, never on an NVIDIA card: look at --dry-run first.
+            """)
 
     @OptionGroup var host: GPUHost
 
@@ -21,11 +24,33 @@ struct GPUProfilesCommand: AsyncParsableCommand {
     @Option(help: "Let vGPUs of several sizes live on this GPU, which may have none yet.")
     var mixedSizes: PciAddress?
 
+    @Flag(help: "Print every write and program of --enable, --disable or --mixed-sizes, do none.") var dryRun = false
+
+    private var isChange: Bool { enable != nil || disable != nil || mixedSizes != nil }
+
+    func validate() throws {
+        if dryRun && !isChange {
+            throw ValidationError("--dry-run goes with --enable, --disable or --mixed-sizes: else nothing is changed")
+        }
+        if isChange && !dryRun && !host.isLive {
+            throw ValidationError("A recorded device tree can't be changed: add --dry-run")
+        }
+    }
+
     func run() async throws {
         let vgpus = VgpuHost(sysfs: host.sysfs)
-        let (host, enable, disable, mixed) = (host, enable, disable, mixedSizes)
-        let isChange = enable != nil || disable != nil || mixed != nil
-        if isChange { try requireLive(host) }
+        let (host, enable, disable, mixed, isChange) = (host, enable, disable, mixedSizes, isChange)
+        if dryRun {
+            let plans = try await refusable {
+                [
+                    enable.map { vgpus.plan(enable: $0) },
+                    try disable.map { try vgpus.plan(disable: $0, in: host.observe()) },
+                    try mixed.map { try vgpus.plan(mixSizesOn: $0) },
+                ]
+            }
+            return plans.compactMap(\.self).forEach { show($0, vgpus, nothing: "so already: nothing to do") }
+        }
+        if isChange { try requireRoot() }
         let (places, records) = try await refusable {
             if let enable { try vgpus.exclusively { try vgpus.enableVirtualFunctions(of: enable) } }
             if let disable {
@@ -68,19 +93,40 @@ struct GPUProfilesCommand: AsyncParsableCommand {
 struct GPUCreateCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "create", abstract: "Makes a vGPU for a domain, which stays over reboots.",
-        discussion: "A migration makes its own. Again for the same domain and device: the same vGPU.")
+        discussion: """
+            A migration makes its own. Again for the same domain and device: the same vGPU. Tested on trees made from NVIDIA's \
+            documented layout with stand-ins for its programs, and on the kernel's own sample of a mediated device, never on \
+            an NVIDIA card.
+            """)
 
     @Argument(help: "Profile in any spelling: A100-40C, grid_a100-40c, NVIDIA A100-40C, A100-1-5C.") var profile: String
     @Option(help: "The domain it is for.") var domain: String
     @Option(help: "Name of the device within the domain.") var device = "gpu0"
     @Option(help: "GPU to make it on (default: whichever has room).") var gpu: PciAddress?
+    @Flag(help: "Print every write and program, do none.") var dryRun = false
+    @Option(help: ArgumentHelp("With --dry-run: look at a recorded device tree.", valueName: "folder"))
+    var sysfsRoot: String?
     @Flag(help: "Print JSON.") var json = false
 
-    func run() async throws {
-        try requireRoot()
+    func validate() throws {
         guard isValidDomainName(domain) else { throw ValidationError("'\(domain)' can't be a domain's name") }
+        if sysfsRoot != nil && !dryRun {
+            throw ValidationError("A recorded device tree can't be changed: add --dry-run")
+        }
+    }
+
+    func run() async throws {
         let (profile, device, gpu) = (VgpuProfile(profile), device, gpu)
         let owner = GPUOwner(domain: domain, migration: "", fence: 0)
+        if dryRun {
+            // What flotilla noted of this host says nothing of another.
+            let recorded = sysfsRoot.map { Sysfs(folder: $0) }
+            let vgpus = recorded.map { VgpuHost(sysfs: $0, folder: $0.path("flotilla")) } ?? VgpuHost()
+            if recorded == nil { try requireRoot() }
+            let plan = try await refusable { try vgpus.plan(create: profile, for: owner, device: device, on: gpu) }
+            return show(plan, vgpus, nothing: "there already: nothing to do")
+        }
+        try requireRoot()
         let record = try await blocking("gpu") {
             try VgpuHost().create(profile, for: owner, device: device, on: gpu)
         }
@@ -95,24 +141,26 @@ struct GPUDestroyCommand: AsyncParsableCommand {
 
     @Option(help: "The domain they were made for.") var domain: String
     @Option(help: "Only this device of it.") var device: String?
+    @Flag(help: "Print every write and program, do none.") var dryRun = false
 
     func run() async throws {
         try requireRoot()
-        let (domain, device) = (domain, device)
-        let count = try await blocking("gpu") {
-            let vgpus = VgpuHost()
+        let (domain, device, dryRun) = (domain, device, dryRun)
+        let vgpus = VgpuHost()
+        let records = try await blocking("gpu") {
             let records = try vgpus.records().filter {
                 $0.owner.domain == domain && (device == nil || device == $0.device)
             }
-            for record in records { try vgpus.destroy(of: record.owner, device: record.device) }
-            return records.count
+            if !dryRun { for record in records { try vgpus.destroy(of: record.owner, device: record.device) } }
+            return records
         }
-        guard count > 0 else {
+        guard !records.isEmpty else {
             throw MigrationError(
                 .notFound, "flotilla made no vGPU for a domain \(domain)",
                 hint: "flotilla gpu profiles lists those it made")
         }
-        Console.line("destroyed \(count) vGPU\(count == 1 ? "" : "s") of domain \(domain)")
+        if dryRun { return show(vgpus.plan(destroy: records), vgpus, nothing: "gone already: nothing to do") }
+        Console.line("destroyed \(records.count) vGPU\(records.count == 1 ? "" : "s") of domain \(domain)")
     }
 }
 
@@ -120,15 +168,23 @@ struct GPURestoreCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "restore", abstract: "Makes again the vGPUs that a reboot took; run by flotilla-vgpu.service.")
 
+    @Flag(help: "Print every write and program, do none.") var dryRun = false
+
     func run() async throws {
         try requireRoot()
+        if dryRun {
+            let vgpus = VgpuHost()
+            let plan = try await blocking("gpu") { try vgpus.restorePlan() }
+            return show(plan, vgpus, nothing: "all there: nothing to do")
+        }
         for record in try await blocking("gpu", { try VgpuHost().restore() }) {
             Console.line("\(record.profile) on \(record.function) for \(record.owner)")
         }
     }
 }
 
-private func requireLive(_ host: GPUHost) throws {
-    guard host.isLive else { throw ValidationError("a recorded device tree can't be changed") }
-    try requireRoot()
+private func show(_ plan: VgpuHost.Plan, _ vgpus: VgpuHost, nothing: String) {
+    if plan.steps.isEmpty && plan.notes.isEmpty { Console.line(nothing) }
+    for step in plan.steps { Console.line(vgpus.text(of: step)) }
+    for note in plan.notes { Console.line(note) }
 }

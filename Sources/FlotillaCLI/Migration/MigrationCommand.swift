@@ -127,14 +127,24 @@ struct MigrationCommand: AsyncParsableCommand {
 
     struct Cancel: AsyncParsableCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Stops a migration. What it made so far is cleaned up.")
+            abstract: "Stops a migration. What it made so far is cleaned up.",
+            discussion: """
+                Of a deploy the host takes back what was made: domain, devices, vGPUs; the disks stay. Where no worker answers \
+                any more, a second cancel ends the wait, and leaves that to flotilla migration rollback.
+                """)
 
         @OptionGroup var fleet: FleetOptions
         @Argument(help: "The migration's id.") var id: String
 
         func run() async throws {
             let migration = try await fleet.connect { try await $0.cancelMigration(.with { $0.id = id }) }
-            Console.line("\(migration.title): \(migration.state)")
+            if migration.state == .rollingBack {
+                Console.line(
+                    "\(migration.title): \(migration.request.host) takes back what was made; "
+                        + "flotilla migration watch \(id) shows it")
+            } else {
+                Console.line("\(migration.title): \(migration.state)")
+            }
         }
     }
 

@@ -1,0 +1,211 @@
+import FlotillaProtocol
+import HostKit
+import MigrationModel
+
+/// What is done to the host, as values: carried out by `VgpuHost+Steps`, told by dry runs.
+extension VgpuHost {
+    func carryOut(_ step: HostStep, hint: String = "") throws {
+        switch step {
+        case .write(let write): try kernel.write(write.text, to: write.attribute)
+        case .run(let command): try tools.run(command[0], Array(command.dropFirst()), hint: hint)
+        }
+    }
+
+    /// Nil when it has none, or some are on.
+    func enabling(_ gpu: PciAddress) -> HostStep? {
+        let folder = "bus/pci/devices/\(gpu)"
+        guard let total = sysfs.number("\(folder)/sriov_totalvfs"), total > 0, virtualFunctions(of: gpu).isEmpty else {
+            return nil
+        }
+        return switching(gpu, flag: "-e", count: total)
+    }
+
+    /// Nil when none is on. Throws `failedPrecondition` while one is in use.
+    func disabling(_ gpu: PciAddress, in tree: DeviceTree) throws -> HostStep? {
+        try refuse(
+            (tree[gpu]?.virtualFunctions ?? []).compactMap { tree[$0] }.flatMap { function in
+                useObstacles(of: function, consent: [], owner: nil)
+            })
+        return virtualFunctions(of: gpu).isEmpty ? nil : switching(gpu, flag: "-d", count: 0)
+    }
+
+    private func switching(_ gpu: PciAddress, flag: String, count: Int64) -> HostStep {
+        let folder = "bus/pci/devices/\(gpu)"
+        return sysfs.number("\(folder)/vendor") == 0x10de
+            ? .run(["sriov-manage", flag, "\(gpu)"]) : .write("\(count)", to: "\(folder)/sriov_numvfs")
+    }
+
+    /// Throws `failedPrecondition` when the GPU has vGPUs.
+    func mixingSizes(on gpu: PciAddress) throws -> HostStep {
+        let used = places().filter { $0.physical == gpu && (!$0.mediatedDevices.isEmpty || $0.currentType != nil) }
+        guard used.isEmpty else {
+            throw MigrationError(
+                .failedPrecondition,
+                "\(gpu) has vGPUs (on \(used.map { "\($0.function)" }.joined(separator: ", ")))",
+                hint: "destroy them first: sizes can be mixed only from the first vGPU on")
+        }
+        return .run(["nvidia-smi", "vgpu", "-i", "\(gpu)", "-shm", "1"])
+    }
+
+    func record(
+        of type: VgpuType, at place: VgpuPlace, for owner: GPUOwner, device: String, _ parameters: [String]
+    ) -> VgpuRecord {
+        VgpuRecord(
+            owner: owner, device: device, function: "\(place.function)", physical: "\(place.physical)",
+            path: place.path, typeID: type.id, profile: type.name,
+            uuid: place.path == .mdev ? mdevUUID(owner, device) : nil, parameters: parameters)
+    }
+
+    func making(_ record: VgpuRecord, type: String, at place: VgpuPlace) -> HostStep {
+        switch place.path {
+        case .mdev: .write(record.uuid ?? "", to: "\(place.folder)/mdev_supported_types/\(type)/create")
+        case .vendor: .write(type, to: "\(place.folder)/nvidia/current_vgpu_type")
+        }
+    }
+
+    func parameters(of record: VgpuRecord) -> HostStep? {
+        guard !record.parameters.isEmpty else { return nil }
+        let folder = record.uuid.map { "bus/mdev/devices/\($0)" } ?? "bus/pci/devices/\(record.function)"
+        return .write(record.parameters.joined(separator: ","), to: "\(folder)/nvidia/vgpu_params")
+    }
+
+    /// Nil when `flotilla gpu restore` makes it at boot: mdevctl is not there, or does not keep it, as those on a MIG
+    /// instance, which is gone by then.
+    func persisting(_ record: VgpuRecord) -> HostStep? {
+        guard let uuid = record.uuid, VgpuProfile(record.profile).gpuInstance == nil, tools.find("mdevctl") != nil
+        else { return nil }
+        return .run(["mdevctl", "define", "--auto", "--uuid", uuid])
+    }
+
+    func removing(_ record: VgpuRecord) -> HostStep {
+        guard let uuid = record.uuid else {
+            return .write("0", to: "bus/pci/devices/\(record.function)/nvidia/current_vgpu_type")
+        }
+        return .write("1", to: "bus/mdev/devices/\(uuid)/remove")
+    }
+
+    func forgetting(_ record: VgpuRecord) -> HostStep? {
+        guard record.isInMdevctl, let uuid = record.uuid else { return nil }
+        return .run(["mdevctl", "undefine", "--uuid", uuid])
+    }
+}
+
+/// Dry runs. They take no lock and change nothing; each throws what the run itself would refuse with.
+extension VgpuHost {
+    /// What would be done, in order, and what is not known before that.
+    package struct Plan: Sendable {
+        package var steps: [HostStep] = []
+        package var notes: [String] = []
+    }
+
+    package func plan(enable gpu: PciAddress) -> Plan { Plan(steps: [enabling(gpu)].compactMap(\.self)) }
+
+    package func plan(disable gpu: PciAddress, in tree: DeviceTree) throws -> Plan {
+        Plan(steps: [try disabling(gpu, in: tree)].compactMap(\.self))
+    }
+
+    package func plan(mixSizesOn gpu: PciAddress) throws -> Plan {
+        Plan(steps: [enabling(gpu), try mixingSizes(on: gpu)].compactMap(\.self))
+    }
+
+    package func plan(
+        create profile: VgpuProfile, for owner: GPUOwner, device: String, on gpu: PciAddress? = nil,
+        parameters: [String] = []
+    ) throws -> Plan {
+        var plan = Plan()
+        if let known = try store.read().first(where: { $0.owner.isSame(as: owner) && $0.device == device }) {
+            if VgpuProfile(known.profile) == profile, known.phase != .destroying, exists(known) { return plan }
+            plan.steps += removal(of: known)
+        }
+        if let step = gpu.flatMap(enabling) {
+            plan.steps.append(step)
+            plan.notes.append("then a \(profile) on the first virtual function that offers it: they are not there yet")
+            return plan
+        }
+        var failure: MigrationError?
+        for place in candidates(for: profile, on: gpu) {
+            guard let type = place.type(of: profile) else { continue }
+            let record = record(of: type, at: place, for: owner, device: device, parameters)
+            do {
+                if let resource = record.resource { try ledger.requireFree(resource, for: owner) }
+            } catch let error as MigrationError {
+                failure = failure ?? error
+                continue
+            }
+            plan.steps += creation(of: record, type: type.id, at: place)
+            return plan
+        }
+        if let failure { throw failure }
+        guard let instance = profile.gpuInstance else { throw try noRoom(for: profile, on: gpu) }
+        plan.steps.append(try adding(instance, on: gpu))
+        plan.notes.append("then a \(profile) on the first virtual function that offers it")
+        plan.notes.append("without room for the instance, those of a GPU without vGPUs are made again in other orders")
+        return plan
+    }
+
+    package func plan(destroy records: [VgpuRecord]) -> Plan { Plan(steps: records.flatMap(removal)) }
+
+    package func restorePlan() throws -> Plan {
+        var plan = Plan()
+        for record in try store.read() where !exists(record) {
+            guard record.phase == .present else {
+                plan.steps += removal(of: record)
+                continue
+            }
+            let step = record.physical == record.function ? nil : PciAddress(record.physical).flatMap(enabling)
+            if let step, !plan.steps.contains(step) { plan.steps.append(step) }
+            if let instance = VgpuProfile(record.profile).gpuInstance, place(of: record)?.types().isEmpty ?? true {
+                plan.steps.append(try adding(instance, on: PciAddress(record.physical)))
+            }
+            if let place = place(of: record), let type = place.type(of: VgpuProfile(record.profile)) {
+                plan.steps += [making(record, type: type.id, at: place), parameters(of: record)].compactMap(\.self)
+            } else {
+                plan.notes.append("then \(record.profile) on \(record.function) for \(record.owner)")
+            }
+        }
+        return plan
+    }
+
+    private func creation(of record: VgpuRecord, type: String, at place: VgpuPlace) -> [HostStep] {
+        [making(record, type: type, at: place), parameters(of: record), persisting(record)].compactMap(\.self)
+    }
+
+    private func removal(of record: VgpuRecord) -> [HostStep] {
+        (exists(record) ? [removing(record)] : []) + [forgetting(record)].compactMap(\.self)
+    }
+
+    /// On the first GPU that knows instances of this name.
+    private func adding(_ instance: String, on gpu: PciAddress?) throws -> HostStep {
+        var failure: MigrationError?
+        for physical in Set(places().map(\.physical)).sorted() where gpu == nil || physical == gpu {
+            do { return try MIGInstances(tools: tools, gpu: physical).adding(instance) } catch let error
+                as MigrationError
+            {
+                failure = failure ?? error
+            }
+        }
+        throw failure
+            ?? MigrationError(
+                .notFound, gpu.map { "\($0) offers no vGPUs now" } ?? "no GPU of this host offers vGPUs now",
+                hint: "flotilla gpu check ADDRESS --vgpu PROFILE says what is missing")
+    }
+
+    /// As a person reads it.
+    package func text(of step: HostStep) -> String {
+        switch step {
+        case .write(let write): write.told(of: sysfs)
+        case .run(let command):
+            "would run: " + ([tools.find(command[0]) ?? command[0]] + command.dropFirst()).joined(separator: " ")
+        }
+    }
+}
+
+/// The same for every attempt (RFC 9562 version 8), so that a repeated one finds what a crashed one made.
+private func mdevUUID(_ owner: GPUOwner, _ device: String) -> String {
+    let seed = "flotilla vgpu \(owner.migration.isEmpty ? owner.domain : owner.migration) \(device)"
+    var bytes = Array(Digest.hash(.sha256, Array(seed.utf8)).prefix(16))
+    bytes[6] = bytes[6] & 0x0f | 0x80
+    bytes[8] = bytes[8] & 0x3f | 0x80
+    let text = Array(hex(bytes))
+    return [0..<8, 8..<12, 12..<16, 16..<20, 20..<32].map { String(text[$0]) }.joined(separator: "-")
+}

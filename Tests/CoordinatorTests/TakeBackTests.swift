@@ -1,0 +1,172 @@
+import Coordinator
+import FlotillaProtocol
+import Messaging
+import MigrationModel
+import SwiftProtobuf
+import TestKit
+import Testing
+
+/// A deploy that does not come to its end leaves nothing on its host, even when no attempt of it is there to clean up.
+@Suite(.timeLimit(.minutes(1))) struct TakeBackTests {
+    /// How the deploy stands when it is cancelled.
+    enum Standing: String, CaseIterable, Sendable {
+        case failedAndWaiting, released, failedAndSentAgain, running
+    }
+
+    /// The deploy's first attempt, accepted.
+    private func deploying(_ client: Rig.Client, _ worker: inout FakeWorker) async throws -> (String, TaskCall) {
+        let id = try await client.submitMigration(Rig.request).id
+        for stage in [Stage.export, .convert] { try await worker.work(stage) }
+        let call = try await worker.take()
+        try await worker.accept(call)
+        _ = try await worker.told {
+            if case .lease = $0.kind { $0.fence == call.identity.fence ? true : nil } else { nil }
+        }
+        while try await client.getMigration(.with { $0.id = id }).stages.last?.state != "running" { await Task.yield() }
+        return (id, call)
+    }
+
+    @Test(arguments: Standing.allCases) func cancelTakesBackWhatAnAttemptLeft(_ standing: Standing) async throws {
+        let rig = try Rig(policy: .init(backoff: .seconds(standing == .failedAndWaiting ? 3600 : 0)))
+        try await rig.process { client, worker in
+            let (id, call) = try await deploying(client, &worker)
+            var last = call
+            switch standing {
+            case .running: break
+            case .failedAndWaiting:
+                try await worker.fail(call, .unavailable, "libvirt is away")
+                while try await client.getMigration(.with { $0.id = id }).stages.last?.state != "waiting" {
+                    await Task.yield()
+                }
+            case .released:
+                try await worker.say(call, .released(TaskReleased()))
+                last = try await worker.take()
+            case .failedAndSentAgain:
+                try await worker.fail(call, .unavailable, "libvirt is away")
+                last = try await worker.take()
+            }
+            let cancelled = try await client.cancelMigration(.with { $0.id = id })
+            #expect(cancelled.state == .rollingBack && cancelled.stages.last?.name == "undeploy")
+            // An attempt that was on its way gets no permit any more, and one that came to its end is too late.
+            try await worker.say(last, .permit(.with { $0.step = "define-domain" }))
+            let reply = try await worker.told { if case .permit(let reply) = $0.kind { reply } else { nil } }
+            #expect(!reply.granted)
+            try await worker.succeed(last, DeployUpdate.with { $0.result.domainName = "web" })
+
+            let undeploy = try await worker.work(.undeploy)
+            let request = try UndeployRequest(serializedBytes: undeploy.body)
+            #expect(request.domainName == "web" && request.force)
+            #expect(undeploy.identity.fence > last.identity.fence)
+            let ended = try await client.end(id)
+            #expect(ended.state == .cancelled && !ended.hasResult)
+            #expect(ended.findings.last?.message == "0000:3b:00.0 was given back")
+
+            // The same request again is done, by an attempt that counts for more.
+            #expect(try await client.submitMigration(Rig.request).id == id)
+            for stage in Stage.way { last = try await worker.work(stage) }
+            #expect(last.identity.fence > undeploy.identity.fence)
+            #expect(try await client.end(id).state == .done)
+        }
+    }
+
+    @Test func failuresForGoodAreTakenBackAndSayWhy() async throws {
+        let rig = try Rig(policy: .init(maximumFailures: 2, backoff: .zero))
+        try await rig.process { client, worker in
+            let (id, call) = try await deploying(client, &worker)
+            try await worker.fail(call, .unavailable, "libvirt is away")
+            let again = try await worker.take()
+            try await worker.accept(again)
+            try await worker.fail(again, .unavailable, "libvirt is still away")
+            try await worker.work(.undeploy)
+            let ended = try await client.end(id)
+            #expect(ended.state == .failed && ended.errorMessage == "libvirt is still away")
+            #expect(ended.errorCode == Int32(MigrationError.Code.unavailable.rawValue))
+        }
+    }
+
+    @Test func attemptsThatAreLostForGoodAreTakenBack() async throws {
+        let rig = try Rig(policy: .init(maximumLosses: 1))
+        try await rig.process { client, worker in
+            let (id, call) = try await deploying(client, &worker)
+            try await worker.say(call, .released(TaskReleased()))
+            try await worker.work(.undeploy)
+            let ended = try await client.end(id)
+            #expect(ended.state == .failed && ended.errorMessage.contains("attempts at the deploy were lost"))
+        }
+    }
+
+    /// A worker that ends a deploy has taken it back by itself.
+    @Test func anEndThatTheWorkerSaidIsTheEnd() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let (id, call) = try await deploying(client, &worker)
+            try await worker.fail(call, .failedPrecondition, "no proof; domain web was undefined again")
+            let ended = try await client.end(id)
+            #expect(ended.state == .failed && ended.stages.map(\.name) == ["export", "convert", "deploy"])
+        }
+    }
+
+    /// Of a host that is gone for good nothing can be taken back: to cancel again ends the wait, and what is left is named.
+    @Test func cancelledTwiceIsLeftAsItIs() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let (id, _) = try await deploying(client, &worker)
+            #expect(try await client.cancelMigration(.with { $0.id = id }).state == .rollingBack)
+            let ended = try await client.cancelMigration(.with { $0.id = id })
+            #expect(ended.state == .cancelled)
+            let finding = try #require(ended.findings.last)
+            #expect(finding.message == "what the deploy left on kvm1 was not taken back")
+            #expect(finding.remedy == "flotilla migration rollback \(id)")
+        }
+    }
+
+    @Test func aFailureToTakeBackIsTold() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let (id, _) = try await deploying(client, &worker)
+            _ = try await client.cancelMigration(.with { $0.id = id })
+            let undeploy = try await worker.take()
+            try await worker.accept(undeploy)
+            try await worker.fail(undeploy, .failedPrecondition, "the vGPU is still there")
+            let ended = try await client.end(id)
+            #expect(ended.state == .cancelled)
+            #expect(ended.findings.last?.message.hasSuffix("was not taken back: the vGPU is still there") == true)
+            _ = try await client.rollbackMigration(.with { $0.id = id })
+            try await worker.work(.undeploy)
+            #expect(try await client.end(id).state == .rolledBack)
+        }
+    }
+
+    /// What was never accepted left nothing; a domain that is in use stays when only its check is cancelled.
+    @Test func nothingIsTakenBackThatWasNotMade() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let id = try await client.submitMigration(Rig.request).id
+            for stage in [Stage.export, .convert] { try await worker.work(stage) }
+            let sent = try await worker.take()
+            #expect(try await client.cancelMigration(.with { $0.id = id }).state == .cancelled)
+            try await worker.say(sent, .permit(.with { $0.step = "define-domain" }))
+            let reply = try await worker.told { if case .permit(let reply) = $0.kind { reply } else { nil } }
+            #expect(!reply.granted)
+
+            _ = try await client.submitMigration(Rig.request)
+            for stage in Stage.way { try await worker.work(stage) }
+            #expect(try await client.end(id).state == .done)
+            worker.profile.domains = [.with { ($0.name, $0.migrationID) = ("web", id) }]
+            try await worker.announce()
+            while try await client.listHosts(ListHostsRequest()).hosts.first?.profile.domains.isEmpty != false {
+                await Task.yield()
+            }
+            _ = try await client.submitMigration(Rig.request)
+            try await worker.work(.export)
+            let check = try await worker.take()
+            #expect(try DeployRequest(serializedBytes: check.body).mode == .check)
+            try await worker.accept(check)
+            while try await client.getMigration(.with { $0.id = id }).stages.last?.state != "running" {
+                await Task.yield()
+            }
+            let ended = try await client.cancelMigration(.with { $0.id = id })
+            #expect(ended.state == .cancelled && ended.result.domainName == "web")
+        }
+    }
+}
