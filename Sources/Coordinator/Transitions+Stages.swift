@@ -13,11 +13,7 @@ extension Transitions {
             var ended = ended
             if ended.code == 0 { ended.code = Int32(code) }
             if task.stage == .undeploy { return try finishTakingBack(&migration, failure: ended) }
-            if task.stage == .deploy, !isReplaced, mayBeLeft(task, ended),
-                try takeBack(&migration, because: ended)
-            {
-                return
-            }
+            if !isReplaced, try mayBeLeft(task, ended), try takeBack(&migration, because: ended) { return }
             migration.state = ended.finalState
             migration.error = ended
             try save(migration)
@@ -109,7 +105,9 @@ extension Transitions {
         }
         migration.manifest = manifest
         migration.findings += findings
-        guard !findings.contains(where: { $0.severity == .blocked }) else {
+        if migration.isBlocked {
+            let error = MigrationError(.failedPrecondition, "preflight found what is in the way")
+            if try replacedDeployIsLeft(migration.id), try takeBack(&migration, because: TaskEnded(error)) { return }
             migration.state = .preflightBlocked
             return try save(migration)
         }
@@ -197,6 +195,9 @@ extension Transitions {
 
 extension MigrationRecord {
     static let requestSubject = "request"
+
+    /// By what preflight found.
+    var isBlocked: Bool { findings.contains { $0.severity == .blocked } }
 
     /// Says something about the request itself.
     mutating func notice(_ message: String, remedy: String) {

@@ -7,9 +7,19 @@ import SwiftProtobuf
 /// undeploy then, and the migration is over only after that.
 extension Transitions {
     /// The worker did not take it back: it was to be tried again, or nobody knows how far it came.
-    func mayBeLeft(_ deploy: TaskRecord, _ ended: TaskEnded) -> Bool {
-        deploy.machine.state == .cancelled || deploy.machine.losses >= policy.maximumLosses
+    func mayBeLeft(_ task: TaskRecord, _ ended: TaskEnded) throws -> Bool {
+        guard task.stage == .deploy else { return try replacedDeployIsLeft(task.migrationID) }
+        return task.machine.state == .cancelled || task.machine.losses >= policy.maximumLosses
             || MigrationError.Code(rawValue: Int(ended.code))?.isRetryable ?? false
+    }
+
+    /// Whether a deploy was cancelled, to make way for a run that has not come as far, and was not taken back.
+    func replacedDeployIsLeft(_ migration: String) throws -> Bool {
+        guard let deploy = try store.task(id: Stage.deploy.taskID(ofMigration: migration)),
+            deploy.machine.state == .cancelled
+        else { return false }
+        let undeploy = try store.task(id: Stage.undeploy.taskID(ofMigration: migration))
+        return undeploy.map { $0.machine.fence < deploy.machine.fence || $0.machine.state != .succeeded } ?? true
     }
 
     /// Asks for it, unless the deploy can't have left anything. Returns false then.
@@ -34,7 +44,8 @@ extension Transitions {
             migration.state = failure.map(\.finalState) ?? .rolledBack
             return try save(migration)
         }
-        migration.state = error.finalState
+        migration.state = migration.isBlocked ? .preflightBlocked : error.finalState
+        if migration.isBlocked { migration.error = nil }
         if let failure {
             migration.findings.append(
                 .with {

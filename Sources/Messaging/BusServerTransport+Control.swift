@@ -23,11 +23,12 @@ extension BusServerTransport {
         await delivery.settle(.ack)
         await withDiscardingTaskGroup { group in
             for message in messages {
-                if case .stored = message.kind {
-                    // At once, so that the ledger can write them together.
-                    group.addTask { await self.forget(message.taskID, message.fence) }
-                } else {
-                    obey(message)
+                // What the ledger writes at once, so that it can write it together.
+                switch message.kind {
+                case .stored: group.addTask { await self.forget(message.taskID, message.fence) }
+                case .cancel(let cancel) where !cancel.revoked && state.withLock { $0.calls[message.taskID] == nil }:
+                    group.addTask { await self.discard(message.taskID, message.fence) }
+                default: obey(message)
                 }
             }
         }
@@ -36,6 +37,12 @@ extension BusServerTransport {
     private func forget(_ task: String, _ fence: UInt64) async {
         do { try await ledger.acknowledge(task: task, fence: fence) } catch {
             logger.error("ledger", metadata: ["task": "\(task)", "error": "\(error)"])
+        }
+    }
+
+    private func discard(_ task: String, _ fence: UInt64) async {
+        do { try await ledger.discard(task: task, fence: fence) } catch {
+            logger.error("not cleaned up after", metadata: ["task": "\(task)", "error": "\(error)"])
         }
     }
 

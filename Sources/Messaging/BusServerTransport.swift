@@ -312,9 +312,14 @@ package final class BusServerTransport: ServerTransport {
         do {
             try await ledger.recordEnd(of: call.identity, event)
         } catch {
-            // What is not durable must not count as done; but nobody should wait for the lease to run out either.
+            // What is not durable must not count as done; but nobody should wait for the lease to run out either. The next
+            // attempt finds what this one did.
             logger.error("result not journaled", metadata: call.identity.logged(["error": "\(error)"]))
-            _ = await refuse(call.identity, error as? MigrationError ?? MigrationError(.internal, "\(error)"))
+            _ = await refuse(
+                call.identity,
+                MigrationError(
+                    .unavailable, "the worker could not keep how the task ended: \(error)",
+                    hint: (error as? MigrationError)?.hint ?? "look after the worker's state folder"))
             return
         }
         do {

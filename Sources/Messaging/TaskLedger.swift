@@ -13,6 +13,10 @@ package protocol TaskLedger: Sendable {
     /// Does nothing unless this fence's end is what the ledger holds.
     func acknowledge(task: String, fence: UInt64) async throws
 
+    /// The task was cancelled while nobody worked on it: clean up after it.
+    /// Does nothing unless this fence's is the last attempt that the ledger holds, and one without an end to be confirmed.
+    func discard(task: String, fence: UInt64) async throws
+
     /// Ends that the coordinator has not confirmed.
     func unacknowledged() async -> [TaskEvent]
 }

@@ -127,6 +127,13 @@ package final class Journal: TaskLedger {
         for watcher in state.withLock({ $0.watchers }) { watcher.yield() }
     }
 
+    package func discard(task: String, fence: UInt64) async throws {
+        try await change(task) { [cleanUp] earlier in
+            if let earlier, earlier.fence == fence, earlier.ended == nil { try cleanUp(task) }
+            return ((), nil)
+        }
+    }
+
     /// Returns once no result of the chosen tasks waits to be stored and swept any more, or when cancelled. Does not wait
     /// for what can't be swept: that was reported, and the next process tries again.
     package func settled(_ isChosen: @escaping @Sendable (String) -> Bool) async {

@@ -95,6 +95,62 @@ import Testing
         }
     }
 
+    /// Where the run ends that a deploy between two attempts made way for.
+    enum Replacement: String, CaseIterable, Sendable {
+        case blocked, notExported, cancelled
+    }
+
+    @Test(arguments: Replacement.allCases) func whatMadeWayIsTakenBackWhenItsRunEndsEarlier(
+        _ replacement: Replacement
+    ) async throws {
+        let rig = try Rig(policy: .init(backoff: .seconds(3600)))
+        try await rig.process { client, worker in
+            let (id, call) = try await deploying(client, &worker)
+            try await worker.fail(call, .unavailable, "libvirt is away")
+            while try await client.getMigration(.with { $0.id = id }).stages.last?.state != "waiting" {
+                await Task.yield()
+            }
+            var request = Rig.request
+            request.options.gpu = .gpuRequire
+            #expect(try await client.submitMigration(request).state == .exporting)
+            switch replacement {
+            case .blocked:
+                var manifest = Rig.manifest
+                manifest.gpus = [
+                    .with {
+                        $0.id = "gpu0"
+                        $0.vgpu.profile = "grid_a100-40c"
+                    }
+                ]
+                try await worker.work(.export, manifest: manifest)
+            case .notExported:
+                let export = try await worker.take()
+                try await worker.accept(export)
+                try await worker.fail(export, .notFound, "web.ova is gone")
+            case .cancelled:
+                _ = try await worker.take()
+                #expect(try await client.cancelMigration(.with { $0.id = id }).state == .rollingBack)
+            }
+            #expect(try await worker.work(.undeploy).identity.fence > call.identity.fence)
+            let ended = try await client.end(id)
+            switch replacement {
+            case .blocked:
+                #expect(ended.state == .preflightBlocked && ended.errorMessage.isEmpty)
+                #expect(ended.findings.contains { $0.subject == "gpu0" && $0.severity == .blocked })
+            case .notExported: #expect(ended.state == .failed && ended.errorMessage == "web.ova is gone")
+            case .cancelled: #expect(ended.state == .cancelled)
+            }
+            // Once is enough.
+            request.options.gpu = .gpuDrop
+            _ = try await client.submitMigration(request)
+            let export = try await worker.take()
+            try await worker.accept(export)
+            try await worker.fail(export, .notFound, "web.ova is gone")
+            let last = try await client.end(id)
+            #expect(last.state == .failed && last.findings.isEmpty)
+        }
+    }
+
     /// A worker that ends a deploy has taken it back by itself.
     @Test func anEndThatTheWorkerSaidIsTheEnd() async throws {
         let rig = try Rig()

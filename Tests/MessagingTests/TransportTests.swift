@@ -75,6 +75,25 @@ import Testing
         }
     }
 
+    @Test func cancelBetweenAttemptsCleansUp() async throws {
+        let rig = TransportRig()
+        try await rig.run { events in
+            try await rig.send("fail")
+            _ = try await events.ended()
+            // Its end is published before the attempt is over.
+            let isDiscarded = try await eventually {
+                try await rig.tell(
+                    .with {
+                        $0.taskID = "m-convert"
+                        $0.fence = 1
+                        $0.cancel.reason = "no longer wanted"
+                    })
+                return rig.ledger.discarded.isEmpty ? nil : true
+            }
+            #expect(isDiscarded == true)
+        }
+    }
+
     @Test func newerFenceStopsTheOlderAttemptBeforeItRuns() async throws {
         let rig = TransportRig()
         try await rig.run { events in

@@ -11,6 +11,7 @@ package final class MemoryLedger: TaskLedger {
         var fences: [String: UInt64] = [:]
         var ended: [String: TaskEvent] = [:]
         var answers: [String: Admission] = [:]
+        var discarded: [String] = []
     }
 
     private let state = Mutex(State())
@@ -18,6 +19,8 @@ package final class MemoryLedger: TaskLedger {
     package init() {}
 
     package var admitted: [TaskCall] { state.withLock { $0.admitted } }
+
+    package var discarded: [String] { state.withLock { $0.discarded } }
 
     /// What the next admission of this task is answered with.
     package func answer(_ task: String, _ admission: Admission) { state.withLock { $0.answers[task] = admission } }
@@ -38,6 +41,10 @@ package final class MemoryLedger: TaskLedger {
 
     package func acknowledge(task: String, fence: UInt64) async throws {
         state.withLock { if $0.ended[task]?.fence == fence { $0.ended[task] = nil } }
+    }
+
+    package func discard(task: String, fence: UInt64) async throws {
+        state.withLock { if $0.fences[task] == fence { $0.discarded.append(task) } }
     }
 
     package func unacknowledged() async -> [TaskEvent] { state.withLock { Array($0.ended.values) } }

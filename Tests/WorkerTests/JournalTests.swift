@@ -144,6 +144,21 @@ import Testing
         await journal.settled { _ in true }
     }
 
+    @Test func whatIsCancelledBetweenAttemptsIsSwept() async throws {
+        let journal = try open { [folder] in try Files.writeAtomically([], to: "\(folder.path)/swept-\($0)") }
+        for (task, code) in [("waiting", 14), ("unconfirmed", nil), ("released", nil)] as [(String, Int32?)] {
+            let first = call(task, fence: 1)
+            _ = try await journal.admit(first)
+            if task != "released" { try await journal.recordEnd(of: first.identity, end(first, code: code ?? 0)) }
+            if task == "waiting" { try await journal.acknowledge(task: task, fence: 1) }
+            try await journal.discard(task: task, fence: 2)
+            #expect(!Files.exists("\(folder.path)/swept-\(task)"))
+            try await journal.discard(task: task, fence: 1)
+            #expect(Files.exists("\(folder.path)/swept-\(task)") == (task != "unconfirmed"))
+        }
+        #expect(await journal.unacknowledged().map(\.taskID) == ["unconfirmed"])
+    }
+
     @Test func acknowledgementOfAnOlderFenceKeepsTheResult() async throws {
         let journal = try open { _ in Issue.record("nothing may be swept") }
         let first = call("t", fence: 1)
