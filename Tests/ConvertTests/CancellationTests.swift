@@ -1,43 +1,20 @@
 import Convert
 import DiskImage
 import Dispatch
-import Glibc
 import HostKit
 import MigrationModel
-import Synchronization
 import TestKit
 import Testing
 
 /// A conversion ends soon after its flag is set, whatever it waits for. Pipes, HTTP and NBD have such tests beside their
 /// others.
 @Suite struct CancellationTests {
-    /// Far larger than its disk, and slow to zero. Keeps its first bytes only.
-    private final class SlowVolume: Volume {
-        let name = "slow volume"
-        let size: UInt64 = 1 << 40
-        let blockSize = 512
-        let isDirect = true
-        private let start = Mutex([UInt8](repeating: 0, count: 4096))
-
-        func read(at offset: UInt64, into buffer: UnsafeMutableRawBufferPointer) {
-            buffer.initializeMemory(as: UInt8.self, repeating: 0)
-            if offset == 0 { start.withLock { buffer.copyBytes(from: $0.prefix(buffer.count)) } }
-        }
-
-        func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) {
-            if offset == 0 { start.withLock { $0.replaceSubrange(..<bytes.count, with: bytes) } }
-        }
-
-        func zero(_ range: Range<UInt64>) { usleep(60_000) }
-        func flush() {}
-        func contents() -> String? { nil }
-    }
-
     @Test func whileHolesAreWritten() throws {
         let folder = try TemporaryFolder("work")
         try makeRawDisk(folder.file("made.raw"), size: 9 << 20, seed: 9)
         let conversion = DiskConversion(
-            .file(FileRegion(path: folder.file("made.raw")), .raw), to: .volume(SlowVolume()),
+            .file(FileRegion(path: folder.file("made.raw")), .raw),
+            to: .volume(SlowVolume(size: 1 << 40, zeroDelay: .milliseconds(60))),
             workDirectory: folder.file("work"), name: "disk0")
         let stop = StopFlag()
         var stopped: ContinuousClock.Instant?
