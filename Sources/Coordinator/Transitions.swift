@@ -132,7 +132,10 @@ struct Transitions {
                             $0.answersSeq = sequence
                             $0.ttlMs = UInt32(clamping: policy.leaseDuration.milliseconds)
                         }))
-            case .revoke(let fence): cancel(task, fence, "fence \(task.machine.fence) owns the task", revoked: true)
+            case .revoke(let fence):
+                let isOver = fence == task.machine.fence && task.machine.isEnded
+                let reason = isOver ? "the task is over" : "fence \(task.machine.fence) owns the task"
+                cancel(task, fence, reason, revoked: true)
             case .cancel(let fence): cancel(task, fence, "the migration was cancelled", revoked: false)
             case .finish(let outcome): try finish(task, outcome, ended ?? task.unspokenEnd)
             }

@@ -123,6 +123,10 @@ package struct TaskMachine: Hashable, Sendable {
             state = .sent
             return [.send(attempt: attempt, fence: fence)]
 
+        // It was told, but may have taken the task on only then, or not have heard.
+        case (.accepted(let from), .cancelled), (.heartbeat(let from), .cancelled):
+            return from == fence ? [.cancel(fence: fence)] : [.revoke(fence: from)]
+
         case (.accepted(let from), _), (.heartbeat(let from), _):
             guard from == fence, !isEnded else { return [.revoke(fence: from)] }
             switch state {

@@ -181,6 +181,11 @@ private let dataLoss = MigrationError.Code.dataLoss.rawValue
         #expect(
             sent.handle(.cancel, now: moment(0), policy: policy) == [.cancel(fence: 1), .finish(.failure(code: 1))])
         #expect(sent.handle(.cancel, now: moment(0), policy: policy).isEmpty)
+        // Who takes it on all the same, or goes on, is told again.
+        for event in [TaskMachine.Event.accepted(fence: 1), .heartbeat(fence: 1)] {
+            #expect(sent.handle(event, now: moment(0), policy: policy) == [.cancel(fence: 1)])
+        }
+        #expect(sent.handle(.heartbeat(fence: 0), now: moment(0), policy: policy) == [.revoke(fence: 0)])
         #expect(sent.handle(.ended(fence: 1, outcome: .success), now: moment(0), policy: policy).isEmpty)
         #expect(sent.state == .cancelled)
     }
