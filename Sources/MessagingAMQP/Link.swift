@@ -144,8 +144,10 @@ final class Link: Sendable {
         }
         try role.connected(connection)
         while true {
+            // Asked first: what was asked for before the end is done then.
+            let endBy = state.withLock { $0.endBy }
             let due = try role.work(connection)
-            if let endBy = state.withLock({ $0.endBy }), role.isIdle || endBy < .now {
+            if let endBy, role.isIdle || endBy < .now {
                 connection.close()
                 return
             }
