@@ -220,7 +220,9 @@ def full_disks(fleet):
         fleet.kill(name)
         state.rename(saved)
         state.mkdir(mode=0o700)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m,mode=0700", "none", state], check=True)
+        # Room for what earlier cases left there, and some.
+        size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file()) + (16 << 20)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "none", state], check=True)
         try:
             subprocess.run(["cp", "-a", f"{saved}/.", state], check=True)
             fleet.begin(name)
