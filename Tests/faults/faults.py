@@ -1,9 +1,11 @@
 """The ways to break a fleet. `Tests/faults/run --help` says what is checked after each."""
 
 import argparse
+import contextlib
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -220,6 +222,10 @@ def full_disks(fleet):
         fleet.kill(name)
         state.rename(saved)
         state.mkdir(mode=0o700)
+        # A log that has room left would put off the day.
+        for store in saved.glob("*.sqlite"):
+            with contextlib.closing(sqlite3.connect(store)) as database:
+                database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         # Room for what earlier cases left there, and some.
         size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file()) + (16 << 20)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "none", state], check=True)
