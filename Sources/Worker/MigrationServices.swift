@@ -119,7 +119,9 @@ struct ConvertHandler: ConvertService.ServiceProtocol {
                             throw error
                         }
                     }
-                    if !isRemote {
+                    if let export {
+                        try await blockingCancellable("export") { try export.requireUnchanged(stop: $0) }
+                    } else {
                         try await blocking("convert") { try requireUnchanged(request.manifest) }
                     }
                 } catch {

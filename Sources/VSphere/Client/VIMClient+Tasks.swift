@@ -24,9 +24,20 @@ extension VIMClient {
                 pause = min(pause * 2, 2000)
             }
         } catch let error as MigrationError {
-            if stop.isSet { _ = try? answer(VIMRequest("CancelTask", on: task), StopFlag()) }
+            if stop.isSet { cancel(task) }
             throw error
         }
+    }
+
+    /// Waits, for a while, until the task has ended: one that can't be cancelled any more makes something, and whoever takes
+    /// that away must find it.
+    private func cancel(_ task: ObjectReference) {
+        _ = try? answer(VIMRequest("CancelTask", on: task), StopFlag())
+        let end = ContinuousClock.now + .seconds(30)
+        while ContinuousClock.now < end,
+            let state = try? properties(["info"], of: task, stop: StopFlag())["info"]?.text("state"),
+            state != "success" && state != "error"
+        { try? StopFlag().wait(for: .milliseconds(200)) }
     }
 
     /// A snapshot of the disks without the memory.

@@ -45,7 +45,7 @@ package final class VMExport: Sendable {
             for path in try leftExports(in: folder, task: task) {
                 try ExportRecord(path: path)?.sweep(client, stop: stop)
             }
-            try requireUnchanged(client, source, manifest, stop: stop)
+            try VSphere.requireUnchanged(client, source, manifest, stop: stop)
             var record = try ExportRecord(folder: folder, task: task, server: server, vm: vm.value)
             var snapshot: ObjectReference?
             if source.snapshot {
@@ -108,6 +108,13 @@ package final class VMExport: Sendable {
         return flat
     }
 
+    /// Throws `failedPrecondition` unless all that was read is of one moment. To be called when everything is read, before
+    /// `end`: a lease may have been lost on the way, and the VM started since. A snapshot's disks can't change.
+    package func requireUnchanged(stop: StopFlag) throws {
+        guard state.withLock({ $0.snapshot }) == nil else { return }
+        try VSphere.requireUnchanged(client, source, manifest, stop: stop)
+    }
+
     /// Ends the lease, removes the snapshot and closes the session.
     ///
     /// - Returns: what is left on the server and why; nil when nothing is.
@@ -161,9 +168,15 @@ package final class VMExport: Sendable {
             guard let reference = try client.call(request, subject, stop: stop).reference("returnval") else {
                 throw MigrationError(.unavailable, "\(client.server.authority): no export lease for \(subject)")
             }
-            try state.withLock { state in
-                state.record.lease = reference.value
-                try state.record.save()
+            do {
+                try state.withLock { state in
+                    state.record.lease = reference.value
+                    try state.record.save()
+                }
+            } catch {
+                // Nobody would end it.
+                _ = try? client.answer(VIMRequest("HttpNfcLeaseAbort", on: reference), StopFlag())
+                throw error
             }
             let lease = try NFCLease(client, reference, stop: stop) { [weak self] in
                 self?.state.withLock { $0.percent } ?? 0
