@@ -95,11 +95,11 @@ package struct HostSetup: Sendable {
         let own = "/etc/default/grub.d/90-flotilla-gpu.cfg"
         let dropIns = ((try? Files.list("\(root)/etc/default/grub.d")) ?? []).filter { $0.hasSuffix(".cfg") }
             .map { "/etc/default/grub.d/\($0)" }.filter { $0 != own }
-        let words = ([grub] + dropIns.compactMap(text)).reduce(into: Set<String>()) {
-            $0.formUnion(kernel.grubWords($1))
-        }
+        // Sorted by name, as grub-mkconfig reads them.
+        let later = dropIns.compactMap(text)
+        let words = kernel.grubWords([grub] + later)
         let missing = kernel.wanted.filter { !words.contains($0) }
-        if missing.isEmpty && !kernel.isOpposed(words) {
+        if kernel.isMet(by: words) {
             // Somebody wrote it there already.
             change(own, to: text(own))
         } else if has("/etc/default/grub.d"), !kernel.isOpposed(words) {
@@ -108,10 +108,11 @@ package struct HostSetup: Sendable {
                 to: "# Written by `flotilla gpu prepare`; `flotilla gpu prepare --revert` takes it away.\n"
                     + "GRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX \(missing.joined(separator: " "))\"\n")
         } else {
-            guard let edited = kernel.edited(grub: grub) else {
+            guard let edited = kernel.edited(grub: grub), kernel.isMet(by: kernel.grubWords([edited] + later)) else {
                 throw MigrationError(
                     .failedPrecondition,
-                    "/etc/default/grub sets the kernel's command line in a way this program can't edit",
+                    "/etc/default/grub or a file in grub.d sets the kernel's command line in a way this program can't "
+                        + "edit",
                     hint: "add \"\(kernel.wanted.joined(separator: " "))\" to GRUB_CMDLINE_LINUX by hand")
             }
             change("/etc/default/grub", to: edited)

@@ -48,42 +48,82 @@ struct KernelParameters {
 
     private init(wanted: [String]) { self.wanted = wanted }
 
-    /// /etc/default/grub, which is shell: the last plain assignment of GRUB_CMDLINE_LINUX, or a new one. Nil when the
-    /// assignment is not a plain quoted string: then nobody but its author knows what it means.
+    /// /etc/default/grub, which is shell: the last plain assignment of GRUB_CMDLINE_LINUX, or a new one. Nil when a
+    /// command line is set in another way: then nobody but its author knows what it means.
     func edited(grub text: String) -> String? {
         var lines = text.split(separator: "\n", omittingEmptySubsequences: false).map(String.init)
-        let name = "GRUB_CMDLINE_LINUX="
-        let effective = grubWords(text)
-        if wanted.allSatisfy(effective.contains) && !effective.contains(where: Self.opposed.contains) { return text }
-        for other in lines.indices where lines[other].hasPrefix("GRUB_CMDLINE_LINUX_DEFAULT=") {
-            guard let (quote, value, rest) = Self.value(of: lines[other].dropFirst(27)) else { return nil }
-            let clean = KernelParameters(wanted: []).edited(value)
-            if clean != value { lines[other] = "GRUB_CMDLINE_LINUX_DEFAULT=\(quote)\(clean)\(quote)\(rest)" }
+        let found = lines.map { GRUBAssignment($0[...]) }
+        guard found.allSatisfy({ $0?.isOdd != true }) else { return nil }
+        if isMet(by: grubWords([text])) { return text }
+        let last = found.lastIndex { $0?.name == GRUBAssignment.names[0] }
+        for index in lines.indices {
+            guard let name = found[index]?.name, let (quote, value, rest) = found[index]?.content else { continue }
+            let new = (index == last ? self : KernelParameters(wanted: [])).edited(value)
+            let mark = quote.isEmpty ? "\"" : quote
+            if new != value { lines[index] = "\(name)=\(mark)\(new)\(mark)\(rest)" }
         }
-        guard let index = lines.lastIndex(where: { $0.hasPrefix(name) }) else {
+        if last == nil {
             if lines.last == "" { lines.removeLast() }
-            return (lines + ["\(name)\"\(wanted.joined(separator: " "))\"", ""]).joined(separator: "\n")
+            lines += ["\(GRUBAssignment.names[0])=\"\(wanted.joined(separator: " "))\"", ""]
         }
-        guard let (quote, value, rest) = Self.value(of: lines[index].dropFirst(name.count)) else { return nil }
-        let mark = quote.isEmpty ? "\"" : quote
-        lines[index] = "\(name)\(mark)\(edited(value))\(mark)\(rest)"
         return lines.joined(separator: "\n")
     }
 
-    /// Words of every plain assignment of a GRUB command line.
-    func grubWords(_ text: String) -> Set<String> {
-        var words: Set<String> = []
-        for line in text.split(separator: "\n") {
-            for name in ["GRUB_CMDLINE_LINUX=", "GRUB_CMDLINE_LINUX_DEFAULT="] where line.hasPrefix(name) {
-                if let (_, value, _) = Self.value(of: line.dropFirst(name.count)) {
-                    words.formUnion(value.split(separator: " ").map(String.init))
-                }
+    /// Words of GRUB's command lines after a shell has read these files in their order. Of odd lines only what would
+    /// undo the wanted words.
+    func grubWords(_ texts: [String]) -> Set<String> {
+        var words: [String: Set<String>] = [:]
+        var undoing: Set<String> = []
+        for line in texts.flatMap({ $0.split(separator: "\n") }) {
+            guard let found = GRUBAssignment(line) else { continue }
+            if !found.appends { words[found.name] = [] }
+            if let value = found.content?.value, !found.isOdd {
+                words[found.name, default: []].formUnion(value.split { $0 == " " || $0 == "\t" }.map(String.init))
+            } else {
+                let all = found.right.split { " \t\"'`;\\".contains($0) }.map(String.init)
+                undoing.formUnion(all.filter(Self.opposed.contains))
             }
         }
-        return words
+        return words.values.reduce(undoing) { $0.union($1) }
     }
 
     func isOpposed(_ words: Set<String>) -> Bool { words.contains(where: Self.opposed.contains) }
+
+    func isMet(by words: Set<String>) -> Bool { wanted.allSatisfy(words.contains) && !isOpposed(words) }
+
+    /// A line of shell that sets one of GRUB's command lines.
+    private struct GRUBAssignment {
+        static let names = ["GRUB_CMDLINE_LINUX", "GRUB_CMDLINE_LINUX_DEFAULT"]
+
+        let name: String
+        /// What is behind the equals sign.
+        let right: Substring
+        /// Nil when that is not a plain string.
+        let content: (quote: String, value: String, comment: String)?
+        /// Whether the variable keeps what it had.
+        let appends: Bool
+        /// Anything but an unindented `name=value`.
+        let isOdd: Bool
+
+        init?(_ line: Substring) {
+            func unindented(_ text: Substring) -> Substring { text.drop { $0 == " " || $0 == "\t" } }
+            var rest = unindented(line)
+            if rest.hasPrefix("export ") || rest.hasPrefix("export\t") { rest = unindented(rest.dropFirst(7)) }
+            let name = String(rest.prefix { $0 != "=" && $0 != "+" })
+            let sign = rest.dropFirst(name.count).hasPrefix("+=") ? "+=" : "="
+            guard Self.names.contains(name), rest.hasPrefix(name + sign) else { return nil }
+            self.name = name
+            right = rest.dropFirst(name.count + sign.count)
+            content = KernelParameters.value(of: right)
+            isOdd = content == nil || !line.hasPrefix(name + "=")
+            let expanded = content?.quote == "\"" ? content?.value ?? "" : ""
+            let parts = expanded.split(separator: "$", omittingEmptySubsequences: false).dropFirst()
+            let namesItself = parts.contains { part in
+                part.hasPrefix("{\(name)}") || part.prefix { $0.isLetter || $0.isNumber || $0 == "_" } == name
+            }
+            appends = sign == "+=" || namesItself
+        }
+    }
 
     /// The content of a quoted string, or a single bare word, with nothing but a comment behind it.
     private static func value(of text: Substring) -> (quote: String, value: String, comment: String)? {

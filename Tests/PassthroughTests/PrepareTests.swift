@@ -127,6 +127,15 @@ struct SetupRig {
             before: "GRUB_CMDLINE_LINUX_DEFAULT=\"intel_iommu=on iommu=pt\"\n",
             after: "GRUB_CMDLINE_LINUX_DEFAULT=\"intel_iommu=on iommu=pt\"\n"),
         Loader(
+            testDescription: "the last of two counts", path: "/etc/default/grub",
+            before: "GRUB_CMDLINE_LINUX=\"intel_iommu=on iommu=pt\"\nGRUB_CMDLINE_LINUX=\"root=x\"\n",
+            after: "GRUB_CMDLINE_LINUX=\"intel_iommu=on iommu=pt\"\n"
+                + "GRUB_CMDLINE_LINUX=\"root=x intel_iommu=on iommu=pt\"\n"),
+        Loader(
+            testDescription: "the last of two has the first", path: "/etc/default/grub",
+            before: "GRUB_CMDLINE_LINUX=\"intel_iommu=on iommu=pt\"\nGRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX a\"\n",
+            after: "GRUB_CMDLINE_LINUX=\"intel_iommu=on iommu=pt\"\nGRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX a\"\n"),
+        Loader(
             testDescription: "BLS entry", path: "/boot/loader/entries/fedora.conf", before: entry,
             after: entry.replacing("ro quiet", with: "ro quiet intel_iommu=on iommu=pt")),
         Loader(
@@ -184,6 +193,41 @@ struct SetupRig {
         #expect(failure { try SetupRig([:]).setup() }?.message.contains("no boot loader") == true)
         let shell = try SetupRig(["/etc/default/grub": "GRUB_CMDLINE_LINUX=\"`cat x`\"\n"])
         #expect(failure { try shell.setup() }?.message.contains("can't edit") == true)
+    }
+
+    /// A new assignment behind one of these would replace it; a drop-in adds to it.
+    @Test(arguments: [
+        "  GRUB_CMDLINE_LINUX=\"root=x\"\n", "export GRUB_CMDLINE_LINUX=\"root=x\"\n",
+        "GRUB_CMDLINE_LINUX+=\" root=x\"\n",
+        "GRUB_CMDLINE_LINUX=\"a\"\n\texport GRUB_CMDLINE_LINUX_DEFAULT+=\" intel_iommu=on iommu=pt\"\n",
+    ])
+    func oddAssignmentsAreLeftAlone(_ text: String) throws {
+        let main = "/etc/default/grub"
+        let rig = try SetupRig([main: text])
+        let before = try rig.snapshot()
+        let error = failure { try PreparedHost(root: rig.root) { _ in }.apply(rig.setup()) }
+        #expect(error?.code == .failedPrecondition && error?.message.contains("can't edit") == true)
+        #expect(try rig.snapshot() == before)
+
+        let debian = try SetupRig([main: text, "/etc/default/grub.d/init.cfg": "# GRUB_CMDLINE_LINUX+=x\n"])
+        try PreparedHost(root: debian.root) { _ in }.apply(debian.setup())
+        #expect(debian.text(main) == text)
+        #expect(
+            debian.text("/etc/default/grub.d/90-flotilla-gpu.cfg")?.contains(
+                "GRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX intel_iommu=on iommu=pt\"\n") == true)
+    }
+
+    /// Files are read one after the other: a drop-in replaces what it does not name.
+    @Test func dropInsReplaceWhatWasBefore() throws {
+        let set = "GRUB_CMDLINE_LINUX=\"intel_iommu=on iommu=pt\"\n"
+        let rig = try SetupRig(["/etc/default/grub": set, "/etc/default/grub.d/50-x.cfg": "GRUB_CMDLINE_LINUX='a'\n"])
+        let own = "/etc/default/grub.d/90-flotilla-gpu.cfg"
+        #expect(try rig.setup().changes.contains { $0.path == own })
+        try rig.write("/etc/default/grub.d/50-x.cfg", "GRUB_CMDLINE_LINUX=\"${GRUB_CMDLINE_LINUX} a\"\n")
+        #expect(try !rig.setup().changes.contains { $0.path == own })
+        // What undoes it is not overlooked, however it is written.
+        try rig.write("/etc/default/grub.d/50-x.cfg", "export GRUB_CMDLINE_LINUX+=\" intel_iommu=off\"\n")
+        #expect(failure { try rig.setup() }?.message.contains("can't edit") == true)
     }
 
     @Test func othersChangesAreNotOverwritten() throws {
