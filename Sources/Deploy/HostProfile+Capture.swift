@@ -43,7 +43,8 @@ package func hostProfile(
     profile.networks = try connection.networks()
     profile.bridges = sysfs.list("class/net").filter { sysfs.exists("class/net/\($0)/bridge") }
     profile.pools = pools.map(probe)
-    profile.pciFunctions = try pciInventory(sysfs: sysfs, holders: vfioHolders(proc: proc))
+    let around = Surroundings(proc: proc, sysfs: sysfs)
+    profile.pciFunctions = try pciInventory(sysfs: sysfs, holders: around.holders.groups)
     addDetail(&profile.pciFunctions, sysfs: sysfs)
     profile.numaNodes = numaNodes(sysfs: sysfs)
     profile.vgpus = try devices.vgpus.records().map { record in
@@ -58,6 +59,7 @@ package func hostProfile(
     profile.vfioAvailable = vfioAvailable(sysfs: sysfs)
     try captureDomains(&profile, connection)
     markReserved(&profile.pciFunctions, try devices.ledger.reservations())
+    markUsed(&profile.pciFunctions, sysfs: sysfs, around: around)
     return profile
 }
 

@@ -1,4 +1,5 @@
 import CLinux
+package import FlotillaProtocol
 import Glibc
 import HostKit
 
@@ -24,6 +25,14 @@ package struct DeviceUse: Sendable, Encodable, Hashable {
         case network
         /// A disk that is mounted, swapped to, or part of another.
         case disk
+
+        /// Of the host's own doing, seen on the device itself.
+        var isOfHost: Bool {
+            switch self {
+            case .process, .console, .vgpu, .network, .disk: true
+            case .domain, .reservation, .dirty, .vfio, .virtualFunctions: false
+            }
+        }
     }
 
     package var kind: Kind
@@ -60,6 +69,29 @@ package struct Surroundings: Sendable {
         self.domains = domains
         self.proc = proc
         consoleFramebuffers = mappedFramebuffers()
+    }
+
+    /// What `markUsed` asks for: nothing of domains and reservations. Looks at every process.
+    ///
+    /// - Parameter sysfs: where it is not the running kernel's, nothing is known of its consoles.
+    package init(proc: String, sysfs: Sysfs) {
+        holders = DeviceHolders(proc: proc)
+        self.proc = proc
+        consoleFramebuffers = sysfs.root == Sysfs().root ? mappedFramebuffers() : nil
+    }
+}
+
+/// Marks what the host itself uses: a driver would be taken from under a console, a process, a mounted disk, a network
+/// interface that is up or a vGPU. What is marked already keeps its words: call it last. A GPU marked for these still has
+/// room for another vGPU.
+package func markUsed(_ functions: inout [PciFunction], sysfs: Sysfs, around: Surroundings) {
+    let users = DeviceUsers(sysfs, around)
+    // A bridge is on the path of everything behind it, and is never handed over.
+    for index in functions.indices where functions[index].inUseBy.isEmpty && !functions[index].bridge {
+        guard let address = PciAddress(functions[index].address) else { continue }
+        let uses = users.uses(
+            of: address, group: functions[index].iommuGroup, driver: functions[index].driver, virtualFunctions: 0)
+        if let use = uses.first(where: { $0.kind.isOfHost }) { functions[index].inUseBy = use.by }
     }
 }
 

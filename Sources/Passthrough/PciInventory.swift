@@ -4,7 +4,8 @@ import HostKit
 import SwiftProtobuf
 
 /// Every PCI function of the host, in address order. `inUseBy` is filled for physical functions with virtual ones
-/// and for groups that `holders` names; functions of libvirt domains are joined by whoever speaks to libvirt.
+/// and for groups that `holders` names; functions of libvirt domains are joined by whoever speaks to libvirt, what the
+/// host itself uses by `markUsed`.
 ///
 /// - Parameter holders: who holds `/dev/vfio/<group>`, from `vfioHolders`.
 package func pciInventory(sysfs: Sysfs = Sysfs(), holders: [Int32: String] = [:]) throws -> [PciFunction] {

@@ -172,6 +172,81 @@ import Testing
         }
     }
 
+    /// What `flotilla gpu bind` refuses to take from the host is not chosen for a VM either.
+    @Test func whatTheHostUsesIsNotChosen() throws {
+        try withFolder { folder in
+            func put(_ path: String, _ text: String) throws {
+                try Files.createDirectories(Files.parent(of: "\(folder)/\(path)"))
+                try Files.writeAtomically(Array("\(text)\n".utf8), to: "\(folder)/\(path)")
+            }
+            func link(_ path: String, _ target: String) throws {
+                try Files.createDirectories(Files.parent(of: "\(folder)/\(path)"))
+                try FileManager.default.createSymbolicLink(
+                    atPath: "\(folder)/\(path)", withDestinationPath: target)
+            }
+            let mdev = "4dea22b3-1d52-d8f3-2516-782e98ab3fa0"
+            let expected: [(address: String, device: UInt32, code: UInt32, use: String)] = [
+                ("0001:3b:00.0", 0x20b5, 0x0302, "process 4242 (Xorg)"),
+                ("0001:3c:00.0", 0x2204, 0x0300, "the kernel's console on fb0"),
+                ("0001:5e:00.0", 0xa80a, 0x0108, "a mounted file system on nvme0n1"),
+                ("0001:5f:00.0", 0xa80b, 0x0108, "swap space on nvme1n1"),
+                ("0001:86:00.0", 0x1572, 0x0200, "network interface eth7, which is up"),
+                ("0001:af:00.0", 0x1eb8, 0x0302, "mediated device \(mdev)"),
+                ("0001:b0:00.0", 0x2235, 0x0302, ""),
+            ]
+            let devices = "sys/bus/pci/devices"
+            for (index, function) in expected.enumerated() {
+                let path = "\(devices)/\(function.address)"
+                try put("\(path)/vendor", "0x10de")
+                try put("\(path)/device", "0x" + String(function.device, radix: 16))
+                try put("\(path)/class", "0x" + String(function.code << 8, radix: 16))
+                try Files.createDirectories("\(folder)/sys/kernel/iommu_groups/\(index)")
+                try link("\(path)/iommu_group", "../../../../kernel/iommu_groups/\(index)")
+            }
+            for path in [
+                "sys/class/iommu/dmar0", "sys/bus/pci/drivers/vfio-pci", "\(devices)/0001:3b:00.0/drm/card1",
+                "\(devices)/0001:3c:00.0/graphics/fb0", "\(devices)/0001:af:00.0/\(mdev)",
+            ] { try Files.createDirectories("\(folder)/\(path)") }
+            try put("proc/4242/comm", "Xorg")
+            try link("proc/4242/fd/5", "/dev/dri/card1")
+            for (number, bus) in ["5e", "5f"].enumerated() {
+                let disk = "bus/pci/devices/0001:\(bus):00.0/nvme/nvme\(number)/nvme\(number)n1"
+                try put("sys/\(disk)/dev", "259:\(number)")
+                try link("sys/class/block/nvme\(number)n1", "../../\(disk)")
+            }
+            try put("proc/self/mountinfo", "30 1 259:0 / /data rw - ext4 /dev/nvme0n1 rw")
+            try put("proc/swaps", "Filename Type Size Used Priority\n/dev/nvme1n1 partition 1024 0 -2")
+            try put("\(devices)/0001:86:00.0/net/eth7/operstate", "up")
+            try link("sys/class/net/eth7", "../../bus/pci/devices/0001:86:00.0/net/eth7")
+            let type = "\(devices)/0001:af:00.0/mdev_supported_types/nvidia-222"
+            try put("\(type)/name", "GRID T4-2Q")
+            try put("\(type)/available_instances", "3")
+
+            let profile = try hostProfile(
+                name: "kvm1", connection: try LibvirtConnection(uri: "test:///default"), pools: [],
+                devices: DeviceHost(sysfs: Sysfs(root: "\(folder)/sys"), folder: "\(folder)/gpu"),
+                proc: "\(folder)/proc")
+            #expect(profile.pciFunctions.map(\.inUseBy) == expected.map { $0.use })
+            // A GPU that holds a vGPU has room for others.
+            #expect(profile.room(for: VgpuProfile("grid_t4-2q")) == 3)
+            for function in expected {
+                let device = AssignedDevice.with {
+                    ($0.id, $0.classCode) = ("device0", function.code)
+                    $0.passthrough.id = .with { ($0.vendor, $0.device) = (0x10de, function.device) }
+                }
+                let findings = preflight(
+                    manifest: linuxVM { $0.gpus = [device] }, options: mapped { $0.gpu = .gpuRequire }, pool: "main",
+                    host: profile
+                ).filter { $0.subject == "device0" }
+                #expect(findings.count == (function.use.isEmpty ? 0 : 1), "\(findings.map(\.message))")
+                #expect(
+                    findings.allSatisfy {
+                        $0.severity == .blocked && $0.message.hasSuffix("in use by \(function.use)")
+                    }, "\(findings.map(\.message))")
+            }
+        }
+    }
+
     @Test func placementIsJudgedOnTheHost() throws {
         try withFolder { folder in
             let manifest = linuxVM {
