@@ -154,7 +154,9 @@ extension VgpuHost {
             }
             let step = record.physical == record.function ? nil : PciAddress(record.physical).flatMap(enabling)
             if let step, !plan.steps.contains(step) { plan.steps.append(step) }
-            if let instance = VgpuProfile(record.profile).gpuInstance, place(of: record)?.types().isEmpty ?? true {
+            if let instance = VgpuProfile(record.profile).gpuInstance,
+                place(of: record)?.type(of: VgpuProfile(record.profile)) == nil
+            {
                 plan.steps.append(try adding(instance, on: PciAddress(record.physical)))
             }
             if let place = place(of: record), let type = place.type(of: VgpuProfile(record.profile)) {

@@ -118,7 +118,7 @@ package struct VgpuHost: Sendable {
                         try enableVirtualFunctions(of: physical)
                     }
                     if let instance = VgpuProfile(record.profile).gpuInstance,
-                        place(of: record)?.types().isEmpty ?? true
+                        place(of: record)?.type(of: VgpuProfile(record.profile)) == nil
                     {
                         try addInstance(instance, on: PciAddress(record.physical))
                     }
