@@ -19,7 +19,7 @@ extension Transitions {
             try save(migration)
         case .success:
             do {
-                try advance(&migration, after: task.stage, ended)
+                try advance(&migration, after: task, ended)
             } catch let error as MigrationError {
                 migration.state = .failed
                 migration.error = TaskEnded(error)
@@ -28,7 +28,10 @@ extension Transitions {
         }
     }
 
-    private mutating func advance(_ migration: inout MigrationRecord, after stage: Stage, _ ended: TaskEnded) throws {
+    private mutating func advance(
+        _ migration: inout MigrationRecord, after task: TaskRecord, _ ended: TaskEnded
+    ) throws {
+        let stage = task.stage
         switch stage {
         case .export:
             let last: ExportUpdate = try decode(ended.result, stage)
@@ -44,8 +47,9 @@ extension Transitions {
         case .deploy:
             let last: DeployUpdate = try decode(ended.result, stage)
             guard case .result(let result) = last.update else { throw resultMissing(stage) }
-            // A check tells how the domain is now; how it was proved stays.
-            if result.proof.isEmpty, migration.hasResult(of: result) {
+            // A check tells how the domain is now; how it was made and proved stays.
+            let isCheck = try DeployRequest(serializedBytes: task.request).mode == .check
+            if isCheck, migration.result?.domainUuid == result.domainUuid {
                 migration.result?.domainState = result.domainState
             } else {
                 migration.result = result
@@ -208,10 +212,6 @@ extension MigrationRecord {
                 $0.message = message
                 $0.remedy = remedy
             })
-    }
-
-    fileprivate func hasResult(of other: DeployResult) -> Bool {
-        result?.domainUuid == other.domainUuid && !(result?.proof.isEmpty ?? true)
     }
 }
 

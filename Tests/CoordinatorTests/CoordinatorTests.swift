@@ -234,6 +234,45 @@ import Testing
         }
     }
 
+    /// What the guest showed is a proof too, and a check does not ask it again.
+    @Test func checkKeepsWhatTheGuestShowed() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let id = try await client.submitMigration(Rig.request).id
+            for stage in [Stage.export, .convert] { try await worker.work(stage) }
+            let deploy = try await worker.take()
+            try await worker.accept(deploy)
+            try await worker.succeed(
+                deploy,
+                DeployUpdate.with {
+                    $0.result.domainUuid = "u1"
+                    $0.result.domainState = "running"
+                    $0.result.guestDevices = ["10de:20f1"]
+                    $0.result.guestLicenseFiles = ["/etc/nvidia/gridd.conf"]
+                    $0.result.benchmark.figure = 99
+                })
+            let first = try await client.end(id)
+            #expect(first.state == .done)
+
+            worker.profile.domains = [.with { ($0.name, $0.migrationID) = ("web", id) }]
+            try await worker.announce()
+            while try await client.listHosts(ListHostsRequest()).hosts.first?.profile.domains.isEmpty != false {
+                await Task.yield()
+            }
+            _ = try await client.submitMigration(Rig.request)
+            try await worker.work(.export)
+            let check = try await worker.take()
+            #expect(try DeployRequest(serializedBytes: check.body).mode == .check)
+            try await worker.accept(check)
+            try await worker.succeed(
+                check, DeployUpdate.with { ($0.result.domainUuid, $0.result.domainState) = ("u1", "shut off") })
+            let second = try await client.end(id)
+            var expected = first.result
+            expected.domainState = "shut off"
+            #expect(second.state == .done && second.result == expected)
+        }
+    }
+
     @Test func changedOptionsReplaceAnUnfinishedRequest() async throws {
         let rig = try Rig()
         try await rig.process { client, worker in
