@@ -28,6 +28,8 @@ package final class Coordinator: Sendable {
         package var requesters: Set<String> = []
         /// How often hosts that joined are looked for.
         package var hostInterval = Duration.seconds(5)
+        /// How often the queues of all hosts are declared again: the broker deletes those nobody used for long.
+        package var queueInterval = Duration.seconds(600)
         /// How long a task may go without being taken on by a host whose worker is alive.
         package var acceptanceTimeout = Duration.seconds(120)
         /// How long control messages are of use; whoever needs one that came too late asks again.
@@ -106,13 +108,18 @@ package final class Coordinator: Sendable {
         }
     }
 
-    /// Gives hosts their queues that joined since the start.
+    /// Gives hosts their queues that joined since the start, or whose queues are gone.
     private func welcome(_ hosts: @Sendable () throws -> [String]) async throws {
         var known: Set<String> = []
+        var declared = ContinuousClock.now
         while !Task.isCancelled {
             do {
                 let present = Set(try hosts())
-                if present != known { try await bus.declare(settings.names.topology(hosts: present.sorted())) }
+                if present != known || declared + settings.queueInterval <= .now {
+                    // Not tried, nor complained of, more often while the broker is away.
+                    declared = .now
+                    try await bus.declare(settings.names.topology(hosts: present.sorted()))
+                }
                 known = present
             } catch let error as MigrationError {
                 logger.error("hosts not looked after", metadata: ["error": "\(error)"])

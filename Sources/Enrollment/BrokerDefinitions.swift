@@ -80,8 +80,13 @@ package struct BrokerDefinitions: Encodable {
     private let queues: [Queue]
     private let bindings: [Binding]
 
+    /// Throws `invalidArgument` for a requester that would share user or queues with somebody else.
+    ///
     /// - Parameter requesters: users of other programs that may ask for migrations and hear of them.
-    package init(_ names: Names, hosts: [String], requesters: [String] = [], virtualHost: String) {
+    package init(_ names: Names, hosts: [String], requesters: [String] = [], virtualHost: String) throws {
+        for (index, user) in requesters.enumerated() {
+            try Self.requireRequester(user, names, besides: hosts + requesters[..<index])
+        }
         let topology = names.topology(hosts: hosts)
         func literally(_ text: String) -> String { NSRegularExpression.escapedPattern(for: text) }
         let nothing = "^$"
@@ -127,6 +132,22 @@ package struct BrokerDefinitions: Encodable {
         }
         bindings = topology.bindings.map {
             Binding(source: $0.exchange, vhost: virtualHost, destination: $0.queue, routingKey: $0.routingKey)
+        }
+    }
+
+    private static func requireRequester(_ user: String, _ names: Names, besides others: [String]) throws {
+        guard FleetMember.isHostName(user) else {
+            throw MigrationError(.invalidArgument, "'\(user)' can't name a requester: \(FleetMember.hostNameRule)")
+        }
+        // It may do anything with queues whose names begin with its own and a dot.
+        let (own, fleets) = ("\(user).", "\(names.namespace).")
+        guard !own.hasPrefix(fleets), !fleets.hasPrefix(own) else {
+            throw MigrationError(
+                .invalidArgument, "'\(user)' can't name a requester: names of the fleet's queues begin with \(fleets)")
+        }
+        guard !others.contains(user) else {
+            throw MigrationError(
+                .invalidArgument, "'\(user)' can't name a requester: a host or another requester has that name")
         }
     }
 

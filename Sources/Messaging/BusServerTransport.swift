@@ -149,6 +149,9 @@ package final class BusServerTransport: ServerTransport {
             let isLate = try requireCoordinator(delivery.message)
             call = try TaskCall(decoding: delivery.message, audience: member.name)
             if let isLate {
+                // An old copy of what runs here must not end it.
+                let running = state.withLock { $0.calls[call.identity.task]?.identity }
+                if let running, running.fence >= call.identity.fence { return await settleCopy(delivery, of: call) }
                 // The task itself is as good as ever: another attempt, signed anew, will do.
                 _ = await refuse(call.identity, MigrationError(.unavailable, "the task came too late: \(isLate)"))
                 throw isLate

@@ -2,9 +2,11 @@ import Coordinator
 import FlotillaProtocol
 import FoundationEssentials
 import GRPCCore
+import Logging
 import Messaging
 import MigrationModel
 import SwiftProtobuf
+import Synchronization
 import TestKit
 import Testing
 
@@ -26,6 +28,25 @@ import Testing
             let missed = try await client.replayDeadLetters(.with { ($0.messageIds, $0.discard) = (["no-such"], true) })
             #expect(missed.kept.map(\.messageID) == ["no-such"])
         }
+    }
+
+    /// A broker deletes the control queue of a host that is long away.
+    @Test func hostsQueuesAreDeclaredAgain() async throws {
+        let rig = try Rig()
+        let bus = DeclaredBus()
+        var settings = Coordinator.Settings()
+        settings.hostInterval = .milliseconds(5)
+        settings.queueInterval = .milliseconds(20)
+        let coordinator = Coordinator(
+            store: try SQLiteStore(path: "\(rig.folder.path)/store.sqlite"), bus: bus, member: rig.members.coordinator,
+            settings: settings, logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() })
+        let running = Task { try await coordinator.run { [Rig.host] } }
+        let control = settings.names.control(of: Rig.host)
+        // Twice for the start, then again and again.
+        let isDeclared = try await eventually { bus.declarations(of: control) > 3 ? true : nil }
+        running.cancel()
+        _ = await running.result
+        #expect(isDeclared == true)
     }
 
     @Test func forgedEventsReachTheDeadLettersAndChangeNothing() async throws {
@@ -115,5 +136,33 @@ import Testing
         await #expect(throws: (any Error).self) {
             try await rig.process { client, _ in _ = try await client.drainHost(.with { $0.name = "nobody" }) }
         }
+    }
+}
+
+/// Counts what is declared.
+private final class DeclaredBus: MessageBus {
+    private let bus = InProcessBus()
+    private let declared = Mutex<[String]>([])
+
+    var isDurable: Bool { bus.isDurable }
+    var status: BusStatus { bus.status }
+
+    func declarations(of queue: String) -> Int { declared.withLock { $0.count(where: { $0 == queue }) } }
+
+    func declare(_ topology: Topology) async throws {
+        declared.withLock { $0 += topology.queues.map(\.name) }
+        try await bus.declare(topology)
+    }
+
+    func publish(_ message: Messaging.Message) async throws { try await bus.publish(message) }
+
+    func subscribe(_ queue: String, prefetch: Int) async throws -> Subscription {
+        try await bus.subscribe(queue, prefetch: prefetch)
+    }
+
+    func depths(of queues: [String]) async throws -> [String: QueueDepth] { try await bus.depths(of: queues) }
+
+    func peek(_ queue: String, limit: Int) async throws -> [Messaging.Message] {
+        try await bus.peek(queue, limit: limit)
     }
 }

@@ -134,6 +134,19 @@ import Testing
         }
     }
 
+    /// A requester's name is a broker user's, and what its queues begin with.
+    @Test(arguments: [
+        ["flotilla"], ["flotilla.tasks"], ["lab"], ["coordinator"], ["kvm1"], ["ops", "ops"], ["ops team"], [""],
+    ])
+    func requesterWithSomebodyElsesName(_ requesters: [String]) {
+        let names = Names(namespace: requesters == ["lab"] ? "lab.flotilla" : "flotilla")
+        func make(_ requesters: [String]) -> MigrationError? {
+            failure { try BrokerDefinitions(names, hosts: ["kvm1"], requesters: requesters, virtualHost: "/") }
+        }
+        #expect(make(requesters)?.code == .invalidArgument)
+        #expect(make(["ops", "flotilla-ops", "kvm10"]) == nil)
+    }
+
     @Test func keysChangeWithAnOverlap() throws {
         let rig = try Rig()
         let first = try Enrollment.ask(host: "kvm1", in: rig.host)

@@ -75,6 +75,26 @@ import Testing
         }
     }
 
+    @Test func lateCopyOfARunningTaskDoesNotEndIt() async throws {
+        let rig = TransportRig()
+        try await rig.run { events in
+            try await rig.send("wait")
+            try await events.update()
+            try await rig.send("wait", validity: .seconds(-1))
+            // Whatever is said of the copy is said before it gets there.
+            _ = try #require(try await rig.deadLetter())
+            try await rig.tell(
+                .with {
+                    $0.taskID = "m-convert"
+                    $0.fence = 1
+                    $0.cancel.reason = "no longer wanted"
+                })
+            let ended = try await events.ended()
+            #expect(ended.code == Int32(MigrationError.Code.cancelled.rawValue))
+            #expect(ended.message == "no longer wanted")
+        }
+    }
+
     @Test func cancelBetweenAttemptsCleansUp() async throws {
         let rig = TransportRig()
         try await rig.run { events in

@@ -80,7 +80,7 @@ struct FleetCommand: AsyncParsableCommand {
             for host in hosts where !FleetMember.isHostName(host) {
                 throw ValidationError("'\(host)' can't name a host: \(FleetMember.hostNameRule)")
             }
-            let definitions = BrokerDefinitions(
+            let definitions = try BrokerDefinitions(
                 Names(namespace: namespace), hosts: hosts, requesters: requesters, virtualHost: virtualHost)
             Console.line(try definitions.json())
         }
