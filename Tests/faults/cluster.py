@@ -3,7 +3,7 @@
 import subprocess
 import time
 
-from fleet import HOSTS, LEASE, Fleet, Violation, verdict, wait
+from fleet import HOSTS, LEASE, ROOT, Fleet, Violation, verdict, wait
 
 PEERS = (1, 2, 3)
 
@@ -83,8 +83,7 @@ def leader_partitioned(outer):
                     network.heal(node)
                 fleet.submit(["kvm1"])
                 fleet.wait_ended(240)
-                # RabbitMQ's own affair: a node of the minority starts anew, and waits for its tables 30 s at a time.
-                wait(240, f"node {node} to be back", lambda: is_back(fleet, node))
+                bring_back(fleet, node)
                 print(f"  {queue} on node {node}, cut off from {'its peers' if peers_only else 'everybody'}: "
                       f"{fleet.judge()}", flush=True)
         return verdict(*fleet.total)
@@ -99,6 +98,18 @@ def leader_or_none(fleet, queue, asked):
         return leader(fleet, queue, asked)
     except (subprocess.CalledProcessError, ValueError, Violation):
         return None
+
+
+def bring_back(fleet, node):
+    """RabbitMQ's own affair: a node of the minority starts anew, and waits for its tables 30 s at a time. Erlang's `global` may
+    hang in that (RabbitMQ's log: "Global hang workaround"); then somebody has to start the node again."""
+    try:
+        wait(120, f"node {node} to be back", lambda: is_back(fleet, node))
+    except Violation:
+        for words in (["kill"], ["start", "--tls-from", fleet.dir / "broker-tls", "--nodes", len(PEERS), "--namespaces"]):
+            run(ROOT / "Tests/testbeds/rabbitmq/run", *words, "--dir", fleet.dir / "rabbitmq", "--node", node)
+        print(f"  RabbitMQ on node {node} hung in its start and was started again", flush=True)
+        wait(240, f"node {node} to be back", lambda: is_back(fleet, node))
 
 
 def is_back(fleet, node):
