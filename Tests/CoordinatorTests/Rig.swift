@@ -73,6 +73,18 @@ struct Rig {
         ]
     }
 
+    /// With a vGPU that no host offers.
+    static let manifestWithVgpu: Manifest = {
+        var manifest = Rig.manifest
+        manifest.gpus = [
+            .with {
+                $0.id = "gpu0"
+                $0.vgpu.profile = "grid_a100-40c"
+            }
+        ]
+        return manifest
+    }()
+
     static let manifest = Manifest.with {
         $0.schemaVersion = 1
         $0.source.fingerprint = "f1"
@@ -232,6 +244,13 @@ struct FakeWorker {
 }
 
 extension Rig.Client {
+    /// Until the coordinator knows of the first host's domains.
+    func hearOfDomains() async throws {
+        while try await listHosts(ListHostsRequest()).hosts.first?.profile.domains.isEmpty != false {
+            await Task.yield()
+        }
+    }
+
     /// Of its export.
     func attempt(of id: String) async throws -> UInt32 {
         try await getMigration(.with { $0.id = id }).stages[0].attempt

@@ -115,14 +115,7 @@ import Testing
             #expect(try await client.submitMigration(request).state == .exporting)
             switch replacement {
             case .blocked:
-                var manifest = Rig.manifest
-                manifest.gpus = [
-                    .with {
-                        $0.id = "gpu0"
-                        $0.vgpu.profile = "grid_a100-40c"
-                    }
-                ]
-                try await worker.work(.export, manifest: manifest)
+                try await worker.work(.export, manifest: Rig.manifestWithVgpu)
             case .notExported:
                 let export = try await worker.take()
                 try await worker.accept(export)
@@ -210,9 +203,7 @@ import Testing
             #expect(try await client.end(id).state == .done)
             worker.profile.domains = [.with { ($0.name, $0.migrationID) = ("web", id) }]
             try await worker.announce()
-            while try await client.listHosts(ListHostsRequest()).hosts.first?.profile.domains.isEmpty != false {
-                await Task.yield()
-            }
+            try await client.hearOfDomains()
             _ = try await client.submitMigration(Rig.request)
             try await worker.work(.export)
             let check = try await worker.take()

@@ -83,6 +83,15 @@ final class TransportRig: Sendable {
         try await bus.publish(message)
     }
 
+    func cancel(fence: UInt64, _ reason: String) async throws {
+        try await tell(
+            .with {
+                $0.taskID = "m-convert"
+                $0.fence = fence
+                $0.cancel.reason = reason
+            })
+    }
+
     func tell(_ control: ControlMessage) async throws {
         var message = Messaging.Message(
             exchange: names.control, routingKey: "kvm1",

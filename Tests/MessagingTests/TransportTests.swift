@@ -57,18 +57,8 @@ import Testing
             try await rig.send("wait")
             try await events.update()
             // A cancel for another fence is not for this attempt.
-            try await rig.tell(
-                .with {
-                    $0.taskID = "m-convert"
-                    $0.fence = 99
-                    $0.cancel.reason = "stale"
-                })
-            try await rig.tell(
-                .with {
-                    $0.taskID = "m-convert"
-                    $0.fence = 1
-                    $0.cancel.reason = "no longer wanted"
-                })
+            try await rig.cancel(fence: 99, "stale")
+            try await rig.cancel(fence: 1, "no longer wanted")
             let ended = try await events.ended()
             #expect(ended.code == Int32(MigrationError.Code.cancelled.rawValue))
             #expect(ended.message == "no longer wanted")
@@ -83,12 +73,7 @@ import Testing
             try await rig.send("wait", validity: .seconds(-1))
             // Whatever is said of the copy is said before it gets there.
             _ = try #require(try await rig.deadLetter())
-            try await rig.tell(
-                .with {
-                    $0.taskID = "m-convert"
-                    $0.fence = 1
-                    $0.cancel.reason = "no longer wanted"
-                })
+            try await rig.cancel(fence: 1, "no longer wanted")
             let ended = try await events.ended()
             #expect(ended.code == Int32(MigrationError.Code.cancelled.rawValue))
             #expect(ended.message == "no longer wanted")
@@ -102,12 +87,7 @@ import Testing
             _ = try await events.ended()
             // Its end is published before the attempt is over.
             let isDiscarded = try await eventually {
-                try await rig.tell(
-                    .with {
-                        $0.taskID = "m-convert"
-                        $0.fence = 1
-                        $0.cancel.reason = "no longer wanted"
-                    })
+                try await rig.cancel(fence: 1, "no longer wanted")
                 return rig.ledger.discarded.isEmpty ? nil : true
             }
             #expect(isDiscarded == true)
@@ -184,12 +164,7 @@ import Testing
                     })
             }
             // Well past the first lease it still runs, and can be cancelled.
-            try await rig.tell(
-                .with {
-                    $0.taskID = "m-convert"
-                    $0.fence = 1
-                    $0.cancel.reason = "enough"
-                })
+            try await rig.cancel(fence: 1, "enough")
             #expect(try await events.ended().message == "enough")
         }
     }
