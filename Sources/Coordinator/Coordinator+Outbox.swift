@@ -3,29 +3,47 @@ import HostKit
 import Logging
 import Messaging
 import MigrationModel
+import Synchronization
 
-/// From the outbox to the hosts' queues.
+/// From the outbox to the hosts' queues. A host whose queue takes nothing for now keeps no other waiting.
 extension Coordinator {
     func publishOutbox() async throws {
+        let limit = 256
+        let sending = Sending()
         outboxContinuation.yield()
-        for await _ in outboxSignal {
-            while true {
-                let rows = try await store.write { try $0.unsent(limit: 256) }
-                if rows.isEmpty { break }
-                let outcomes = await withTaskGroup { group in
-                    for row in rows { group.addTask { (row, await self.send(row)) } }
-                    return await group.reduce(into: []) { $0.append($1) }
-                }
-                let sent = outcomes.filter { $0.1 == nil }.map { $0.0.id }
-                if !sent.isEmpty {
-                    try await store.write { store in for id in sent { try store.markSent(id, at: .now) } }
-                    Failpoint.coordinatorTaskSent.hit()
-                }
+        try await withThrowingDiscardingTaskGroup { group in
+            for await _ in outboxSignal {
+                let (outcomes, hosts) = sending.next()
+                let sent = outcomes.filter { $0.error == nil }.map(\.row.id)
                 for case (let row, let error?) in outcomes { try await takeBack(row, error) }
-                // The bus has tried for long already; what it could not send stays in the outbox.
-                if sent.isEmpty { try await Task.sleep(for: settings.tick) }
+                let rows = try await store.write { store in
+                    for id in sent { try store.markSent(id, at: .now) }
+                    return try store.unsent(limit: limit, except: hosts)
+                }
+                if !sent.isEmpty { Failpoint.coordinatorTaskSent.hit() }
+                for (host, rows) in Dictionary(grouping: rows, by: \.host) {
+                    sending.begin(host)
+                    group.addTask { await self.send(rows, to: host, sending) }
+                }
+                // Behind these may wait those of other hosts.
+                if rows.count == limit { outboxContinuation.yield() }
             }
         }
+    }
+
+    private func send(_ rows: [OutboxRecord], to host: String, _ sending: Sending) async {
+        let outcomes = await withTaskGroup { group in
+            for row in rows { group.addTask { Outcome(row: row, error: await self.send(row)) } }
+            return await group.reduce(into: []) { $0.append($1) }
+        }
+        let isDone = outcomes.allSatisfy { $0.error == nil }
+        sending.note(outcomes, endOf: isDone ? host : nil)
+        outboxContinuation.yield()
+        if isDone { return }
+        // The bus has tried for long already; what it could not send stays in the outbox.
+        try? await Task.sleep(for: settings.tick)
+        sending.note([], endOf: host)
+        outboxContinuation.yield()
     }
 
     /// Returns the reason for which it could not be sent.
@@ -64,6 +82,30 @@ extension Coordinator {
             _ = try transitions.apply(
                 .ended(fence: row.identity.fence, outcome: .failure(code: error.code.rawValue)), to: task,
                 ended: TaskEnded(error))
+        }
+    }
+}
+
+private typealias Outcome = (row: OutboxRecord, error: MigrationError?)
+
+/// The hosts to which something is on its way, and what has come of it since this was last asked.
+private final class Sending: Sendable {
+    private let state = Mutex<(hosts: Set<String>, outcomes: [Outcome])>(([], []))
+
+    func begin(_ host: String) { state.withLock { _ = $0.hosts.insert(host) } }
+
+    /// - Parameter host: to which nothing is on its way any more.
+    func note(_ outcomes: [Outcome], endOf host: String?) {
+        state.withLock { state in
+            state.outcomes += outcomes
+            if let host { state.hosts.remove(host) }
+        }
+    }
+
+    func next() -> ([Outcome], Set<String>) {
+        state.withLock { state in
+            defer { state.outcomes = [] }
+            return (state.outcomes, state.hosts)
         }
     }
 }

@@ -368,6 +368,7 @@ extension Transitions {
             let lost = try apply(.unclaimed, to: task)
             _ = try apply(.dispatch, to: lost)
         }
+        for task in try store.unsweptTasks(of: host) { _ = try apply(.alive, to: task) }
     }
 }
 

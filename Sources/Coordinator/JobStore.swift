@@ -27,13 +27,15 @@ package protocol JobTransaction {
     func dueTasks(now: Moment, or horizon: Moment) throws -> [String]
     /// Tasks that wait in the queue of a host since before `moment`, for all the store knows, or since after `horizon`.
     func tasksSent(to host: String, before moment: Moment, or horizon: Moment) throws -> [TaskRecord]
+    /// Cancelled tasks of a host that has not said yet that nothing is left of them.
+    func unsweptTasks(of host: String) throws -> [TaskRecord]
     /// Tasks that were sent or run.
     func tasksWithWorkers() throws -> [TaskRecord]
     func save(_ task: TaskRecord) throws
 
     func enqueue(_ message: OutboxRecord) throws
     /// In the order they were enqueued.
-    func unsent(limit: Int) throws -> [OutboxRecord]
+    func unsent(limit: Int, except hosts: Set<String>) throws -> [OutboxRecord]
     func markSent(_ id: String, at: Moment) throws
     /// Drops messages of fences older than the task's present one.
     func discardUnsent(task: String) throws

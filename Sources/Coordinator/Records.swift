@@ -65,6 +65,13 @@ package struct OutboxRecord: Sendable {
     package var host: String
     package var deadline: Moment?
     package var body: [UInt8]
+
+    package init(
+        id: String, identity: CallIdentity, method: String, host: String, deadline: Moment? = nil, body: [UInt8]
+    ) {
+        (self.id, self.identity, self.method, self.host) = (id, identity, method, host)
+        (self.deadline, self.body) = (deadline, body)
+    }
 }
 
 /// A message that went to the dead letters.

@@ -116,6 +116,13 @@ package final class SQLiteStore: JobStore {
         migrator.registerMigration("4") { database in
             try database.execute(sql: "ALTER TABLE task ADD COLUMN losses INTEGER NOT NULL DEFAULT 0")
         }
+        migrator.registerMigration("5") { database in
+            try database.execute(
+                sql: """
+                    ALTER TABLE task ADD COLUMN unswept INTEGER NOT NULL DEFAULT 0;
+                    CREATE INDEX task_unswept ON task(host) WHERE unswept;
+                    """)
+        }
         return migrator
     }
 }

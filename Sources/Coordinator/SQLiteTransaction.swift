@@ -88,8 +88,8 @@ struct SQLiteTransaction: JobTransaction {
     // MARK: Tasks
 
     private static let tasks = """
-        SELECT id, migration_id, stage, host, request, state, due_at, code, attempt, fence, failures, losses, started_at,
-            ended_at
+        SELECT id, migration_id, stage, host, request, state, due_at, code, attempt, fence, failures, losses, unswept,
+            started_at, ended_at
         FROM task
         """
 
@@ -116,6 +116,10 @@ struct SQLiteTransaction: JobTransaction {
             [host, moment.milliseconds, horizon.milliseconds], task)
     }
 
+    func unsweptTasks(of host: String) throws -> [TaskRecord] {
+        try all("\(Self.tasks) WHERE host = ? AND unswept", [host], task)
+    }
+
     func tasksWithWorkers() throws -> [TaskRecord] { try all("\(Self.tasks) WHERE has_worker", [], task) }
 
     func save(_ record: TaskRecord) throws {
@@ -133,18 +137,18 @@ struct SQLiteTransaction: JobTransaction {
             """
             INSERT INTO task (
                 id, migration_id, stage, host, request, state, due_at, code, attempt, fence, failures, losses,
-                has_worker, started_at, ended_at)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                unswept, has_worker, started_at, ended_at)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
             ON CONFLICT (id) DO UPDATE SET host = excluded.host, request = excluded.request, state = excluded.state,
                 due_at = excluded.due_at, code = excluded.code, attempt = excluded.attempt, fence = excluded.fence,
-                failures = excluded.failures, losses = excluded.losses, has_worker = excluded.has_worker,
-                started_at = excluded.started_at, ended_at = excluded.ended_at,
+                failures = excluded.failures, losses = excluded.losses, unswept = excluded.unswept,
+                has_worker = excluded.has_worker, started_at = excluded.started_at, ended_at = excluded.ended_at,
                 sent_at = CASE WHEN state = excluded.state AND fence = excluded.fence THEN sent_at END
             """,
             [
                 record.id, record.migrationID, record.stage.rawValue, record.host, Data(record.request), state,
                 due?.milliseconds, code, machine.attempt, Int64(clamping: machine.fence), machine.failures,
-                machine.losses, hasWorker, record.startedAt?.milliseconds, record.endedAt?.milliseconds,
+                machine.losses, machine.isUnswept, hasWorker, record.startedAt?.milliseconds, record.endedAt?.milliseconds,
             ])
     }
 
@@ -167,9 +171,10 @@ struct SQLiteTransaction: JobTransaction {
             migrationID: row[1], stage: stage, host: row[3], request: [UInt8](row[4] as Data),
             now: Moment(milliseconds: 0))
         record.machine = TaskMachine(
-            state: state, attempt: row[8], fence: UInt64(row[9] as Int64), failures: row[10], losses: row[11])
-        record.startedAt = (row[12] as Int64?).map(Moment.init(milliseconds:))
-        record.endedAt = (row[13] as Int64?).map(Moment.init(milliseconds:))
+            state: state, attempt: row[8], fence: UInt64(row[9] as Int64), failures: row[10], losses: row[11],
+            isUnswept: row[12])
+        record.startedAt = (row[13] as Int64?).map(Moment.init(milliseconds:))
+        record.endedAt = (row[14] as Int64?).map(Moment.init(milliseconds:))
         return record
     }
 
@@ -187,10 +192,13 @@ struct SQLiteTransaction: JobTransaction {
             ])
     }
 
-    func unsent(limit: Int) throws -> [OutboxRecord] {
+    func unsent(limit: Int, except hosts: Set<String>) throws -> [OutboxRecord] {
         try all(
-            "SELECT id, task_id, attempt, fence, method, host, deadline, body FROM outbox ORDER BY number LIMIT ?",
-            [limit]
+            """
+            SELECT id, task_id, attempt, fence, method, host, deadline, body FROM outbox
+            WHERE host NOT IN (SELECT value FROM json_each(?)) ORDER BY number LIMIT ?
+            """,
+            [String(decoding: JSONEncoder().encode(hosts), as: UTF8.self), limit]
         ) { row in
             OutboxRecord(
                 id: row[0], identity: CallIdentity(task: row[1], attempt: row[2], fence: UInt64(row[3] as Int64)),

@@ -112,8 +112,8 @@ struct Transitions {
                 CallIdentity(task: task.id, attempt: record.machine.attempt, fence: record.machine.fence))
         }
         if case .running = task.machine.state, task.startedAt == nil { task.startedAt = now }
-        if task.machine.isEnded { task.endedAt = now }
-        try store.save(task)
+        if task.machine.isEnded, !record.machine.isEnded { task.endedAt = now }
+        if task.machine != record.machine { try store.save(task) }
         for action in actions {
             switch action {
             case .send(let attempt, let fence):

@@ -27,7 +27,7 @@ extension BusServerTransport {
                 switch message.kind {
                 case .stored: group.addTask { await self.forget(message.taskID, message.fence) }
                 case .cancel(let cancel) where !cancel.revoked && state.withLock { $0.calls[message.taskID] == nil }:
-                    group.addTask { await self.discard(message.taskID, message.fence) }
+                    group.addTask { await self.discard(message.taskID, message.fence, cancel.reason) }
                 default: obey(message)
                 }
             }
@@ -40,8 +40,18 @@ extension BusServerTransport {
         }
     }
 
-    private func discard(_ task: String, _ fence: UInt64) async {
-        do { try await ledger.discard(task: task, fence: fence) } catch {
+    /// The coordinator says it again until it is told that nothing is left.
+    private func discard(_ task: String, _ fence: UInt64, _ reason: String) async {
+        do {
+            guard try await ledger.discard(task: task, fence: fence) else { return }
+            // Which attempt it was is known to the coordinator: the fence names it.
+            let call = CallIdentity(task: task, attempt: 0, fence: fence)
+            let ended = TaskEnded.with {
+                $0.code = Int32(MigrationError.Code.cancelled.rawValue)
+                $0.message = reason
+            }
+            try await events.publish(TaskEvent(call, sequence: Self.discardSequence, .ended(ended)))
+        } catch {
             logger.error("not cleaned up after", metadata: ["task": "\(task)", "error": "\(error)"])
         }
     }
@@ -67,19 +77,25 @@ extension BusServerTransport {
         }
     }
 
-    /// Until cancelled: renews leases, repeats unanswered questions and results.
+    /// Until cancelled: renews leases, repeats unanswered questions. What is said together travels together.
     func heartbeat() async {
         while (try? await Task.sleep(for: settings.heartbeat)) != nil {
-            for call in state.withLock({ Array($0.calls.values) }) {
-                let event = TaskEvent(
-                    call.identity, sequence: call.nextSequence(asksForLease: true), .heartbeat(TaskHeartbeat()))
-                try? await events.publish(event)
-                for step in call.pendingPermits { await ask(step, call) }
+            let calls = state.withLock { Array($0.calls.values) }
+            await withDiscardingTaskGroup { group in
+                for call in calls {
+                    let event = TaskEvent(
+                        call.identity, sequence: call.nextSequence(asksForLease: true), .heartbeat(TaskHeartbeat()))
+                    group.addTask { try? await self.events.publish(event) }
+                    for step in call.pendingPermits { group.addTask { await self.ask(step, call) } }
+                }
+                group.addTask { try? await self.events.publish(.heartbeat(.with { $0.tasks = UInt32(calls.count) })) }
             }
-            let held = state.withLock { $0.calls.count }
-            try? await events.publish(.heartbeat(.with { $0.tasks = UInt32(held) }))
-            await republish()
         }
+    }
+
+    /// Until cancelled: says results again that were not confirmed.
+    func repeatResults() async {
+        while (try? await Task.sleep(for: settings.heartbeat)) != nil { await republish() }
     }
 
     /// Until cancelled: stops calls whose lease is about to run out. Waits for nothing but time, so that a broker that is
@@ -105,9 +121,14 @@ extension BusServerTransport {
 
     /// Far above what one process counts to: how far the one that is gone had come is not known.
     private static let releaseSequence: UInt64 = 1 << 40
+    private static let discardSequence = releaseSequence + 1
 
-    /// Says again what ended and was never confirmed. Called at start as well.
+    /// Says what ended and was never confirmed, where its turn has come. Called at start as well.
     package func republish() async {
-        for event in await ledger.unacknowledged() { try? await events.publish(event) }
+        let unconfirmed = await ledger.unacknowledged()
+        let due = state.withLock { $0.repetitions.due(unconfirmed, now: .now) }
+        await withDiscardingTaskGroup { group in
+            for event in due { group.addTask { try? await self.events.publish(event) } }
+        }
     }
 }

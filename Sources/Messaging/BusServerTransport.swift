@@ -53,9 +53,10 @@ package final class BusServerTransport: ServerTransport {
         var subscription: Subscription?
         var isShuttingDown = false
         var isStopping = false
+        var repetitions: Repetitions
     }
 
-    let state = Mutex(State())
+    let state: Mutex<State>
 
     package init(
         bus: any MessageBus, names: Names, member: FleetMember, settings: Settings = Settings(),
@@ -64,6 +65,7 @@ package final class BusServerTransport: ServerTransport {
         self.bus = bus
         self.names = names
         self.settings = settings
+        state = Mutex(State(repetitions: Repetitions(first: settings.heartbeat)))
         self.member = member
         self.ledger = ledger
         self.logger = logger
@@ -91,6 +93,7 @@ package final class BusServerTransport: ServerTransport {
         await withTaskGroup(of: Void.self) { group in
             group.addTask { for await delivery in control.deliveries { await self.obey(delivery) } }
             group.addTask { await self.heartbeat() }
+            group.addTask { await self.repeatResults() }
             group.addTask { await self.watchLeases() }
             await withDiscardingTaskGroup { calls in
                 for await delivery in tasks.deliveries {
@@ -149,9 +152,10 @@ package final class BusServerTransport: ServerTransport {
             let isLate = try requireCoordinator(delivery.message)
             call = try TaskCall(decoding: delivery.message, audience: member.name)
             if let isLate {
-                // An old copy of what runs here must not end it.
-                let running = state.withLock { $0.calls[call.identity.task]?.identity }
-                if let running, running.fence >= call.identity.fence { return await settleCopy(delivery, of: call) }
+                // An old copy of what runs here must not end it, nor take the place of its result.
+                let running = state.withLock { $0.calls[call.identity.task]?.identity.fence }
+                let ended = await ledger.unacknowledged().first { $0.taskID == call.identity.task }?.fence
+                if max(running ?? 0, ended ?? 0) >= call.identity.fence { return await settleCopy(delivery, of: call) }
                 // The task itself is as good as ever: another attempt, signed anew, will do.
                 _ = await refuse(call.identity, MigrationError(.unavailable, "the task came too late: \(isLate)"))
                 throw isLate

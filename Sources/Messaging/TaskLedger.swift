@@ -13,9 +13,9 @@ package protocol TaskLedger: Sendable {
     /// Does nothing unless this fence's end is what the ledger holds.
     func acknowledge(task: String, fence: UInt64) async throws
 
-    /// The task was cancelled while nobody worked on it: clean up after it.
-    /// Does nothing unless this fence's is the last attempt that the ledger holds, and one without an end to be confirmed.
-    func discard(task: String, fence: UInt64) async throws
+    /// The task was cancelled under this fence, and nobody works on it here: clean up after it.
+    /// Does nothing while the ledger holds a later attempt, or an end that is to be confirmed; returns false then.
+    func discard(task: String, fence: UInt64) async throws -> Bool
 
     /// Ends that the coordinator has not confirmed.
     func unacknowledged() async -> [TaskEvent]

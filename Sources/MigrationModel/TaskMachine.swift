@@ -37,6 +37,8 @@ package struct TaskMachine: Hashable, Sendable {
         case orphaned
         /// The host's worker lives and has not taken it on in all the time since it was sent.
         case unclaimed
+        /// The host's worker lives, and this task is cancelled.
+        case alive
         /// Run it again although it ended; a person or an earlier stage asked for it.
         case restart
         case cancel
@@ -97,12 +99,15 @@ package struct TaskMachine: Hashable, Sendable {
     package private(set) var failures = 0
     /// Attempts since the last restart that ended without a word of their worker. Orphans don't count: a person ended those.
     package private(set) var losses = 0
+    /// It was cancelled, and no worker has said yet that nothing of it is left on the host.
+    package private(set) var isUnswept = false
 
     package init(now: Moment) { state = .waiting(notBefore: now) }
 
     /// As it was stored.
-    package init(state: State, attempt: UInt32, fence: UInt64, failures: Int, losses: Int) {
-        (self.state, self.attempt, self.fence, self.failures, self.losses) = (state, attempt, fence, failures, losses)
+    package init(state: State, attempt: UInt32, fence: UInt64, failures: Int, losses: Int, isUnswept: Bool) {
+        (self.state, self.attempt, self.fence) = (state, attempt, fence)
+        (self.failures, self.losses, self.isUnswept) = (failures, losses, isUnswept)
     }
 
     /// Its next fence will be larger than any of `other`, whose work it takes back or does again.
@@ -126,6 +131,19 @@ package struct TaskMachine: Hashable, Sendable {
         // It was told, but may have taken the task on only then, or not have heard.
         case (.accepted(let from), .cancelled), (.heartbeat(let from), .cancelled):
             return from == fence ? [.cancel(fence: fence)] : [.revoke(fence: from)]
+
+        case (.released(let from), .cancelled) where from == fence:
+            return [.cancel(fence: fence)]
+
+        case (.alive, .cancelled) where isUnswept:
+            return [.cancel(fence: fence)]
+
+        // After any other end its work stays on the host, for another attempt.
+        case (.ended(let from, let outcome), .cancelled) where from == fence:
+            if outcome == .success || outcome == .failure(code: MigrationError.Code.cancelled.rawValue) {
+                isUnswept = false
+            }
+            return []
 
         case (.accepted(let from), _), (.heartbeat(let from), _):
             guard from == fence, !isEnded else { return [.revoke(fence: from)] }
@@ -164,14 +182,14 @@ package struct TaskMachine: Hashable, Sendable {
             return []
 
         case (.restart, _) where isEnded:
-            (failures, losses) = (0, 0)
+            (failures, losses, isUnswept) = (0, 0, false)
             state = .waiting(notBefore: now)
             return []
 
         case (.cancel, _) where !isEnded:
-            let wasOut = fence > 0
+            isUnswept = fence > 0
             state = .cancelled
-            return (wasOut ? [.cancel(fence: fence)] : []) + [.finish(.failure(code: 1))]
+            return (isUnswept ? [.cancel(fence: fence)] : []) + [.finish(.failure(code: 1))]
 
         default:
             return []

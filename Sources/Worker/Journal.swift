@@ -127,10 +127,13 @@ package final class Journal: TaskLedger {
         for watcher in state.withLock({ $0.watchers }) { watcher.yield() }
     }
 
-    package func discard(task: String, fence: UInt64) async throws {
+    package func discard(task: String, fence: UInt64) async throws -> Bool {
         try await change(task) { [cleanUp] earlier in
-            if let earlier, earlier.fence == fence, earlier.ended == nil { try cleanUp(task) }
-            return ((), nil)
+            if let earlier, earlier.fence > fence || earlier.ended != nil { return (false, nil) }
+            try cleanUp(task)
+            guard var entry = earlier else { return (true, nil) }
+            entry.forgotten = true
+            return (true, entry)
         }
     }
 

@@ -33,7 +33,7 @@ import Testing
     /// A broker deletes the control queue of a host that is long away.
     @Test func hostsQueuesAreDeclaredAgain() async throws {
         let rig = try Rig()
-        let bus = DeclaredBus()
+        let bus = WatchedBus()
         var settings = Coordinator.Settings()
         settings.hostInterval = .milliseconds(5)
         settings.queueInterval = .milliseconds(20)
@@ -117,6 +117,69 @@ import Testing
         }
     }
 
+    /// The first may have been lost with the coordinator, or with the worker.
+    @Test func cancelIsSaidAgainToWhoeverLivesUntilNothingIsLeft() async throws {
+        let rig = try Rig(policy: .init(backoff: .seconds(3600)))
+        let isCancel = { (control: ControlMessage) -> Bool? in if case .cancel = control.kind { true } else { nil } }
+        var between: TaskCall?
+        try await rig.process { client, worker in
+            let migration = try await client.submitMigration(Rig.request)
+            let call = try await worker.take()
+            try await worker.accept(call)
+            try await worker.fail(call, .unavailable, "the source is away")
+            _ = try await worker.told { if case .stored = $0.kind { true } else { nil } }
+            #expect(try await client.cancelMigration(.with { $0.id = migration.id }).state == .cancelled)
+            between = call
+        }
+        try await rig.process { client, worker in
+            let call = try #require(between)
+            try await worker.heartbeat()
+            _ = try await worker.told(isCancel)
+            try await worker.fail(call, .cancelled, "nothing is left")
+            _ = try await worker.told { if case .stored = $0.kind { true } else { nil } }
+            try await worker.heartbeat()
+            // What is said after the heartbeat is answered after it.
+            try await worker.fail(call, .cancelled, "nothing is left")
+            let isCancelled = try await worker.told { control -> Bool? in
+                switch control.kind {
+                case .cancel: true
+                case .stored: false
+                default: nil
+                }
+            }
+            #expect(!isCancelled)
+        }
+    }
+
+    /// Its queue may have lost its majority.
+    @Test func hostWhoseQueueTakesNothingKeepsNoOtherWaiting() async throws {
+        let rig = try Rig()
+        let bus = WatchedBus(stalled: "kvm2")
+        let store = try SQLiteStore(path: "\(rig.folder.path)/store.sqlite")
+        try await store.write { store in
+            for number in 0...600 {
+                try store.enqueue(
+                    OutboxRecord(
+                        id: "\(number)", identity: CallIdentity(task: "\(number)", attempt: 1, fence: 1),
+                        method: "flotilla.v1.ExportService/Export", host: number < 600 ? "kvm2" : "kvm1", body: [1]))
+            }
+        }
+        let coordinator = Coordinator(
+            store: store, bus: bus, member: rig.members.coordinator,
+            logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() })
+        try await bus.declare(Names().topology(hosts: ["kvm1", "kvm2"]))
+        var tasks = try await bus.subscribe(Names().tasks(of: "kvm1"), prefetch: 1).deliveries.makeAsyncIterator()
+        let running = Task { try await coordinator.run { ["kvm1", "kvm2"] } }
+        #expect(await tasks.next(isolation: #isolation)?.message.messageID == "600")
+        let left = try await eventually {
+            let left = try await store.write { try $0.unsent(limit: 1000, except: []).map(\.host) }
+            return left.count == 600 ? Set(left) : nil
+        }
+        #expect(left == ["kvm2"])
+        running.cancel()
+        _ = await running.result
+    }
+
     @Test func drainedHostGetsNoNewTasks() async throws {
         let rig = try Rig()
         try await rig.process { client, worker in
@@ -139,9 +202,10 @@ import Testing
     }
 }
 
-/// Counts what is declared.
-private final class DeclaredBus: MessageBus {
+/// Counts what is declared, and keeps who publishes to one key waiting.
+private final class WatchedBus: MessageBus {
     private let bus = InProcessBus()
+    private let stalled: String?
     private let declared = Mutex<[String]>([])
 
     var isDurable: Bool { bus.isDurable }
@@ -154,7 +218,12 @@ private final class DeclaredBus: MessageBus {
         try await bus.declare(topology)
     }
 
-    func publish(_ message: Messaging.Message) async throws { try await bus.publish(message) }
+    init(stalled: String? = nil) { self.stalled = stalled }
+
+    func publish(_ message: Messaging.Message) async throws {
+        if message.routingKey == stalled { try await Task.sleep(for: .seconds(3600)) }
+        try await bus.publish(message)
+    }
 
     func subscribe(_ queue: String, prefetch: Int) async throws -> Subscription {
         try await bus.subscribe(queue, prefetch: prefetch)

@@ -26,21 +26,21 @@ import Testing
                     migrationID: "m\(number)", stage: .export, host: "kvm1", request: [UInt8(number)], now: now)
                 task.machine = TaskMachine(
                     state: state, attempt: UInt32(number + 1), fence: UInt64(number + 2), failures: number,
-                    losses: number + 3)
+                    losses: number + 3, isUnswept: state == .cancelled)
                 task.startedAt = Moment(milliseconds: 3)
                 try store.save(task)
             }
         }
     }
 
-    /// - Parameter losses: of every task; nil: as filled.
-    private func expectAll(_ store: SQLiteStore, losses: Int? = nil) async throws {
+    /// - Parameter isOld: a store that knew nothing of losses and of sweeping.
+    private func expectAll(_ store: SQLiteStore, isOld: Bool = false) async throws {
         for (number, state) in Self.states.enumerated() {
             let found = try await store.write { [id = id(number)] in try $0.task(id: id) }
             let task = try #require(found)
             let expected = TaskMachine(
                 state: state, attempt: UInt32(number + 1), fence: UInt64(number + 2), failures: number,
-                losses: losses ?? number + 3)
+                losses: isOld ? 0 : number + 3, isUnswept: !isOld && state == .cancelled)
             #expect(task.machine == expected)
             #expect(task.request == [UInt8(number)])
             #expect(task.startedAt == Moment(milliseconds: 3))
@@ -66,6 +66,8 @@ import Testing
             try $0.dueTasks(now: Moment(milliseconds: 7), or: Moment(milliseconds: 9))
         }
         #expect(due == [id(0), id(2)])
+        #expect(try await store.write { try $0.unsweptTasks(of: "kvm1").map(\.id) } == [id(5)])
+        #expect(try await store.write { try $0.unsweptTasks(of: "kvm2").isEmpty })
         #expect(try await store.write { try $0.tasksWithWorkers().map(\.id) }.sorted() == [id(1), id(2)])
     }
 
@@ -91,10 +93,12 @@ import Testing
                     ALTER TABLE task DROP COLUMN fence;
                     ALTER TABLE task DROP COLUMN failures;
                     ALTER TABLE task DROP COLUMN losses;
+                    DROP INDEX task_unswept;
+                    ALTER TABLE task DROP COLUMN unswept;
                     DROP INDEX outbox_of_task;
-                    DELETE FROM grdb_migrations WHERE identifier IN ('3', '4');
+                    DELETE FROM grdb_migrations WHERE identifier IN ('3', '4', '5');
                     """)
         }
-        try await expectAll(try SQLiteStore(path: path), losses: 0)
+        try await expectAll(try SQLiteStore(path: path), isOld: true)
     }
 }

@@ -92,6 +92,16 @@ final class TransportRig: Sendable {
             })
     }
 
+    /// Says that the end of this attempt is stored.
+    func confirm(fence: UInt64) async throws {
+        try await tell(
+            .with {
+                $0.taskID = "m-convert"
+                $0.fence = fence
+                $0.stored = ResultStored()
+            })
+    }
+
     func tell(_ control: ControlMessage) async throws {
         var message = Messaging.Message(
             exchange: names.control, routingKey: "kvm1",

@@ -85,12 +85,30 @@ import Testing
         try await rig.run { events in
             try await rig.send("fail")
             _ = try await events.ended()
-            // Its end is published before the attempt is over.
+            // Not as long as its end is to be confirmed. That is published before the attempt is over.
+            try await rig.cancel(fence: 1, "no longer wanted")
+            try await rig.confirm(fence: 1)
             let isDiscarded = try await eventually {
                 try await rig.cancel(fence: 1, "no longer wanted")
                 return rig.ledger.discarded.isEmpty ? nil : true
             }
             #expect(isDiscarded == true)
+            let ended: TaskEvent = try await events.first { if case .ended = $0.kind { $0 } else { nil } }
+            #expect(ended.fence == 1 && ended.ended.message == "no longer wanted")
+            #expect(ended.ended.code == Int32(MigrationError.Code.cancelled.rawValue))
+        }
+    }
+
+    @Test func lateCopyOfAnEndedTaskDoesNotTakeThePlaceOfItsResult() async throws {
+        let rig = TransportRig()
+        try await rig.run { events in
+            try await rig.send("work")
+            #expect(try await events.ended().code == 0)
+            try await rig.send("work", validity: .seconds(-1))
+            _ = try #require(try await rig.deadLetter())
+            try await rig.send("fail", task: "other-convert")
+            let event: TaskEvent = try await events.first { if case .ended = $0.kind { $0 } else { nil } }
+            #expect(event.taskID == "other-convert")
         }
     }
 
@@ -208,12 +226,7 @@ import Testing
             try await rig.send("work")
             #expect(try await events.ended().code == 0)
             #expect(try await events.ended().code == 0)
-            try await rig.tell(
-                .with {
-                    $0.taskID = "m-convert"
-                    $0.fence = 1
-                    $0.stored = ResultStored()
-                })
+            try await rig.confirm(fence: 1)
             let forgotten = try await eventually { await rig.ledger.unacknowledged().isEmpty ? true : nil }
             #expect(forgotten == true)
         }

@@ -189,6 +189,40 @@ private let dataLoss = MigrationError.Code.dataLoss.rawValue
         #expect(sent.handle(.ended(fence: 1, outcome: .success), now: moment(0), policy: policy).isEmpty)
         #expect(sent.state == .cancelled)
     }
+
+    @Test func cancelIsSaidAgainUntilNothingIsLeft() {
+        let cancelled = MigrationError.Code.cancelled.rawValue
+        for outcome in [TaskMachine.Outcome.success, .failure(code: cancelled)] {
+            var machine = TaskMachine(now: moment(0))
+            func handle(_ event: TaskMachine.Event) -> [TaskMachine.Action] {
+                machine.handle(event, now: moment(0), policy: policy)
+            }
+            _ = handle(.dispatch)
+            #expect(handle(.alive).isEmpty)
+            _ = handle(.cancel)
+            // A failure keeps its files for the next attempt; another fence's end says nothing of this one's.
+            for event in [
+                TaskMachine.Event.ended(fence: 1, outcome: .failure(code: unavailable)),
+                .ended(fence: 0, outcome: .success),
+            ] {
+                #expect(handle(event).isEmpty)
+                #expect(handle(.alive) == [.cancel(fence: 1)])
+            }
+            #expect(handle(.released(fence: 0)).isEmpty)
+            #expect(handle(.released(fence: 1)) == [.cancel(fence: 1)])
+            #expect(handle(.ended(fence: 1, outcome: outcome)).isEmpty)
+            #expect(handle(.alive).isEmpty)
+            _ = handle(.restart)
+            #expect(handle(.dispatch) == [.send(attempt: 2, fence: 2)])
+            _ = handle(.cancel)
+            #expect(handle(.alive) == [.cancel(fence: 2)])
+            _ = handle(.restart)
+            #expect(!machine.isUnswept)
+        }
+        var waiting = TaskMachine(now: moment(0))
+        _ = waiting.handle(.cancel, now: moment(0), policy: policy)
+        #expect(waiting.handle(.alive, now: moment(0), policy: policy).isEmpty)
+    }
 }
 
 @Suite struct NamingTests {

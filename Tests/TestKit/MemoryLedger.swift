@@ -43,8 +43,12 @@ package final class MemoryLedger: TaskLedger {
         state.withLock { if $0.ended[task]?.fence == fence { $0.ended[task] = nil } }
     }
 
-    package func discard(task: String, fence: UInt64) async throws {
-        state.withLock { if $0.fences[task] == fence { $0.discarded.append(task) } }
+    package func discard(task: String, fence: UInt64) async throws -> Bool {
+        state.withLock { state in
+            if state.fences[task] ?? 0 > fence || state.ended[task] != nil { return false }
+            state.discarded.append(task)
+            return true
+        }
     }
 
     package func unacknowledged() async -> [TaskEvent] { state.withLock { Array($0.ended.values) } }

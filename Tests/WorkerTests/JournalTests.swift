@@ -151,12 +151,18 @@ import Testing
             _ = try await journal.admit(first)
             if task != "released" { try await journal.recordEnd(of: first.identity, end(first, code: code ?? 0)) }
             if task == "waiting" { try await journal.acknowledge(task: task, fence: 1) }
-            try await journal.discard(task: task, fence: 2)
+            // A later attempt's work is not what was cancelled.
+            #expect(try await journal.discard(task: task, fence: 0) == false)
             #expect(!Files.exists("\(folder.path)/swept-\(task)"))
-            try await journal.discard(task: task, fence: 1)
+            // The cancelled attempt need not have come here.
+            #expect(try await journal.discard(task: task, fence: 2) == (task != "unconfirmed"))
             #expect(Files.exists("\(folder.path)/swept-\(task)") == (task != "unconfirmed"))
         }
+        // Of which the journal knows nothing any more.
+        #expect(try await journal.discard(task: "unknown", fence: 1))
+        #expect(Files.exists("\(folder.path)/swept-unknown"))
         #expect(await journal.unacknowledged().map(\.taskID) == ["unconfirmed"])
+        #expect(try open().interrupted.isEmpty)
     }
 
     @Test func acknowledgementOfAnOlderFenceKeepsTheResult() async throws {

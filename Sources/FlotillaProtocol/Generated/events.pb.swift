@@ -149,6 +149,7 @@ package nonisolated struct TaskEvent: Sendable {
 
   package var taskID: String = String()
 
+  /// 0 where it is not known; the fence alone counts.
   package var attempt: UInt32 = 0
 
   package var fence: UInt64 = 0

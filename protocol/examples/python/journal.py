@@ -56,6 +56,11 @@ class Journal:
         """The end is stored. The fence stays, so that a late copy of the task is not run again."""
         self._append(self.entries[task] | {"ended": None, "forgotten": True})
 
+    def may_discard(self, task, fence):
+        """Not a later attempt's work, nor an end that nobody has confirmed."""
+        entry = self.entries.get(task)
+        return entry is None or entry["fence"] <= fence and entry["ended"] is None
+
     def unconfirmed(self):
         return [base64.b64decode(entry["ended"]) for entry in self.entries.values() if entry["ended"]]
 

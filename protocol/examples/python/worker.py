@@ -23,6 +23,7 @@ from raw_images import RawImages
 log = logging.getLogger("worker")
 TASK_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
 EVENT_VALIDITY_MS = 7 * 24 * 3600 * 1000
+DISCARD_SEQ = 1 << 40  # far above what an attempt counts to
 
 
 def clock():
@@ -312,6 +313,8 @@ class Worker:
                 self.journal.forget(message.task_id)
             return
         attempt = self.attempts.get(message.task_id)
+        if attempt is None and kind == "cancel" and not message.cancel.revoked:
+            return self.discard(message)
         if attempt is None or attempt.fence != message.fence:
             return
         if kind == "lease":
@@ -320,6 +323,17 @@ class Worker:
             attempt.answer(message.permit)
         elif kind == "cancel":
             attempt.stop(message.cancel.reason, None if message.cancel.revoked else bus.CANCELLED)
+
+    def discard(self, message):
+        """Of a cancelled task that nobody works on here. Asked for again until `ended` arrives."""
+        task, fence = message.task_id, message.fence
+        if not self.journal.may_discard(task, fence):
+            return
+        self.service.sweep(task)
+        if task in self.journal.entries:
+            self.journal.forget(task)
+        ended = self.pb.TaskEnded(code=bus.CANCELLED, message=message.cancel.reason)
+        self.publish_task(self.pb.TaskEvent(task_id=task, fence=fence, seq=DISCARD_SEQ, ended=ended))
 
     def finish(self, attempt, ended):
         """Journals the end before anybody hears of it."""
