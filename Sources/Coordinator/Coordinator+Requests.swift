@@ -114,6 +114,12 @@ extension Coordinator {
 }
 
 extension SubmitMigrationRequest {
+    var withoutDeadline: SubmitMigrationRequest {
+        var request = self
+        request.clearDeadline()
+        return request
+    }
+
     func validate() throws {
         guard !sourceURL.isEmpty, !host.isEmpty, !pool.isEmpty, ["qcow2", "raw"].contains(format) else {
             throw MigrationError(.invalidArgument, "a migration needs source_url, host, pool, and format qcow2 or raw")

@@ -192,8 +192,19 @@ package final class Coordinator: Sendable {
     private func watchTime() async throws {
         while !Task.isCancelled {
             let hears = hasHeard(for: settings.policy.leaseDuration)
-            let due = try await store.write { [policy = settings.policy] in
-                try $0.dueTasks(now: .now, or: .now + policy.longestWait)
+            let (due, expired) = try await store.write { [policy = settings.policy] in
+                (
+                    try $0.dueTasks(now: .now, or: .now + policy.longestWait),
+                    try $0.expiredTasks(now: .now, grace: policy.leaseDuration)
+                )
+            }
+            if !expired.isEmpty {
+                try await decide { transitions in
+                    for task in try expired.compactMap(transitions.store.task)
+                    where transitions.isActive(task.migrationID) {
+                        _ = try transitions.apply(.expire, to: task)
+                    }
+                }
             }
             // In portions, so that the start of a large wave keeps nobody's events waiting.
             for start in stride(from: 0, to: due.count, by: 256) {

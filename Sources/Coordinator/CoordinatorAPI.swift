@@ -81,7 +81,9 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
             guard let record = try transitions.store.migration(id: request.id) else {
                 throw MigrationError(.notFound, "there is no migration \(request.id)")
             }
-            return try transitions.submit(record.request)
+            var again = record.request.withoutDeadline
+            if request.hasDeadline { again.deadline = request.deadline }
+            return try transitions.submit(again)
         }
     }
 

@@ -27,6 +27,8 @@ package protocol JobTransaction {
     func dueTasks(now: Moment, or horizon: Moment) throws -> [String]
     /// Tasks that wait in the queue of a host since before `moment`, for all the store knows, or since after `horizon`.
     func tasksSent(to host: String, before moment: Moment, or horizon: Moment) throws -> [TaskRecord]
+    /// Ids of open tasks whose deadline has passed: by more than `grace`, of those that run.
+    func expiredTasks(now: Moment, grace: Duration) throws -> [String]
     /// Cancelled tasks of a host that has not said yet that nothing is left of them.
     func unsweptTasks(of host: String) throws -> [TaskRecord]
     /// Tasks that were sent or run.

@@ -43,6 +43,8 @@ package struct TaskRecord: Sendable {
     /// The stage's request message, serialized.
     package var request: [UInt8]
     package var machine: TaskMachine
+    /// When it must have ended; nil: whenever.
+    package var deadline: Moment?
     package var startedAt: Moment?
     package var endedAt: Moment?
 

@@ -121,6 +121,8 @@ package final class SQLiteStore: JobStore {
                 sql: """
                     ALTER TABLE task ADD COLUMN unswept INTEGER NOT NULL DEFAULT 0;
                     CREATE INDEX task_unswept ON task(host) WHERE unswept;
+                    ALTER TABLE task ADD COLUMN deadline INTEGER;
+                    CREATE INDEX task_deadline ON task(deadline) WHERE deadline IS NOT NULL AND ended_at IS NULL;
                     """)
         }
         return migrator

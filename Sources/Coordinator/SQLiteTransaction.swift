@@ -89,7 +89,7 @@ struct SQLiteTransaction: JobTransaction {
 
     private static let tasks = """
         SELECT id, migration_id, stage, host, request, state, due_at, code, attempt, fence, failures, losses, unswept,
-            started_at, ended_at
+            deadline, started_at, ended_at
         FROM task
         """
 
@@ -116,6 +116,16 @@ struct SQLiteTransaction: JobTransaction {
             [host, moment.milliseconds, horizon.milliseconds], task)
     }
 
+    func expiredTasks(now: Moment, grace: Duration) throws -> [String] {
+        try all(
+            """
+            SELECT id FROM task WHERE ended_at IS NULL AND deadline <= ?
+                AND (state IN ('waiting', 'sent') OR state = 'running' AND deadline <= ?)
+            """,
+            [now.milliseconds, (now - grace).milliseconds]
+        ) { $0[0] }
+    }
+
     func unsweptTasks(of host: String) throws -> [TaskRecord] {
         try all("\(Self.tasks) WHERE host = ? AND unswept", [host], task)
     }
@@ -137,18 +147,21 @@ struct SQLiteTransaction: JobTransaction {
             """
             INSERT INTO task (
                 id, migration_id, stage, host, request, state, due_at, code, attempt, fence, failures, losses,
-                unswept, has_worker, started_at, ended_at)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                unswept, has_worker, deadline, started_at, ended_at)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
             ON CONFLICT (id) DO UPDATE SET host = excluded.host, request = excluded.request, state = excluded.state,
                 due_at = excluded.due_at, code = excluded.code, attempt = excluded.attempt, fence = excluded.fence,
                 failures = excluded.failures, losses = excluded.losses, unswept = excluded.unswept,
-                has_worker = excluded.has_worker, started_at = excluded.started_at, ended_at = excluded.ended_at,
+                has_worker = excluded.has_worker, deadline = excluded.deadline, started_at = excluded.started_at,
+                ended_at = excluded.ended_at,
                 sent_at = CASE WHEN state = excluded.state AND fence = excluded.fence THEN sent_at END
             """,
             [
                 record.id, record.migrationID, record.stage.rawValue, record.host, Data(record.request), state,
                 due?.milliseconds, code, machine.attempt, Int64(clamping: machine.fence), machine.failures,
-                machine.losses, machine.isUnswept, hasWorker, record.startedAt?.milliseconds, record.endedAt?.milliseconds,
+                machine.losses, machine.isUnswept, hasWorker, record.deadline?.milliseconds,
+                record.startedAt?.milliseconds,
+                record.endedAt?.milliseconds,
             ])
     }
 
@@ -173,8 +186,9 @@ struct SQLiteTransaction: JobTransaction {
         record.machine = TaskMachine(
             state: state, attempt: row[8], fence: UInt64(row[9] as Int64), failures: row[10], losses: row[11],
             isUnswept: row[12])
-        record.startedAt = (row[13] as Int64?).map(Moment.init(milliseconds:))
-        record.endedAt = (row[14] as Int64?).map(Moment.init(milliseconds:))
+        record.deadline = (row[13] as Int64?).map(Moment.init(milliseconds:))
+        record.startedAt = (row[14] as Int64?).map(Moment.init(milliseconds:))
+        record.endedAt = (row[15] as Int64?).map(Moment.init(milliseconds:))
         return record
     }
 

@@ -1,25 +1,27 @@
 import FlotillaProtocol
 import FoundationEssentials
+import Messaging
 import MigrationModel
 import Passthrough
 import SwiftProtobuf
 
 /// A migration's way from stage to stage.
 extension Transitions {
-    mutating func finish(_ task: TaskRecord, _ outcome: TaskMachine.Outcome, _ ended: TaskEnded) throws {
+    /// - Parameter spoken: what was said of the end; nil when nobody did.
+    mutating func finish(_ task: TaskRecord, _ outcome: TaskMachine.Outcome, _ spoken: TaskEnded?) throws {
         guard var migration = try store.migration(id: task.migrationID), !migration.state.isFinal else { return }
         switch outcome {
         case .failure(let code):
-            var ended = ended
+            var ended = spoken ?? task.unspokenEnd
             if ended.code == 0 { ended.code = Int32(code) }
             if task.stage == .undeploy { return try finishTakingBack(&migration, failure: ended) }
-            if !isReplaced, try mayBeLeft(task, ended), try takeBack(&migration, because: ended) { return }
+            if !isReplaced, try mayBeLeft(task, spoken), try takeBack(&migration, because: ended) { return }
             migration.state = ended.finalState
             migration.error = ended
             try save(migration)
         case .success:
             do {
-                try advance(&migration, after: task, ended)
+                try advance(&migration, after: task, spoken ?? TaskEnded())
             } catch let error as MigrationError {
                 migration.state = .failed
                 migration.error = TaskEnded(error)
@@ -171,6 +173,8 @@ extension Transitions {
             task = TaskRecord(
                 migrationID: migration.id, stage: stage, host: migration.request.host, request: body, now: now)
         }
+        let hasDeadline = stage != .undeploy && migration.request.hasDeadline
+        task.deadline = hasDeadline ? migration.request.deadline.moment : nil
         // Deploys and what takes them back have one order: the host's devices know only the last.
         let rival: Stage? = stage == .deploy ? .undeploy : stage == .undeploy ? .deploy : nil
         if let rival, let other = try store.task(id: rival.taskID(ofMigration: migration.id)) {
@@ -219,6 +223,13 @@ extension TaskRecord {
     /// What is said of an end that no worker reported: nothing of a cancelled task.
     var unspokenEnd: TaskEnded {
         guard case .failed(let code) = machine.state else { return TaskEnded() }
+        if let deadline, code == MigrationError.Code.deadlineExceeded.rawValue {
+            return .with {
+                $0.code = Int32(code)
+                $0.message = "the \(stage.rawValue) had not ended by the deadline, \(deadline.timestamp.text)"
+                $0.hint = TaskEnded.laterDeadline
+            }
+        }
         return .with {
             $0.code = Int32(code)
             $0.message =

@@ -1,5 +1,6 @@
 import FlotillaProtocol
 import HostKit
+import Messaging
 import MigrationModel
 import SwiftProtobuf
 
@@ -8,13 +9,18 @@ extension Transitions {
     /// something else is asked of it now; then, and when it has ended, it is looked at again from the export, which is
     /// cheap and finds a changed source. What is done stays done: other options don't touch a domain in use.
     mutating func submit(_ request: SubmitMigrationRequest) throws -> Migration {
+        if request.hasDeadline, request.deadline.moment <= now {
+            throw MigrationError(
+                .invalidArgument, "the deadline, \(request.deadline.text), has passed", hint: TaskEnded.laterDeadline)
+        }
         let parts = [request.sourceURL, request.vmName, request.host, request.pool, request.options.domainName]
         let key = hex(Digest.hash(.sha256, Array(parts.joined(separator: "\0").utf8)))
         var record: MigrationRecord
         if let earlier = try store.migration(key: key) {
             record = earlier
             activate(record.id)
-            let isOther = record.request != request
+            // What is under way keeps its deadline: the worker was told, and would have to begin anew.
+            let isOther = record.request.withoutDeadline != request.withoutDeadline
             if isOther && !record.state.isFinal {
                 isReplaced = true
                 defer { isReplaced = false }
@@ -27,7 +33,11 @@ extension Transitions {
                 record.findings = []
                 if record.state != .done {
                     record.request = request
-                } else if isOther {
+                } else {
+                    record.request = record.request.withoutDeadline
+                    if request.hasDeadline { record.request.deadline = request.deadline }
+                }
+                if record.state == .done, isOther {
                     record.notice(
                         "it was done before with other options; those of now were not applied",
                         remedy: "undefine the domain and remove its disks and state to migrate it anew")

@@ -7,10 +7,12 @@ import SwiftProtobuf
 /// undeploy then, and the migration is over only after that.
 extension Transitions {
     /// The worker did not take it back: it was to be tried again, or nobody knows how far it came.
-    func mayBeLeft(_ task: TaskRecord, _ ended: TaskEnded) throws -> Bool {
+    ///
+    /// - Parameter spoken: what the worker said of the end; nil when it said nothing.
+    func mayBeLeft(_ task: TaskRecord, _ spoken: TaskEnded?) throws -> Bool {
         guard task.stage == .deploy else { return try replacedDeployIsLeft(task.migrationID) }
-        return task.machine.state == .cancelled || task.machine.losses >= policy.maximumLosses
-            || MigrationError.Code(rawValue: Int(ended.code))?.isRetryable ?? false
+        guard let spoken else { return true }
+        return MigrationError.Code(rawValue: Int(spoken.code))?.isRetryable ?? false
     }
 
     /// Whether a deploy was cancelled, to make way for a run that has not come as far, and was not taken back.

@@ -122,7 +122,8 @@ struct Transitions {
                     OutboxRecord(
                         id: "\(task.id)-\(fence)",
                         identity: CallIdentity(task: task.id, attempt: attempt, fence: fence),
-                        method: task.stage.method, host: task.host, deadline: nil, body: task.request))
+                        method: task.stage.method, host: task.host, deadline: task.deadline,
+                        body: task.request))
                 effects.sendsTasks = true
             case .renewLease(let fence):
                 tell(
@@ -137,7 +138,7 @@ struct Transitions {
                 let reason = isOver ? "the task is over" : "fence \(task.machine.fence) owns the task"
                 cancel(task, fence, reason, revoked: true)
             case .cancel(let fence): cancel(task, fence, "the migration was cancelled", revoked: false)
-            case .finish(let outcome): try finish(task, outcome, ended ?? task.unspokenEnd)
+            case .finish(let outcome): try finish(task, outcome, ended)
             }
         }
         if isWatched(task.migrationID), try store.migrationState(id: task.migrationID)?.isFinal == false {

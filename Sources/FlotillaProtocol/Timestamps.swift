@@ -11,5 +11,11 @@ extension Moment {
 }
 
 extension Google_Protobuf_Timestamp {
-    package var moment: Moment { Moment(milliseconds: seconds * 1000 + Int64(nanos / 1_000_000)) }
+    /// As RFC 3339, in UTC.
+    package var text: String { (try? jsonString())?.filter { $0 != "\"" } ?? "-" }
+
+    /// Years 1 to 9999, as protobuf has it; what a message holds beyond counts as their end.
+    package var moment: Moment {
+        Moment(milliseconds: min(max(seconds, -62_135_596_800), 253_402_300_799) * 1000 + Int64(nanos / 1_000_000))
+    }
 }

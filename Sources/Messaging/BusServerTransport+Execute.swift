@@ -58,6 +58,7 @@ extension BusServerTransport {
             return TaskEnded.with {
                 $0.code = Int32(MigrationError.Code.deadlineExceeded.rawValue)
                 $0.message = "the task's deadline passed"
+                $0.hint = TaskEnded.laterDeadline
             }
         case .cancelled(let why) where status?.0.code != .ok:
             return TaskEnded.with {
@@ -127,6 +128,9 @@ private final class UpdateWriter: ClosableRPCWriterProtocol {
 }
 
 extension TaskEnded {
+    /// A hint.
+    package static let laterDeadline = "ask for it again with a later deadline: it goes on where it stopped"
+
     /// Itself, or why it can't be sent: a result that no message holds would be waited for for ever.
     var thatFits: TaskEnded {
         let room = Message.maximumBody - 4096

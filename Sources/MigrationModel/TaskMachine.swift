@@ -5,7 +5,7 @@
 ///  waiting ------------> sent ----------> running ------------> succeeded
 ///     ^                    |                 |   ended, retryable / lease expired or released
 ///     +--------------------+-----------------+--------------------------+
-///                                            |   ended, final; lost too often --> failed
+///                                            |   ended, final; lost too often; expired --> failed
 ///                                            |   cancel        --> cancelled
 /// ```
 /// Every dispatch raises `attempt` and `fence`. What carries an older fence changes nothing: its worker may still
@@ -39,6 +39,8 @@ package struct TaskMachine: Hashable, Sendable {
         case unclaimed
         /// The host's worker lives, and this task is cancelled.
         case alive
+        /// Its deadline has passed, and whoever worked on it had the time to say so.
+        case expire
         /// Run it again although it ended; a person or an earlier stage asked for it.
         case restart
         case cancel
@@ -185,6 +187,12 @@ package struct TaskMachine: Hashable, Sendable {
             (failures, losses, isUnswept) = (0, 0, false)
             state = .waiting(notBefore: now)
             return []
+
+        case (.expire, _) where !isEnded:
+            let isOut = if case .waiting = state { false } else { true }
+            let code = MigrationError.Code.deadlineExceeded.rawValue
+            state = .failed(code: code)
+            return (isOut ? [.revoke(fence: fence)] : []) + [.finish(.failure(code: code))]
 
         case (.cancel, _) where !isEnded:
             isUnswept = fence > 0

@@ -2,6 +2,7 @@ import Coordinator
 import FlotillaProtocol
 import FoundationEssentials
 import GRPCCore
+import HostKit
 import Logging
 import Messaging
 import MigrationModel
@@ -180,6 +181,52 @@ import Testing
         _ = await running.result
     }
 
+    /// A lease runs out while the broker is away, and its renewals wait there.
+    @Test func nobodyIsGivenUpWhileNobodyCanBeHeard() async throws {
+        let rig = try Rig()
+        let store = try SQLiteStore(path: "\(rig.folder.path)/store.sqlite")
+        let past = Moment.now - .seconds(120)
+        let id = Stage.export.taskID(ofMigration: "m1")
+        try await store.write { store in
+            try store.save(
+                MigrationRecord(
+                    id: "m1", key: "m1", request: Rig.request, state: .exporting, createdAt: past, updatedAt: past))
+            var task = TaskRecord(migrationID: "m1", stage: .export, host: Rig.host, request: [], now: past)
+            task.machine = TaskMachine(
+                state: .running(leaseUntil: past), attempt: 1, fence: 1, failures: 0, losses: 0, isUnswept: false)
+            try store.save(task)
+        }
+        let bus = WatchedBus()
+        let events = Names().coordinatorEvents
+        func hear(_ connected: Moment, _ consumes: Moment?) {
+            bus.set(
+                BusStatus(
+                    connections: [.init(name: "consume", state: .connected(since: connected))],
+                    consumers: [.init(queue: events, activeSince: consumes)]))
+        }
+        hear(past, nil)
+        var settings = Coordinator.Settings(tick: .milliseconds(2))
+        settings.policy.leaseDuration = .seconds(60)
+        let coordinator = Coordinator(
+            store: store, bus: bus, member: rig.members.coordinator, settings: settings,
+            logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() })
+        let running = Task { try await coordinator.run { [Rig.host] } }
+        let silences: [(Moment, Moment?)] = [(past, nil), (past, .now), (.now, past)]
+        for (connected, consumes) in silences {
+            hear(connected, consumes)
+            #expect(try await eventually { bus.looks > 5 ? true : nil } == true)
+            #expect(try await store.write { try $0.task(id: id)?.machine.attempt } == 1)
+        }
+        // Since long, or since a moment that the clock was set back from.
+        hear(past, .now + .seconds(3600))
+        let isLost = try await eventually {
+            try await store.write { try $0.task(id: id)?.machine.fence } == 2 ? true : nil
+        }
+        #expect(isLost == true)
+        running.cancel()
+        _ = await running.result
+    }
+
     @Test func drainedHostGetsNoNewTasks() async throws {
         let rig = try Rig()
         try await rig.process { client, worker in
@@ -202,14 +249,27 @@ import Testing
     }
 }
 
-/// Counts what is declared, and keeps who publishes to one key waiting.
+/// Counts what is declared, keeps who publishes to one key waiting, and fares as it is told.
 private final class WatchedBus: MessageBus {
     private let bus = InProcessBus()
     private let stalled: String?
     private let declared = Mutex<[String]>([])
 
-    var isDurable: Bool { bus.isDurable }
-    var status: BusStatus { bus.status }
+    private let told = Mutex<(status: BusStatus, looks: Int)?>(nil)
+
+    var isDurable: Bool { told.withLock { $0 } != nil }
+    var status: BusStatus {
+        told.withLock { told in
+            told?.looks += 1
+            return told?.status
+        } ?? bus.status
+    }
+
+    /// How often somebody has looked at the status since it was set.
+    var looks: Int { told.withLock { $0?.looks ?? 0 } }
+
+    /// Outlives, from now on, the process as a broker does.
+    func set(_ status: BusStatus) { told.withLock { $0 = (status, 0) } }
 
     func declarations(of queue: String) -> Int { declared.withLock { $0.count(where: { $0 == queue }) } }
 

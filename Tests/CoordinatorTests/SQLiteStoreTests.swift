@@ -94,6 +94,8 @@ import Testing
                     ALTER TABLE task DROP COLUMN failures;
                     ALTER TABLE task DROP COLUMN losses;
                     DROP INDEX task_unswept;
+                    DROP INDEX task_deadline;
+                    ALTER TABLE task DROP COLUMN deadline;
                     ALTER TABLE task DROP COLUMN unswept;
                     DROP INDEX outbox_of_task;
                     DELETE FROM grdb_migrations WHERE identifier IN ('3', '4', '5');

@@ -6,8 +6,8 @@ import Testing
 extension Integration {
     /// libvirt's test driver: no guest runs, so this is quick.
     @Suite(.serialized) struct Output {
-        private func migrate(_ options: [String]) throws -> (Outcome, Place) {
-            let place = try Place(uri: "test:///default")
+        private func migrate(_ options: [String], in earlier: Place? = nil) throws -> (Outcome, Place) {
+            let place = try earlier ?? Place(uri: "test:///default")
             let outcome = try run(
                 Environment.flotilla(),
                 ["migrate", try web(), "--host", place.uri, "--pool", place.pool, "--state", place.state]
@@ -33,6 +33,21 @@ extension Integration {
                     outcome.output.contains(disk.source.contentSha256) && outcome.output.contains(disk.source.sha256))
                 #expect(disk.source.contentSha256.count == 64 && disk.target.path.hasPrefix(place.pool))
             }
+        }
+
+        @Test func deadlineStopsIt() throws {
+            for refused in ["0h", "-1h", "soon", "1999-12-31T23:59:59Z", "9223372036854775807d"] {
+                #expect(try migrate(["--deadline", refused]).0.status == 2)
+            }
+            let (late, place) = try migrate(["--rate", "512K", "--deadline", "2s"])
+            #expect(late.status == 1, "\(late.output)")
+            for part in ["deadline", "ask for it again with a later deadline"] {
+                #expect((late.output + late.errors).contains(part), "\(part) in \(late.output)")
+            }
+            #expect(try place.poolFiles.allSatisfy { !$0.hasSuffix(".qcow2") })
+            let (done, _) = try migrate(["--deadline", "1h"], in: place)
+            #expect(done.status == 0, "\(done.output)")
+            try place.expectDisks("demo-web")
         }
 
         @Test func oneObjectPerEvent() throws {

@@ -1,6 +1,8 @@
 import ArgumentParser
 import Deploy
 import FlotillaProtocol
+import HostKit
+import MigrationModel
 import Passthrough
 import SwiftProtobuf
 
@@ -93,6 +95,23 @@ enum VerifyArgument: ExpressibleByArgument, Equatable {
     }
 }
 
+/// "6h", "90m", "45s" or "2d" from now, or a moment as of RFC 3339.
+struct DeadlineArgument: ExpressibleByArgument {
+    let moment: Moment
+
+    init?(argument: String) {
+        let seconds: [Character: Int64] = ["s": 1, "m": 60, "h": 3600, "d": 24 * 3600]
+        if let unit = argument.last.flatMap({ seconds[$0] }), let count = Int64(argument.dropLast()) {
+            guard count > 0, count < 1 << 20 else { return nil }
+            moment = .now + .seconds(count * unit)
+        } else if let time = try? Google_Protobuf_Timestamp(jsonString: "\"\(argument)\""), time.moment > .now {
+            moment = time.moment
+        } else {
+            return nil
+        }
+    }
+}
+
 /// What is asked of a migration, wherever it runs.
 struct MigrationOptions: ParsableArguments {
     @Option(help: "Format of the disks: qcow2 or raw.")
@@ -148,6 +167,12 @@ struct MigrationOptions: ParsableArguments {
     @Option(help: ArgumentHelp("Seconds to wait for that proof.", valueName: "seconds"))
     var verifyTimeout: UInt32 = 300
 
+    @Option(
+        help: ArgumentHelp(
+            "When it must have ended, such as 6h, 90m or 2026-05-01T04:00:00Z: what is under way then is stopped.",
+            valueName: "time"))
+    var deadline: DeadlineArgument?
+
     @Flag(help: "Change nothing; say what would be done, with the domain's XML.")
     var dryRun = false
 
@@ -171,6 +196,7 @@ struct MigrationOptions: ParsableArguments {
     func apply(to request: inout SubmitMigrationRequest) {
         request.format = format.rawValue
         request.dryRun = dryRun
+        if let deadline { request.deadline = deadline.moment.timestamp }
         request.options.networks = networks.map(\.mapping)
         request.options.gpu = gpu.policy
         request.options.gpuMappings = gpuMap.map(\.mapping)

@@ -174,9 +174,14 @@ struct MigrationCommand: AsyncParsableCommand {
 
         @OptionGroup var fleet: FleetOptions
         @Argument(help: "The migration's id.") var id: String
+        @Option(
+            help: ArgumentHelp("When it must have ended, as for submit (default: whenever).", valueName: "time"))
+        var deadline: DeadlineArgument?
 
         func run() async throws {
-            let migration = try await fleet.connect { try await $0.retryMigration(.with { $0.id = id }) }
+            var request = RetryMigrationRequest.with { $0.id = id }
+            if let deadline { request.deadline = deadline.moment.timestamp }
+            let migration = try await fleet.connect { [request] in try await $0.retryMigration(request) }
             Console.line("\(migration.title): \(migration.state)")
         }
     }

@@ -146,6 +146,17 @@ package nonisolated struct SubmitMigrationRequest: @unchecked Sendable {
     set {_uniqueStorage()._dryRun = newValue}
   }
 
+  /// When it must have ended: what is under way then is stopped and taken back as by a cancel, and it fails with
+  /// DEADLINE_EXCEEDED. Unset: never. The same request with another deadline leaves what is under way alone.
+  package var deadline: SwiftProtobuf.Google_Protobuf_Timestamp {
+    get {_storage._deadline ?? SwiftProtobuf.Google_Protobuf_Timestamp()}
+    set {_uniqueStorage()._deadline = newValue}
+  }
+  /// Returns true if `deadline` has been explicitly set.
+  package var hasDeadline: Bool {_storage._deadline != nil}
+  /// Clears the value of `deadline`. Subsequent reads from it will return its default value.
+  package mutating func clearDeadline() {_uniqueStorage()._deadline = nil}
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -489,9 +500,21 @@ package nonisolated struct RetryMigrationRequest: Sendable {
 
   package var id: String = String()
 
+  /// In place of the one it had. Unset: none.
+  package var deadline: SwiftProtobuf.Google_Protobuf_Timestamp {
+    get {_deadline ?? SwiftProtobuf.Google_Protobuf_Timestamp()}
+    set {_deadline = newValue}
+  }
+  /// Returns true if `deadline` has been explicitly set.
+  package var hasDeadline: Bool {self._deadline != nil}
+  /// Clears the value of `deadline`. Subsequent reads from it will return its default value.
+  package mutating func clearDeadline() {self._deadline = nil}
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
+
+  fileprivate var _deadline: SwiftProtobuf.Google_Protobuf_Timestamp? = nil
 }
 
 package nonisolated struct RollbackMigrationRequest: Sendable {
@@ -848,7 +871,7 @@ nonisolated extension MigrationState: SwiftProtobuf._ProtoNameProviding {
 
 nonisolated extension SubmitMigrationRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".SubmitMigrationRequest"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}source_url\0\u{3}vm_name\0\u{1}host\0\u{1}pool\0\u{1}format\0\u{1}options\0\u{3}dry_run\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}source_url\0\u{3}vm_name\0\u{1}host\0\u{1}pool\0\u{1}format\0\u{1}options\0\u{3}dry_run\0\u{1}deadline\0")
 
   fileprivate class _StorageClass {
     var _sourceURL: String = String()
@@ -858,6 +881,7 @@ nonisolated extension SubmitMigrationRequest: SwiftProtobuf.Message, SwiftProtob
     var _format: String = String()
     var _options: DeployOptions? = nil
     var _dryRun: Bool = false
+    var _deadline: SwiftProtobuf.Google_Protobuf_Timestamp? = nil
 
       // This property is used as the initial default value for new instances of the type.
       // The type itself is protecting the reference to its storage via CoW semantics.
@@ -875,6 +899,7 @@ nonisolated extension SubmitMigrationRequest: SwiftProtobuf.Message, SwiftProtob
       _format = source._format
       _options = source._options
       _dryRun = source._dryRun
+      _deadline = source._deadline
     }
   }
 
@@ -900,6 +925,7 @@ nonisolated extension SubmitMigrationRequest: SwiftProtobuf.Message, SwiftProtob
         case 5: try { try decoder.decodeSingularStringField(value: &_storage._format) }()
         case 6: try { try decoder.decodeSingularMessageField(value: &_storage._options) }()
         case 7: try { try decoder.decodeSingularBoolField(value: &_storage._dryRun) }()
+        case 8: try { try decoder.decodeSingularMessageField(value: &_storage._deadline) }()
         default: break
         }
       }
@@ -933,6 +959,9 @@ nonisolated extension SubmitMigrationRequest: SwiftProtobuf.Message, SwiftProtob
       if _storage._dryRun != false {
         try visitor.visitSingularBoolField(value: _storage._dryRun, fieldNumber: 7)
       }
+      try { if let v = _storage._deadline {
+        try visitor.visitSingularMessageField(value: v, fieldNumber: 8)
+      } }()
     }
     try unknownFields.traverse(visitor: &visitor)
   }
@@ -949,6 +978,7 @@ nonisolated extension SubmitMigrationRequest: SwiftProtobuf.Message, SwiftProtob
         if _storage._format != rhs_storage._format {return false}
         if _storage._options != rhs_storage._options {return false}
         if _storage._dryRun != rhs_storage._dryRun {return false}
+        if _storage._deadline != rhs_storage._deadline {return false}
         return true
       }
       if !storagesAreEqual {return false}
@@ -1558,7 +1588,7 @@ nonisolated extension CancelMigrationRequest: SwiftProtobuf.Message, SwiftProtob
 
 nonisolated extension RetryMigrationRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".RetryMigrationRequest"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}id\0\u{1}deadline\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1567,20 +1597,29 @@ nonisolated extension RetryMigrationRequest: SwiftProtobuf.Message, SwiftProtobu
       // enabled. https://github.com/apple/swift-protobuf/issues/1034
       switch fieldNumber {
       case 1: try { try decoder.decodeSingularStringField(value: &self.id) }()
+      case 2: try { try decoder.decodeSingularMessageField(value: &self._deadline) }()
       default: break
       }
     }
   }
 
   package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    // The use of inline closures is to circumvent an issue where the compiler
+    // allocates stack space for every if/case branch local when no optimizations
+    // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
+    // https://github.com/apple/swift-protobuf/issues/1182
     if !self.id.isEmpty {
       try visitor.visitSingularStringField(value: self.id, fieldNumber: 1)
     }
+    try { if let v = self._deadline {
+      try visitor.visitSingularMessageField(value: v, fieldNumber: 2)
+    } }()
     try unknownFields.traverse(visitor: &visitor)
   }
 
   package static func ==(lhs: RetryMigrationRequest, rhs: RetryMigrationRequest) -> Bool {
     if lhs.id != rhs.id {return false}
+    if lhs._deadline != rhs._deadline {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
