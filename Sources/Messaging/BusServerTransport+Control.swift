@@ -16,6 +16,10 @@ extension BusServerTransport {
             guard let content = try? ControlMessages(serializedBytes: delivery.message.body) else {
                 throw MigrationError(.invalidArgument, "its body is no ControlMessages message")
             }
+            // Task ids become file names.
+            guard content.messages.allSatisfy({ TaskCall.isIdentifier($0.taskID) }) else {
+                throw MigrationError(.invalidArgument, "a control message of it names no task")
+            }
             messages = content.messages
         } catch {
             return await reject(delivery, from: names.control(of: member.name), "\(error)")

@@ -76,10 +76,14 @@ package struct TaskCall: Sendable, Equatable {
         guard let attempt = message.headers[Header.attempt]?.integer.flatMap(UInt32.init(exactly:)), attempt > 0,
             let fence = message.headers[Header.fence]?.integer.flatMap(UInt64.init(exactly:)), fence > 0
         else { throw MigrationError(.invalidArgument, "headers \(Header.attempt) and \(Header.fence) are needed") }
+        let deadline = message.headers[Header.deadline]?.integer
+        guard (0..<1 << 53).contains(deadline ?? 0) else {
+            throw MigrationError(.invalidArgument, "header \(Header.deadline) is no time in milliseconds")
+        }
         self.init(
             identity: CallIdentity(task: message.correlationID, attempt: attempt, fence: fence),
             method: String(message.type.dropFirst()), audience: audience,
-            deadline: message.headers[Header.deadline]?.integer.map(Moment.init(milliseconds:)), body: message.body)
+            deadline: deadline.map(Moment.init(milliseconds:)), body: message.body)
         traceparent = message.headers[Header.traceparent]?.string
     }
 

@@ -1,4 +1,5 @@
 import HostKit
+import Messaging
 import MigrationModel
 
 /// A task's place in a pool for what is not finished: `<pool>/.flotilla/<task>/<fence>`, on the file system where the
@@ -37,6 +38,8 @@ struct WorkDirectory: Sendable {
     }
 
     func remove() throws {
+        // "..", or nothing, would be far more than a task's folder.
+        guard TaskCall.isIdentifier(task) else { throw MigrationError(.invalidArgument, "'\(task)' is no task id") }
         guard Files.exists(root) else { return }
         try Files.remove(path)
         // Stays while other tasks have folders in it.

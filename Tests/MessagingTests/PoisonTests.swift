@@ -100,6 +100,20 @@ import Testing
         }
     }
 
+    @Test(arguments: ["", "..", "a/b"]) func controlMessagesOfNoTaskAreRefused(_ task: String) async throws {
+        let rig = TransportRig()
+        try await rig.run { events in
+            try await rig.tell(
+                .with {
+                    $0.taskID = task
+                    $0.fence = 1
+                    $0.cancel.reason = "no longer wanted"
+                })
+            #expect(try await events.rejected().reason.contains("names no task"))
+            #expect(rig.ledger.discarded.isEmpty)
+        }
+    }
+
     @Test func forgedControlMessagesChangeNothing() async throws {
         let rig = TransportRig()
         try await rig.run { events in

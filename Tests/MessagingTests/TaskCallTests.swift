@@ -22,6 +22,7 @@ import Testing
             { $0.correlationID = "-rf" }, { $0.correlationID = String(repeating: "a", count: 129) },
             { $0.headers["flotilla-attempt"] = nil }, { $0.headers["flotilla-attempt"] = .integer(0) },
             { $0.headers["flotilla-fence"] = .integer(-1) }, { $0.headers["flotilla-fence"] = .string("7") },
+            { $0.headers["deadline-unix-ms"] = .integer(.min) }, { $0.headers["deadline-unix-ms"] = .integer(.max) },
             { $0.body = [UInt8](repeating: 0, count: Message.maximumBody + 1) },
         ] as [@Sendable (inout Message) -> Void])
     func malformed(_ damage: @Sendable (inout Message) -> Void) {

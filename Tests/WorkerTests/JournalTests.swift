@@ -370,6 +370,15 @@ import Testing
         #expect(try work.adopt(fence: 3) == third)
     }
 
+    @Test(arguments: ["", ".", "..", "../..", "/", "a/../../x"]) func nothingButATaskIsRemoved(_ task: String) throws {
+        let folder = try TemporaryFolder()
+        _ = try WorkDirectory(pool: folder.path, task: "a").adopt(fence: 1)
+        #expect { try WorkDirectory(pool: folder.path, task: task).remove() } throws: {
+            ($0 as? MigrationError)?.code == .invalidArgument
+        }
+        #expect(Files.exists("\(folder.path)/.flotilla/a/1"))
+    }
+
     @Test func removingTheLastTaskRemovesTheFolder() throws {
         let folder = try TemporaryFolder()
         let (one, two) = (WorkDirectory(pool: folder.path, task: "a"), WorkDirectory(pool: folder.path, task: "b"))

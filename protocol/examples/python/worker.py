@@ -327,7 +327,7 @@ class Worker:
     def discard(self, message):
         """Of a cancelled task that nobody works on here. Asked for again until `ended` arrives."""
         task, fence = message.task_id, message.fence
-        if not self.journal.may_discard(task, fence):
+        if not TASK_ID.fullmatch(task) or not self.journal.may_discard(task, fence):
             return
         self.service.sweep(task)
         if task in self.journal.entries:
