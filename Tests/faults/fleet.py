@@ -1,15 +1,31 @@
 """A fleet under test, and the judge of what it did."""
 
+import collections
 import json
 import os
 import pathlib
+import re
 import sqlite3
 import subprocess
 import time
+import xml.etree.ElementTree as xml
+
+import checker
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 HOSTS = ["kvm1", "kvm2", "kvm3"]
 LEASE = 6
+WORKER_FAILPOINTS = [
+    "worker.accepted", "worker.accepted-published", "worker.result-journaled", "worker.result-published",
+    "worker.journal-written", "worker.journal-replaced",
+    "export.manifest-written", "convert.image-created", "convert.chunk-written:3", "convert.checkpoint",
+    "convert.image-finished", "convert.disk-published", "deploy.permitted", "deploy.defined",
+]
+COORDINATOR_FAILPOINTS = [
+    "coordinator.migration-stored", "coordinator.task-stored", "coordinator.task-sent", "coordinator.result-stored",
+]
+METADATA = "{https://flotilla.dev/xmlns/domain/1}migration"
+SEEN = re.compile(r"for domain '?([^':]+)'?: (Defined Added|Defined Updated|Undefined)")
 
 
 class Violation(Exception):
@@ -29,6 +45,9 @@ class Fleet:
         self.names = []
         # Migrations that were judged, and their attempts.
         self.total = [0, 0]
+        self.watcher = None
+        # What each member is started with besides.
+        self.with_member = collections.defaultdict(dict)
 
     # Processes
 
@@ -45,8 +64,20 @@ class Fleet:
         self.bed("start", "--flotilla", self.flotilla, "--hosts", str(len(HOSTS)), "--libvirt", self.uri,
                  "--sources", str(self.guest), "--nodes", str(self.nodes), FLEET_LEASE=f"{LEASE}s", FLEET_HEARTBEAT="2s",
                  FLEET_RATE="8M")  # a conversion takes long enough to be hit
+        self.store = self.dir / "state/coordinator/coordinator.sqlite"
+        self.kill("coordinator")
+        checker.install(self.store)
+        self.begin("coordinator")
+        self.wait_api()
+        with (self.dir / "log/libvirt.log").open("w") as log:
+            self.watcher = subprocess.Popen(["stdbuf", "-oL", "virsh", "-c", self.uri, "event", "--event", "lifecycle", "--loop"],
+                                            stdout=log, stderr=subprocess.STDOUT)
 
     def stop(self):
+        if self.watcher:
+            self.watcher.terminate()
+            self.watcher.wait()
+            self.watcher = None
         if (self.dir / "hosts").exists():
             self.bed("stop")
         subprocess.run([ROOT / "Tests/testbeds/libvirt/run", "stop", "--dir", self.libvirt], check=False)
@@ -55,14 +86,20 @@ class Fleet:
         self.bed("kill", name)
 
     def begin(self, name, failpoint="", **environment):
-        self.bed("start", name, FLOTILLA_FAILPOINT=failpoint, **environment)
+        self.bed("start", name, FLOTILLA_FAILPOINT=failpoint, **{**self.with_member[name], **environment})
 
     def pid(self, name):
-        for line in self.bed("status").splitlines():
-            words = line.split()
-            if words[0] == name and words[1] != "-":
-                return int(words[1])
-        return None
+        try:
+            number = int((self.dir / f"run/{name}.pid").read_text())
+            variables = pathlib.Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
+        except (OSError, ValueError):
+            return None
+        return number if f"FLOTILLA_FLEET={self.dir}/{name}".encode() in variables else None
+
+    def broker_pids(self):
+        lines = [line.split() for line in self.bed("status").splitlines()]
+        # A process has its number and its command there, a node its number and ports.
+        return [int(words[1]) for words in lines if words[0] == "broker" and words[1].isdigit() and "/" in words[2]]
 
     def is_stopped(self, name):
         number = self.pid(name)
@@ -127,24 +164,22 @@ class Fleet:
 
     # Judgement
 
-    def judge(self, in_order=True):
-        """Checks this round's migrations, by what is there and by the event log, and clears the ground for the next.
-        Where the log's own clock was set, its times don't tell the order of permits: `in_order` is false then."""
-        lost = []
+    def judge(self):
+        """Checks this round's migrations, by what is there and by what the witnesses saw, and clears the ground for the
+        next."""
         self.wait_api()
         found = self.migrations()
+        findings = checker.judge(checker.read(self.store))
         for name, _ in self.names:
             if found[name]["state"] != "DONE":
-                lost.append(f"{name}: {found[name]['state']} {found[name].get('errorMessage', '')}")
-        lost += [f"{task}: no end in the event log" for task, in self.log("""
-            SELECT id FROM task WHERE NOT EXISTS
-                (SELECT 1 FROM event WHERE event.task_id = task.id AND event.fence = task.fence
-                 AND event.kind = 'ended')""")]
-        if lost:
-            raise Violation("lost: " + "; ".join(lost))
-        domains = self.domains()
-        if sorted(domains) != sorted(name for name, _ in self.names):
-            raise Violation(f"duplicate or missing effects: domains {domains}, wanted {self.names}")
+                findings.lost(f"{name}: {found[name]['state']} {found[name].get('errorMessage', '')}")
+        wanted = {name: [found[name]["id"], *(found[name].get("result", {}).get(key) for key in ("domainUuid", "manifestSha256"))]
+                  for name, _ in self.names}
+        domains = {name: self.domain(name) for name in self.domains()}
+        wait(10, "libvirt to tell of all its domains", lambda: self.defines().keys() >= domains.keys())
+        checker.judge_domains(findings, wanted, domains, self.defines())
+        if findings:
+            raise Violation("; ".join(findings))
         for name, host in self.names:
             for number in (0, 1):
                 image = self.dir / f"pool/{host}/{name}-disk{number}.qcow2"
@@ -153,9 +188,6 @@ class Fleet:
                 if compared.returncode != 0:
                     raise Violation(f"{image} differs from its source: {compared.stderr}")
         wait(60, "the work folders to be swept", lambda: not self.left_over())
-        stale = in_order and self.stale_permits()
-        if stale:
-            raise Violation(f"stale-fence writes: {stale}")
         attempts = sum(step["attempt"] for name, _ in self.names for step in found[name]["stages"])
         count = len(self.names)
         self.undefine()
@@ -170,16 +202,9 @@ class Fleet:
         wanted = {self.dir / f"pool/{host}/{name}-disk{number}.qcow2" for name, host in self.names for number in (0, 1)}
         return [path for path in self.dir.glob("pool/*/**/*") if path.is_file() and path not in wanted]
 
-    def stale_permits(self):
-        """Permits that were given to a fence when a larger one had been accepted."""
-        return self.log("""
-            SELECT late.task_id, late.fence, late.kind FROM event late JOIN event newer
-                ON newer.task_id = late.task_id AND newer.fence > late.fence AND newer.at < late.at
-            WHERE late.kind LIKE 'permit:%' AND newer.kind = 'accepted'""")
-
     def log(self, query):
         """Rows of the coordinator's store, in which the event log is."""
-        store = sqlite3.connect(f"file:{self.dir}/state/coordinator/coordinator.sqlite?mode=ro", uri=True)
+        store = sqlite3.connect(f"file:{self.store}?mode=ro", uri=True)
         try:
             return store.execute(query).fetchall()
         finally:
@@ -189,6 +214,22 @@ class Fleet:
         listed = subprocess.run(["virsh", "-q", "-c", self.uri, "list", "--all", "--name"], check=True,
                                 stdout=subprocess.PIPE, text=True).stdout
         return listed.split()
+
+    def domain(self, name):
+        """Migration, UUID and digest of its manifest, as libvirt has them."""
+        text = subprocess.run(["virsh", "-q", "-c", self.uri, "dumpxml", "--inactive", name], check=True,
+                              stdout=subprocess.PIPE, text=True).stdout
+        root = xml.fromstring(text)
+        ours = root.find(f"metadata/{METADATA}")
+        said = [None, None] if ours is None else [ours.get("id"), ours.get("manifest-sha256")]
+        return [said[0], root.findtext("uuid"), said[1]]
+
+    def defines(self):
+        """How often each domain was added, updated, removed, as libvirt told while it happened."""
+        counts = collections.defaultdict(lambda: [0, 0, 0])
+        for name, what in SEEN.findall((self.dir / "log/libvirt.log").read_text()):
+            counts[name][("Defined Added", "Defined Updated", "Undefined").index(what)] += 1
+        return counts
 
     def undefine(self):
         for name in self.domains():
