@@ -1,5 +1,7 @@
 """A fleet whose three brokers have a network that can be cut."""
 
+import contextlib
+import functools
 import subprocess
 import time
 
@@ -62,13 +64,28 @@ def leader(fleet, queue, asked):
     raise Violation(f"{queue} has no leader")
 
 
-def leader_partitioned(outer):
-    """3 brokers, of which the leader of a queue is cut off: from its peers, then from everybody"""
-    network = Network(outer.dir)
-    fleet = Fleet(outer.dir.with_name(outer.dir.name + "-cluster"), outer.flotilla, outer.guest, nodes=3,
+@contextlib.contextmanager
+def clustered(outer):
+    """A fleet of its own beside the outer one, with three brokers, and their network."""
+    network = make_network(outer.dir)
+    fleet = Fleet(outer.dir.with_name(outer.dir.name + "-cluster"), outer.flotilla, outer.guest, nodes=len(PEERS),
                   FLEET_NAMESPACES="yes")
     fleet.start()
     try:
+        yield fleet, network
+    except Violation as violation:
+        raise Violation(f"{violation}\n  of the cluster in {fleet.dir}") from violation
+    finally:
+        fleet.stop()
+
+
+# The process has one.
+make_network = functools.cache(Network)
+
+
+def leader_partitioned(outer):
+    """3 brokers, of which the leader of a queue is cut off: from its peers, then from everybody"""
+    with clustered(outer) as (fleet, network):
         for queue in ("flotilla.events.coordinator", "flotilla.tasks.kvm1"):
             for peers_only in (True, False):
                 node = leader(fleet, queue, 1)
@@ -87,10 +104,6 @@ def leader_partitioned(outer):
                 print(f"  {queue} on node {node}, cut off from {'its peers' if peers_only else 'everybody'}: "
                       f"{fleet.judge()}", flush=True)
         return verdict(*fleet.total)
-    except Violation as violation:
-        raise Violation(f"{violation}\n  of the cluster in {fleet.dir}") from violation
-    finally:
-        fleet.stop()
 
 
 def leader_or_none(fleet, queue, asked):
@@ -100,14 +113,27 @@ def leader_or_none(fleet, queue, asked):
         return None
 
 
-def bring_back(fleet, node):
+def kill_node(fleet, node):
+    run(ROOT / "Tests/testbeds/rabbitmq/run", "kill", "--dir", fleet.dir / "rabbitmq", "--node", node)
+
+
+def start_node(fleet, node):
+    run(ROOT / "Tests/testbeds/rabbitmq/run", "start", "--tls-from", fleet.dir / "broker-tls", "--nodes", len(PEERS),
+        "--namespaces", "--dir", fleet.dir / "rabbitmq", "--node", node)
+
+
+def bring_back(fleet, node, starts=False):
     """RabbitMQ's own affair: a node of the minority starts anew, and waits for its tables 30 s at a time. Erlang's `global` may
-    hang in that (RabbitMQ's log: "Global hang workaround"); then somebody has to start the node again."""
+    hang in that (RabbitMQ's log: "Global hang workaround"); then somebody has to start the node again.
+
+    - starts: it was killed"""
     try:
+        if starts:
+            start_node(fleet, node)
         wait(120, f"node {node} to be back", lambda: is_back(fleet, node))
-    except Violation:
-        for words in (["kill"], ["start", "--tls-from", fleet.dir / "broker-tls", "--nodes", len(PEERS), "--namespaces"]):
-            run(ROOT / "Tests/testbeds/rabbitmq/run", *words, "--dir", fleet.dir / "rabbitmq", "--node", node)
+    except (Violation, subprocess.CalledProcessError):
+        kill_node(fleet, node)
+        start_node(fleet, node)
         print(f"  RabbitMQ on node {node} hung in its start and was started again", flush=True)
         wait(240, f"node {node} to be back", lambda: is_back(fleet, node))
 

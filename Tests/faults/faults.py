@@ -1,11 +1,8 @@
 """The ways to break a fleet. `Tests/faults/run --help` says what is checked after each."""
 
 import argparse
-import contextlib
-import os
 import random
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -14,22 +11,13 @@ import time
 from bus import Tap
 from clock import clock_jumps
 from cluster import leader_partitioned
-from fleet import HOSTS, LEASE, Fleet, Violation, wait
+from disks import full_disks
+from fleet import COORDINATOR_FAILPOINTS, HOSTS, LEASE, WORKER_FAILPOINTS, Fleet, Violation, wait
 from permissions import permissions
 from poison import poison
 from proxy import ChaosProxy
+from schedule import random_cluster, random_schedule
 from workers import consumer_lost, crash_loop, drained, task_stuck
-
-WORKER_FAILPOINTS = [
-    "worker.accepted", "worker.accepted-published", "worker.result-journaled", "worker.result-published",
-    "worker.journal-written", "worker.journal-replaced",
-    "export.manifest-written", "convert.image-created", "convert.chunk-written:3", "convert.checkpoint",
-    "convert.image-finished", "convert.disk-published", "deploy.permitted", "deploy.defined",
-]
-COORDINATOR_FAILPOINTS = [
-    "coordinator.migration-stored", "coordinator.task-stored", "coordinator.task-sent", "coordinator.result-stored",
-]
-
 
 def worker_failpoints(fleet, points=WORKER_FAILPOINTS):
     """kill -9 of a worker at every failpoint"""
@@ -214,54 +202,6 @@ def bad_network(fleet, seconds=20):
             fleet.begin("kvm1")
 
 
-def full_disks(fleet):
-    """no space left for a worker's journal, then for the coordinator's store"""
-    for name in ("kvm1", "coordinator"):
-        state = fleet.dir / "state" / name
-        saved = state.with_name(f"{name}.saved")
-        fleet.kill(name)
-        state.rename(saved)
-        state.mkdir(mode=0o700)
-        # A log that has room left would put off the day.
-        for store in saved.glob("*.sqlite"):
-            with contextlib.closing(sqlite3.connect(store)) as database:
-                database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        # Room for what earlier cases left there, and some.
-        size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file()) + (16 << 20)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "none", state], check=True)
-        try:
-            subprocess.run(["cp", "-a", f"{saved}/.", state], check=True)
-            fleet.begin(name)
-            fleet.submit(["kvm1", "kvm2"])
-            ballast = state / "ballast"
-            subprocess.run(["dd", "if=/dev/zero", f"of={ballast}", "bs=4k"], check=False, stderr=subprocess.DEVNULL)
-            complaint = lambda: "No space left" in (fleet.dir / f"log/{name}.log").read_text() or \
-                "can't grow" in (fleet.dir / f"log/{name}.log").read_text()
-            fleet.ask("fault-full", "kvm1")
-            wait(60, f"{name} to find its disk full", complaint)
-            ballast.unlink()
-            fleet.begin(name)  # if it ended for that
-            fleet.wait_api()
-            # "No space left" is an honest end of a migration; with space it goes on.
-            fleet.ask("fault-full", "kvm1")
-            fleet.names.append(("fault-full", "kvm1"))
-            fleet.wait_ended()
-            for each in fleet.migrations().values():
-                if each["state"] == "FAILED":
-                    fleet.api("migration", "retry", each["id"])
-            fleet.wait_ended()
-            fleet.judge()
-        finally:
-            fleet.kill(name)
-            subprocess.run(["cp", "-a", f"{state}/.", saved], check=True)
-            subprocess.run(["umount", "-l", state], check=True)
-            state.rmdir()
-            saved.rename(state)
-            fleet.begin(name)
-    fleet.submit()
-    fleet.wait_ended()
-
-
 def key_rotated(fleet):
     """the coordinator's and a worker's signing keys changed with an overlap, while tasks run"""
     fleet.submit()
@@ -304,35 +244,6 @@ def permission_revoked(fleet):
     fleet.wait_ended()
 
 
-def random_schedule(fleet, seed, seconds):
-    """all of these in a random order, several at once"""
-    chance = random.Random(seed)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        fleet.submit([chance.choice(HOSTS) for _ in range(chance.randint(1, 3))])
-        for _ in range(chance.randint(1, 3)):
-            victim = chance.choice(["broker", "coordinator", *HOSTS])
-            kind = chance.choice(["kill", "kill", "stop", "pause"])
-            time.sleep(chance.uniform(0, 1.5))  # a random moment
-            if kind == "pause" and victim != "broker" and fleet.pid(victim):
-                fleet.signal(victim, signal.SIGSTOP)
-                time.sleep(chance.choice([0.5, LEASE * 1.5]))  # the pause itself
-                fleet.signal(victim, signal.SIGCONT)
-            else:
-                fleet.bed("kill" if kind != "stop" else "stop", victim)
-                time.sleep(chance.uniform(0, 2))  # how long it is away
-                fleet.begin(victim)
-        for name in ["coordinator", *HOSTS]:  # those that ended themselves, as a service manager would
-            fleet.begin(name)
-    deadline = time.monotonic() + 240
-    while not fleet.ended():
-        if time.monotonic() > deadline:
-            raise Violation("waited 240 s in vain for all migrations to end")
-        for name in ["coordinator", *HOSTS]:
-            fleet.begin(name)
-        time.sleep(0.5)
-
-
 CASES = {
     "worker-failpoints": worker_failpoints, "coordinator-failpoints": coordinator_failpoints,
     "broker-at-failpoints": broker_at_failpoints, "worker-restarted": worker_restarted, "permissions": permissions,
@@ -342,8 +253,9 @@ CASES = {
     "coordinator-away": coordinator_away, "all-killed": all_killed, "replayed": replayed, "bad-network": bad_network,
     "full-disks": full_disks, "key-rotated": key_rotated,
     "certificate-rotated": certificate_rotated, "permission-revoked": permission_revoked, "drained": drained,
-    "random": random_schedule,
+    "random": random_schedule, "random-cluster": random_cluster,
 }
+SEEDED = (random_schedule, random_cluster)
 
 
 def main():
@@ -370,10 +282,10 @@ def main():
         for name in options.cases or CASES:
             began = time.monotonic()
             case = CASES[name]
-            print(f"{name}: {case.__doc__}" + (f", seed {options.seed}" if name == "random" else ""), flush=True)
+            print(f"{name}: {case.__doc__}" + (f", seed {options.seed}" if case in SEEDED else ""), flush=True)
             try:
                 # Of a fleet of its own a case tells the verdict.
-                said = case(fleet, options.seed, options.seconds) if name == "random" else case(fleet)
+                said = case(fleet, options.seed, options.seconds) if case in SEEDED else case(fleet)
                 print(f"  {said or fleet.judge()}, {time.monotonic() - began:.0f} s", flush=True)
             except Violation as violation:
                 print(f"  VIOLATED: {violation}\n  left in {fleet.dir}, logs in {fleet.dir}/log", flush=True)

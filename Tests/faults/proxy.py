@@ -9,7 +9,7 @@ import time
 class ChaosProxy:
     """Forwards loopback connections to `target`. Modes: pass; delay (100 ms for each piece); reset (connections are
     reset, new ones as well); silence (nothing gets through, nothing is closed); half-open (towards the client nothing
-    gets through)."""
+    gets through); unheard (towards the broker nothing does)."""
 
     def __init__(self, target):
         self.target = target
@@ -73,7 +73,7 @@ class ChaosProxy:
                     continue
                 ready, _, _ = select.select([client, broker], [], [], 0.2)
                 for source in ready:
-                    if source is broker and self.mode == "half-open":
+                    if self.mode == ("half-open" if source is broker else "unheard"):
                         time.sleep(0.05)
                         continue
                     piece = source.recv(65536)
