@@ -30,10 +30,14 @@ package enum Failpoint: String, CaseIterable, Sendable {
     /// The devices are reserved and vGPUs made; no domain has them yet.
     case deployClaimed = "deploy.claimed"
     case deployUndefined = "undeploy.undefined"
-    /// A vGPU's record is written, the kernel was not asked yet; and right after it was; and after one is gone.
+    /// A vGPU's record is written, the kernel was not asked yet; right after it was; its parameters are set; mdevctl keeps
+    /// it; and after one is gone from the kernel, and from mdevctl.
     case gpuVgpuRecorded = "gpu.vgpu-recorded"
     case gpuVgpuCreated = "gpu.vgpu-created"
+    case gpuVgpuTuned = "gpu.vgpu-tuned"
+    case gpuVgpuKept = "gpu.vgpu-kept"
     case gpuVgpuDestroyed = "gpu.vgpu-destroyed"
+    case gpuVgpuForgotten = "gpu.vgpu-forgotten"
     /// A journal of drivers was written, sysfs was not yet.
     case gpuJournaled = "gpu.journaled"
     /// Before every write to sysfs that moves a driver, and after the last.

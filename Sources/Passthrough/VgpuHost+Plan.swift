@@ -35,18 +35,6 @@ extension VgpuHost {
             ? .run(["sriov-manage", flag, "\(gpu)"]) : .write("\(count)", to: "\(folder)/sriov_numvfs")
     }
 
-    /// Throws `failedPrecondition` when the GPU has vGPUs.
-    func mixingSizes(on gpu: PciAddress) throws -> HostStep {
-        let used = places().filter { $0.physical == gpu && (!$0.mediatedDevices.isEmpty || $0.currentType != nil) }
-        guard used.isEmpty else {
-            throw MigrationError(
-                .failedPrecondition,
-                "\(gpu) has vGPUs (on \(used.map { "\($0.function)" }.joined(separator: ", ")))",
-                hint: "destroy them first: sizes can be mixed only from the first vGPU on")
-        }
-        return .run(["nvidia-smi", "vgpu", "-i", "\(gpu)", "-shm", "1"])
-    }
-
     func record(
         of type: VgpuType, at place: VgpuPlace, for owner: GPUOwner, device: String, _ parameters: [String]
     ) -> VgpuRecord {
@@ -70,9 +58,10 @@ extension VgpuHost {
     }
 
     /// Nil when `flotilla gpu restore` makes it at boot: mdevctl is not there, or does not keep it, as those on a MIG
-    /// instance, which is gone by then.
-    func persisting(_ record: VgpuRecord) -> HostStep? {
-        guard let uuid = record.uuid, VgpuProfile(record.profile).gpuInstance == nil, tools.find("mdevctl") != nil
+    /// instance, which is gone by then, and on a GPU whose mixed sizes have to be set first.
+    func persisting(_ record: VgpuRecord) throws -> HostStep? {
+        guard let uuid = record.uuid, VgpuProfile(record.profile).gpuInstance == nil, tools.find("mdevctl") != nil,
+            try !store.mixedSizes().contains(record.physical)
         else { return nil }
         return .run(["mdevctl", "define", "--auto", "--uuid", uuid])
     }
@@ -84,8 +73,9 @@ extension VgpuHost {
         return .write("1", to: "bus/mdev/devices/\(uuid)/remove")
     }
 
+    /// Nil where mdevctl never heard of it, or is gone: then nothing makes it again.
     func forgetting(_ record: VgpuRecord) -> HostStep? {
-        guard record.isInMdevctl, let uuid = record.uuid else { return nil }
+        guard record.isInMdevctl, let uuid = record.uuid, tools.find("mdevctl") != nil else { return nil }
         return .run(["mdevctl", "undefine", "--uuid", uuid])
     }
 }
@@ -104,8 +94,8 @@ extension VgpuHost {
         Plan(steps: [try disabling(gpu, in: tree)].compactMap(\.self))
     }
 
-    package func plan(mixSizesOn gpu: PciAddress) throws -> Plan {
-        Plan(steps: [enabling(gpu), try mixingSizes(on: gpu)].compactMap(\.self))
+    package func plan(mixSizes isMixed: Bool, on gpu: PciAddress) throws -> Plan {
+        Plan(steps: [enabling(gpu), try switchingSizes(isMixed, on: gpu)].compactMap(\.self))
     }
 
     package func plan(
@@ -114,7 +104,9 @@ extension VgpuHost {
     ) throws -> Plan {
         var plan = Plan()
         if let known = try store.read().first(where: { $0.owner.isSame(as: owner) && $0.device == device }) {
-            if VgpuProfile(known.profile) == profile, known.phase != .destroying, exists(known) { return plan }
+            if isWanted(known, profile, parameters) {
+                return isWhole(known) ? plan : Plan(steps: try completion(of: known))
+            }
             plan.steps += removal(of: known)
         }
         if let step = gpu.flatMap(enabling) {
@@ -132,7 +124,8 @@ extension VgpuHost {
                 failure = failure ?? error
                 continue
             }
-            plan.steps += creation(of: record, type: type.id, at: place)
+            let steps = [try preparingSizes(of: place), making(record, type: type.id, at: place)]
+            plan.steps += try steps.compactMap(\.self) + completion(of: record)
             return plan
         }
         if let failure { throw failure }
@@ -147,7 +140,11 @@ extension VgpuHost {
 
     package func restorePlan() throws -> Plan {
         var plan = Plan()
-        for record in try store.read() where !exists(record) {
+        for record in try store.read() {
+            if exists(record) {
+                if record.phase == .present, !isWhole(record) { plan.steps += try completion(of: record) }
+                continue
+            }
             guard record.phase == .present else {
                 plan.steps += removal(of: record)
                 continue
@@ -160,7 +157,9 @@ extension VgpuHost {
                 plan.steps.append(try adding(instance, on: PciAddress(record.physical)))
             }
             if let place = place(of: record), let type = place.type(of: VgpuProfile(record.profile)) {
-                plan.steps += [making(record, type: type.id, at: place), parameters(of: record)].compactMap(\.self)
+                let sizes = try preparingSizes(of: place).flatMap { plan.steps.contains($0) ? nil : $0 }
+                plan.steps += [sizes, making(record, type: type.id, at: place)].compactMap(\.self)
+                plan.steps += try completion(of: record)
             } else {
                 plan.notes.append("then \(record.profile) on \(record.function) for \(record.owner)")
             }
@@ -168,8 +167,8 @@ extension VgpuHost {
         return plan
     }
 
-    private func creation(of record: VgpuRecord, type: String, at place: VgpuPlace) -> [HostStep] {
-        [making(record, type: type, at: place), parameters(of: record), persisting(record)].compactMap(\.self)
+    private func completion(of record: VgpuRecord) throws -> [HostStep] {
+        try [parameters(of: record), record.phase == .present ? nil : persisting(record)].compactMap(\.self)
     }
 
     private func removal(of record: VgpuRecord) -> [HostStep] {

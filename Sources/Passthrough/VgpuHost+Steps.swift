@@ -28,15 +28,6 @@ extension VgpuHost {
         }
     }
 
-    /// Lets vGPUs of several frame-buffer sizes live on one GPU. Only while there is none: after the virtual functions are
-    /// on, before the first type is written.
-    package func allowMixedSizes(on gpu: PciAddress) throws {
-        try exclusively {
-            try enableVirtualFunctions(of: gpu)
-            try carryOut(mixingSizes(on: gpu), hint: "not every GPU can mix sizes")
-        }
-    }
-
     package func virtualFunctions(of gpu: PciAddress) -> [String] {
         sysfs.list("bus/pci/devices/\(gpu)").filter { $0.hasPrefix("virtfn") }
     }
@@ -63,9 +54,7 @@ extension VgpuHost {
             Failpoint.gpuVgpuRecorded.hit()
             try write(record, type: type.id, at: place)
             Failpoint.gpuVgpuCreated.hit()
-            record.isInMdevctl = try persist(record)
-            record.phase = .present
-            try store.put(record)
+            try complete(&record)
             return record
         } catch {
             // What can't be taken back now keeps its record, for the next attempt or `gpu destroy`.
@@ -74,13 +63,45 @@ extension VgpuHost {
         }
     }
 
-    /// Asks the kernel, reads back, then sets parameters.
+    /// What is there already is what was asked for, so far as its record says.
+    func isWanted(_ known: VgpuRecord, _ profile: VgpuProfile, _ parameters: [String]) -> Bool {
+        VgpuProfile(known.profile) == profile && known.parameters == parameters && known.phase != .destroying
+            && exists(known)
+    }
+
+    /// Nothing is left to do for it in this boot.
+    func isWhole(_ record: VgpuRecord) -> Bool {
+        record.phase == .present && (record.parameters.isEmpty || record.tunedIn == boot)
+    }
+
+    /// Sets the parameters of a vGPU that the kernel has, and has mdevctl keep it: as often as it takes, wherever an
+    /// earlier attempt ended.
+    func complete(_ record: inout VgpuRecord) throws {
+        if let step = parameters(of: record) { try carryOut(step) }
+        Failpoint.gpuVgpuTuned.hit()
+        record.tunedIn = boot
+        if record.phase != .present {
+            // Whoever finds the record after a crash undefines it too.
+            record.isInMdevctl = try persisting(record) != nil
+            try store.put(record)
+            try persist(record)
+            Failpoint.gpuVgpuKept.hit()
+            record.phase = .present
+        }
+        try store.put(record)
+    }
+
+    /// Asks the kernel and reads back.
     func write(_ record: VgpuRecord, type: String, at place: VgpuPlace) throws {
         if let current = place.currentType {
             throw MigrationError(
                 .resourceExhausted, "\(place.function) has a vGPU of type \(current)", hint: "destroy it first")
         }
-        try carryOut(making(record, type: type, at: place))
+        try prepareSizes(of: place)
+        do { try carryOut(making(record, type: type, at: place)) } catch {
+            // mdevctl was faster, at boot.
+            guard exists(record) else { throw error }
+        }
         switch place.path {
         case .mdev:
             guard exists(record) else {
@@ -94,14 +115,29 @@ extension VgpuHost {
                     hint: "the kernel's log says why: journalctl -k | grep -i nvidia")
             }
         }
-        if let step = parameters(of: record) { try carryOut(step) }
     }
 
-    /// True when mdevctl will make it at boot.
-    private func persist(_ record: VgpuRecord) throws -> Bool {
-        guard let step = persisting(record) else { return false }
-        try carryOut(step, hint: "see mdevctl(8)")
-        return true
+    private func persist(_ record: VgpuRecord) throws {
+        guard let step = try persisting(record) else { return }
+        do { try carryOut(step, hint: "see mdevctl(8)") } catch {
+            // An earlier attempt came as far.
+            guard try keeps(record) else { throw error }
+        }
+    }
+
+    private func forget(_ record: VgpuRecord) throws {
+        guard let step = forgetting(record) else { return }
+        do { try carryOut(step, hint: "see mdevctl(8)") } catch {
+            // An earlier attempt did it, or died before there was something to do.
+            guard try !keeps(record) else { throw error }
+        }
+    }
+
+    /// mdevctl makes it again at boot.
+    private func keeps(_ record: VgpuRecord) throws -> Bool {
+        guard let uuid = record.uuid else { return false }
+        let known = try tools.run("mdevctl", ["list", "--defined", "--uuid", uuid], hint: "see mdevctl(8)")
+        return known.lowercased().contains(uuid)
     }
 
     func remove(_ record: VgpuRecord, as owner: GPUOwner) throws {
@@ -117,7 +153,8 @@ extension VgpuHost {
             }
         }
         Failpoint.gpuVgpuDestroyed.hit()
-        if let step = forgetting(record) { try? carryOut(step) }
+        try forget(record)
+        Failpoint.gpuVgpuForgotten.hit()
         if let resource = record.resource { try ledger.forget([resource], of: owner) }
         try store.remove(record)
     }

@@ -12,17 +12,21 @@ package struct VgpuHost: Sendable {
     let tools: VgpuTools
     let store: VgpuRecords
     let ledger: GPULedger
+    let boot: String
     private let lock: String
 
-    /// - Parameter folder: of the records and the lock; the ledger lies there too.
+    /// - Parameters:
+    ///   - folder: of the records and the lock; the ledger lies there too.
+    ///   - boot: the running kernel's boot id.
     package init(
         sysfs: Sysfs = Sysfs(), kernel: (any SysfsWriter)? = nil, tools: VgpuTools = VgpuTools(),
-        folder: String = GPULedger.folder, ledger: GPULedger? = nil
+        folder: String = GPULedger.folder, ledger: GPULedger? = nil, boot: String = bootID()
     ) {
         self.sysfs = sysfs
         self.kernel = kernel ?? KernelWriter(sysfs)
         self.tools = tools
         self.ledger = ledger ?? GPULedger(folder: folder)
+        self.boot = boot
         store = VgpuRecords(path: "\(folder)/vgpus.json")
         lock = "\(folder)/vgpus.lock"
     }
@@ -49,10 +53,10 @@ package struct VgpuHost: Sendable {
             if let known = try store.read().first(where: { $0.owner.isSame(as: owner) && $0.device == device }) {
                 // Also checks the fence.
                 if let resource = known.resource { try ledger.reserve([resource], for: owner) }
-                if VgpuProfile(known.profile) == profile, known.phase != .destroying, exists(known) {
+                if isWanted(known, profile, parameters) {
                     var kept = known
-                    (kept.owner, kept.phase) = (owner, .present)
-                    try store.put(kept)
+                    kept.owner = owner
+                    if isWhole(kept) { try store.put(kept) } else { try complete(&kept) }
                     return kept
                 }
                 try remove(known, as: owner)
@@ -100,7 +104,8 @@ package struct VgpuHost: Sendable {
         }
     }
 
-    /// Makes again what a reboot took, at the places where it was: domains name those. Returns what was made.
+    /// Makes again what a reboot took, at the places where it was: domains name those. Also sets the parameters of what
+    /// mdevctl made again, which has none. Returns what was made or set.
     ///
     /// - Throws: the first failure, after trying all.
     @discardableResult
@@ -108,10 +113,17 @@ package struct VgpuHost: Sendable {
         try exclusively {
             var made: [VgpuRecord] = []
             var failure: (any Error)?
-            for var record in try store.read() where !exists(record) {
+            for var record in try store.read() {
                 do {
+                    if exists(record) {
+                        // What was not finished is its maker's to go on with.
+                        guard record.phase == .present, !isWhole(record) else { continue }
+                        try complete(&record)
+                        made.append(record)
+                        continue
+                    }
                     guard record.phase == .present else {
-                        try remove(record, as: record.owner)
+                        try remove(record, as: ledger.newest(record.owner))
                         continue
                     }
                     if let physical = PciAddress(record.physical), record.physical != record.function {
@@ -133,6 +145,7 @@ package struct VgpuHost: Sendable {
                         try store.put(record)
                     }
                     try write(record, type: type.id, at: place)
+                    try complete(&record)
                     made.append(record)
                 } catch { failure = failure ?? error }
             }

@@ -23,8 +23,10 @@ package struct VgpuRecord: Sendable, Codable, Hashable {
     package var uuid: String?
     package var parameters: [String] = []
     package var phase: Phase = .creating
-    /// mdevctl makes it again at boot; all others are made by `flotilla gpu restore`.
+    /// mdevctl makes it again at boot, or is about to know it; all others are made by `flotilla gpu restore`.
     package var isInMdevctl = false
+    /// The boot in which its parameters were set: the next one has forgotten them, whoever makes it again.
+    package var tunedIn: String?
 }
 
 extension VgpuRecord {
@@ -40,33 +42,55 @@ struct VgpuRecords: Sendable {
     private struct Book: Codable {
         var version = 1
         var vgpus: [VgpuRecord] = []
+        /// Physical functions that hold several sizes; nil in books of earlier versions.
+        var mixed: [String]?
     }
 
     let path: String
 
-    func read() throws -> [VgpuRecord] {
-        guard Files.exists(path) else { return [] }
+    func read() throws -> [VgpuRecord] { try book().vgpus }
+
+    func mixedSizes() throws -> Set<String> { try Set(book().mixed ?? []) }
+
+    private func book() throws -> Book {
+        guard Files.exists(path) else { return Book() }
         guard let book = try? JSONDecoder().decode(Book.self, from: Data(Files.read(path))), book.version == 1 else {
             throw MigrationError(
                 .dataLoss, "the list of vGPUs made here, \(path), is damaged or of another version",
                 hint: "move it away; the vGPUs it named have to be destroyed by hand then")
         }
-        return book.vgpus
+        return book
     }
 
-    private func write(_ records: [VgpuRecord]) throws {
+    private func write(_ book: Book) throws {
         let encoder = JSONEncoder()
         encoder.outputFormatting = [.sortedKeys, .prettyPrinted, .withoutEscapingSlashes]
-        try Files.writeAtomically([UInt8](encoder.encode(Book(vgpus: records))), to: path)
+        try Files.writeAtomically([UInt8](encoder.encode(book)), to: path)
     }
 
+    /// One that is there keeps its place: they are made again in the order in which they were made.
     func put(_ record: VgpuRecord) throws {
-        var all = try read().filter { !$0.isSame(as: record) }
-        all.append(record)
-        try write(all)
+        var book = try book()
+        if let index = book.vgpus.firstIndex(where: { $0.isSame(as: record) }) {
+            book.vgpus[index] = record
+        } else {
+            book.vgpus.append(record)
+        }
+        try write(book)
     }
 
-    func remove(_ record: VgpuRecord) throws { try write(read().filter { !$0.isSame(as: record) }) }
+    func remove(_ record: VgpuRecord) throws {
+        var book = try book()
+        book.vgpus.removeAll { $0.isSame(as: record) }
+        try write(book)
+    }
+
+    func setMixedSizes(_ isMixed: Bool, of gpu: PciAddress) throws {
+        var book = try book()
+        let others = Set(book.mixed ?? []).subtracting(["\(gpu)"])
+        book.mixed = (isMixed ? others.union(["\(gpu)"]) : others).sorted()
+        try write(book)
+    }
 }
 
 extension VgpuRecord {

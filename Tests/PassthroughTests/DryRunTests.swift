@@ -83,9 +83,9 @@ import Testing
         #expect(early.steps == [.run(["sriov-manage", "-e", "0000:3b:00.0"])] && early.notes.count == 1)
         #expect(failure { try rig.host.plan(create: profile, for: web, device: "gpu0") }?.code == .resourceExhausted)
         let mixed = try rig.expect {
-            try rig.host.plan(mixSizesOn: gpu)
+            try rig.host.plan(mixSizes: true, on: gpu)
         } isDoneBy: {
-            try rig.host.allowMixedSizes(on: gpu)
+            try rig.host.setMixedSizes(true, on: gpu)
         }
         #expect(mixed.count == 2 && rig.host.plan(enable: gpu).steps.isEmpty)
 
@@ -95,16 +95,17 @@ import Testing
         let made = try rig.expect(create) {
             try rig.host.create(profile, for: web, device: "gpu0", parameters: ["enable_uvm=1"])
         }
-        #expect(made.count == 2)
+        #expect(made.count == 3 && made[0] == mixed[1])
         #expect(
-            rig.host.text(of: made[0])
+            rig.host.text(of: made[1])
                 == "would write 558 to \(rig.machine.sysfs.root)/bus/pci/devices/0000:3b:00.1/nvidia/current_vgpu_type")
         #expect(try create().steps.isEmpty)
-        #expect(failure { try rig.host.plan(mixSizesOn: gpu) }?.message.contains("has vGPUs (on 0000:3b:00.1)") == true)
+        #expect(
+            failure { try rig.host.plan(mixSizes: true, on: gpu) }?.message.contains("has vGPUs (on 0000:3b:00.1)")
+                == true)
 
         // A reboot.
-        for n in 1...3 { try Files.remove(rig.machine.sysfs.path("bus/pci/devices/0000:3b:00.\(n)")) }
-        for n in 0...2 { try Files.remove(rig.machine.sysfs.path("bus/pci/devices/0000:3b:00.0/virtfn\(n)")) }
+        try rig.machine.reboot("3b")
         let rebooted = try rig.host.restorePlan()
         #expect(rebooted.steps == early.steps)
         #expect(rebooted.notes == ["then NVIDIA A40-2Q on 0000:3b:00.1 for domain web"])

@@ -100,15 +100,13 @@ import Testing
         try machine.vendorGPU("3b", types: ["NVIDIA A40-2Q 558"])
         let gpu = PciAddress("0000:3b:00.0")
         let made = try machine.host().create(VgpuProfile("A40-2Q"), for: web, device: "gpu0", on: gpu)
-        for n in 1...3 { try Files.remove(machine.sysfs.path("bus/pci/devices/0000:3b:00.\(n)")) }
-        for n in 0...2 { try Files.remove(machine.sysfs.path("bus/pci/devices/0000:3b:00.0/virtfn\(n)")) }
+        try machine.reboot("3b")
         #expect(try machine.host().restore() == [made])
         #expect(machine.sysfs.text("bus/pci/devices/\(made.function)/nvidia/current_vgpu_type") == "558")
         #expect(try machine.host().restore().isEmpty)
 
         // With another version of the driver, which numbers its types anew.
-        for n in 1...3 { try Files.remove(machine.sysfs.path("bus/pci/devices/0000:3b:00.\(n)")) }
-        for n in 0...2 { try Files.remove(machine.sysfs.path("bus/pci/devices/0000:3b:00.0/virtfn\(n)")) }
+        try machine.reboot("3b")
         try machine.vendorGPU("3b", types: ["NVIDIA A40-1Q 600", "NVIDIA A40-2Q 601"])
         #expect(try machine.host().restore().map(\.typeID) == ["601"])
         #expect(try machine.host().restore().isEmpty)
@@ -145,17 +143,6 @@ import Testing
         #expect(!vgpu.isInMdevctl)
         let missing = failure { try machine.host().create(VgpuProfile("A100-2-10C"), for: render, device: "gpu0") }
         #expect(missing?.message.contains("no GPU instance profile 2g.10gb") == true, "\(missing?.message ?? "")")
-    }
-
-    @Test func mixedSizesOnlyWhileEmpty() throws {
-        let machine = try VgpuMachine()
-        try machine.vendorGPU("3b", types: ["NVIDIA A40-2Q 558"])
-        try machine.program("nvidia-smi", "exit 0")
-        let gpu = try #require(PciAddress("0000:3b:00.0"))
-        try machine.host().allowMixedSizes(on: gpu)
-        #expect(machine.calls.last == "nvidia-smi vgpu -i 0000:3b:00.0 -shm 1")
-        _ = try machine.host().create(VgpuProfile("A40-2Q"), for: web, device: "gpu0")
-        #expect(failure { try machine.host().allowMixedSizes(on: gpu) }?.message.contains("0000:3b:00.1") == true)
     }
 
     /// What a process leaves that died between the record and the end: the next attempt goes on with it.

@@ -18,8 +18,14 @@ package struct VgpuMachine: Sendable {
         tools = VgpuTools(folders: ["\(folder.path)/bin"])
     }
 
-    package func host() -> VgpuHost {
-        VgpuHost(sysfs: sysfs, kernel: kernel, tools: tools, folder: "\(folder.path)/state")
+    package func host(boot: String = "boot-1") -> VgpuHost { Self.host(folder.path, kernel, boot: boot) }
+
+    /// As another process has it.
+    package static func host(_ folder: String, _ kernel: VgpuKernel? = nil, boot: String = "boot-1") -> VgpuHost {
+        let sysfs = Sysfs(root: "\(folder)/sys")
+        return VgpuHost(
+            sysfs: sysfs, kernel: kernel ?? VgpuKernel(sysfs: sysfs), tools: VgpuTools(folders: ["\(folder)/bin"]),
+            folder: "\(folder)/state", boot: boot)
     }
 
     package var ledger: GPULedger { GPULedger(folder: "\(folder.path)/state") }
@@ -60,6 +66,33 @@ package struct VgpuMachine: Sendable {
             done
             """)
     }
+
+    /// Takes a `vendorGPU`'s virtual functions, and the mode that mixes sizes.
+    package func reboot(_ bus: String) throws {
+        let gpu = "bus/pci/devices/0000:\(bus):00.0"
+        for link in sysfs.list(gpu) where link.hasPrefix("virtfn") {
+            try Files.remove(sysfs.path("bus/pci/devices/\(sysfs.linkName("\(gpu)/\(link)") ?? "")"))
+            try Files.remove(sysfs.path("\(gpu)/\(link)"))
+        }
+        try Files.remove(sysfs.path("mixed"))
+    }
+
+    /// mdevctl's bookkeeping: a file for each device that it makes again.
+    package func mdevctl() throws {
+        try program(
+            "mdevctl",
+            """
+            mkdir -p $D/mdevctl.d
+            case "$1" in
+            define) [ -e $D/mdevctl.d/$4 ] && { echo "Device $4 is already defined"; exit 1; }; : > $D/mdevctl.d/$4;;
+            undefine) [ -e $D/locked ] && { echo 'Read-only file system'; exit 1; }
+                      rm $D/mdevctl.d/$3 2>/dev/null || { echo "No such device $3"; exit 1; };;
+            list) [ ! -e $D/mdevctl.d/$4 ] || echo "$4 0000:af:00.0 nvidia-222 auto (defined)";;
+            esac
+            """)
+    }
+
+    package var keptByMdevctl: [String] { (try? Files.list("\(folder.path)/mdevctl.d")) ?? [] }
 
     package func mdevGPU(_ gpu: String, _ types: [(id: String, name: String, available: Int)]) throws {
         try function(gpu)
@@ -116,7 +149,7 @@ package struct VgpuKernel: SysfsWriter {
         }
     }
 
-    /// A full GPU offers nothing any more; one in use offers only what it holds already (time-sliced, equal sizes).
+    /// A full GPU offers nothing any more; one in use only what it holds already (time-sliced), unless sizes are mixed.
     private func fill() throws {
         let functions = sysfs.list("bus/pci/devices").filter {
             sysfs.exists("bus/pci/devices/\($0)/nvidia/current_vgpu_type")
@@ -131,7 +164,9 @@ package struct VgpuKernel: SysfsWriter {
             }
             let all = String(decoding: sysfs.bytes("\(list).all") ?? [], as: UTF8.self).split(separator: "\n")
             let type = used.first.flatMap { sysfs.text("bus/pci/devices/\($0)/nvidia/current_vgpu_type") }
-            let offered = used.count >= capacity ? [] : all.filter { type == nil || $0.contains(type ?? "") }
+            let offered =
+                used.count >= capacity
+                ? [] : all.filter { type == nil || sysfs.exists("mixed") || $0.contains(type ?? "") }
             try set(list, offered.map { "\($0)\n" }.joined())
         }
     }

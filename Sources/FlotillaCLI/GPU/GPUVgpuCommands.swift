@@ -8,7 +8,7 @@ struct GPUProfilesCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "profiles", abstract: "vGPU profiles that can be made now, and the vGPUs flotilla made.",
         discussion: """
-            Reads only, unless --enable, --disable or --mixed-sizes is given. Tested on trees made from NVIDIA's documented \
+            Reads only, unless --enable, --disable, --mixed-sizes or --equal-sizes is given. Tested on trees made from NVIDIA's documented \
             layout with stand-ins for its programs, never on an NVIDIA card: look at --dry-run first.
             """)
 
@@ -21,16 +21,20 @@ struct GPUProfilesCommand: AsyncParsableCommand {
     @Option(help: "Turn them off again, if nothing uses them.")
     var disable: PciAddress?
 
-    @Option(help: "Let vGPUs of several sizes live on this GPU, which may have none yet.")
+    @Option(help: "Let vGPUs of several sizes live on this GPU, also after a reboot; it may have none yet.")
     var mixedSizes: PciAddress?
 
-    @Flag(help: "Print every write and program of --enable, --disable or --mixed-sizes, do none.") var dryRun = false
+    @Option(help: "Take --mixed-sizes back; the GPU may have no vGPU.")
+    var equalSizes: PciAddress?
 
-    private var isChange: Bool { enable != nil || disable != nil || mixedSizes != nil }
+    @Flag(help: "Print every write and program of an option that changes something, do none.") var dryRun = false
+
+    private var isChange: Bool { ![enable, disable, mixedSizes, equalSizes].allSatisfy { $0 == nil } }
 
     func validate() throws {
         if dryRun && !isChange {
-            throw ValidationError("--dry-run goes with --enable, --disable or --mixed-sizes: else nothing is changed")
+            throw ValidationError(
+                "--dry-run goes with --enable, --disable, --mixed-sizes or --equal-sizes: else nothing is changed")
         }
         if isChange && !dryRun && !host.isLive {
             throw ValidationError("A recorded device tree can't be changed: add --dry-run")
@@ -39,14 +43,14 @@ struct GPUProfilesCommand: AsyncParsableCommand {
 
     func run() async throws {
         let vgpus = VgpuHost(sysfs: host.sysfs)
-        let (host, enable, disable, mixed, isChange) = (host, enable, disable, mixedSizes, isChange)
+        let (host, enable, disable, isChange) = (host, enable, disable, isChange)
+        let sizes = [(mixedSizes, true), (equalSizes, false)].compactMap { gpu, isMixed in gpu.map { ($0, isMixed) } }
         if dryRun {
             let plans = try await refusable {
-                [
+                try [
                     enable.map { vgpus.plan(enable: $0) },
-                    try disable.map { try vgpus.plan(disable: $0, in: host.observe()) },
-                    try mixed.map { try vgpus.plan(mixSizesOn: $0) },
-                ]
+                    disable.map { try vgpus.plan(disable: $0, in: host.observe()) },
+                ] + sizes.map { try vgpus.plan(mixSizes: $0.1, on: $0.0) }
             }
             return plans.compactMap(\.self).forEach { show($0, vgpus, nothing: "so already: nothing to do") }
         }
@@ -56,7 +60,7 @@ struct GPUProfilesCommand: AsyncParsableCommand {
             if let disable {
                 try vgpus.exclusively { try vgpus.disableVirtualFunctions(of: disable, in: host.observe()) }
             }
-            if let mixed { try vgpus.allowMixedSizes(on: mixed) }
+            for (gpu, isMixed) in sizes { try vgpus.setMixedSizes(isMixed, on: gpu) }
             return (vgpus.places(), try vgpus.records())
         }
         for gpu in [enable, disable].compactMap(\.self) {
