@@ -16,13 +16,22 @@ package struct VgpuProfile: Hashable, Sendable, CustomStringConvertible {
     /// The GPU instance it needs, in nvidia-smi's words: "1g.5gb", "1g.5gb+me". Nil for a time-sliced profile.
     package var gpuInstance: String? {
         let parts = key.split(separator: "-")
-        guard parts.count >= 3, let slices = Int(parts[parts.count - 2]), (1...7).contains(slices),
-            let last = parts.last
-        else { return nil }
-        let size = last.prefix(while: \.isNumber)
-        let rest = last.dropFirst(size.count)
-        guard !size.isEmpty, let series = rest.first, "cqba".contains(series) else { return nil }
-        return "\(slices)g.\(size)gb" + (rest.dropFirst() == "me" ? "+me" : "")
+        guard parts.count >= 3, let slices = Int(parts[parts.count - 2]), (1...7).contains(slices), let size else {
+            return nil
+        }
+        return "\(slices)g.\(size.gigabytes)gb" + (size.rest == "me" ? "+me" : "")
+    }
+
+    /// What it is made for, by which it is licensed: c (compute), q (workstation), b (PC) or a (applications). Nil for one
+    /// that isn't NVIDIA's.
+    package var series: Character? { size?.series }
+
+    private var size: (gigabytes: Substring, series: Character, rest: Substring)? {
+        guard key.contains("-"), let last = key.split(separator: "-").last else { return nil }
+        let gigabytes = last.prefix(while: \.isNumber)
+        let rest = last.dropFirst(gigabytes.count)
+        guard !gigabytes.isEmpty, let series = rest.first, "cqba".contains(series) else { return nil }
+        return (gigabytes, series, rest.dropFirst())
     }
 }
 
@@ -36,11 +45,4 @@ package func vgpuParameters(of config: [String: String]) -> [String] {
         guard let value = config["cfg.\(name)"].flatMap({ UInt8($0) }), value <= 1 else { return nil }
         return "\(name)=\(value)"
     }
-}
-
-/// Where the guest looks for its license. A token's content is the site's and travels with the convert stage.
-package func vgpuLicenseFiles(windows: Bool) -> [String] {
-    windows
-        ? [#"C:\Program Files\NVIDIA Corporation\vGPU Licensing\ClientConfigToken\client_configuration_token.tok"#]
-        : ["/etc/nvidia/gridd.conf", "/etc/nvidia/ClientConfigToken/client_configuration_token.tok"]
 }

@@ -52,7 +52,7 @@ struct DeployPlan: Sendable {
         self.host = configuration.devices
         domain.tpmEmulator = tpmEmulatorInstalled()
         if mode != .dryRun { domain.bufferedDisks = disksWithoutDirectIO(manifest) }
-        findings = placementFindings(domain) + Self.vgpuFindings(vgpus, windows: manifest.vm.isWindows)
+        findings = placementFindings(domain) + vgpuFindings(vgpus, windows: manifest.vm.isWindows)
         consoleLog = "\(configuration.stateDirectory)/console/\(manifest.migrationID).log"
         if case .console = options.verification.method {
             domain.consoleLog = consoleLog
@@ -78,7 +78,7 @@ struct DeployPlan: Sendable {
                 $0.uuid = record.uuid ?? ""
             }
         }
-        if !vgpus.isEmpty { result.guestLicenseFiles = vgpuLicenseFiles(windows: domain.manifest.vm.isWindows) }
+        result.guestLicenseFiles = vgpuLicenseFiles(vgpus, windows: domain.manifest.vm.isWindows)
         return result
     }
 
@@ -96,21 +96,6 @@ struct DeployPlan: Sendable {
             .failedPrecondition,
             "baseline \(baseline.name) is of a GPU \(gpu), the VM gets \(ids.isEmpty ? "none" : ids.joined(separator: ", "))",
             hint: "record one of that GPU on host \(configuration.host)")
-    }
-
-    /// Of a dry run a vGPU's place is not known yet, so its document has none.
-    private static func vgpuFindings(_ vgpus: [AssignedDevice], windows: Bool) -> [Finding] {
-        vgpus.map { device in
-            let left = device.config.keys.filter { key in
-                key.hasPrefix("cfg.") && key != "cfg.gpu-pci-id"
-                    && vgpuParameters(of: [key: device.config[key] ?? ""]).isEmpty
-            }.sorted()
-            return .make(
-                .note, device.id,
-                "\(device.id) becomes a vGPU \(VgpuProfile(device.vgpu.profile)), which needs a license in the guest"
-                    + (left.isEmpty ? "" : "; not carried: \(left.joined(separator: ", "))"),
-                remedy: "place \(vgpuLicenseFiles(windows: windows).joined(separator: " and ")) in the guest")
-        }
     }
 
     /// A disk path in a message opens nothing but a file that lies directly in a pool.

@@ -23,6 +23,47 @@ import Testing
         #expect(VgpuProfile(name).gpuInstance == instance)
     }
 
+    @Test(arguments: [("A40-4Q", "RTX Virtual Workstation"), ("t4-2b4", "Virtual PC"), ("A100-1-5C", "AI Enterprise")])
+    func licenses(_ profile: String, _ product: String) throws {
+        let linux = try #require(VgpuLicense(VgpuProfile(profile), windows: false))
+        #expect(linux.product.contains(product))
+        #expect(
+            linux.files.map(\.path) == [
+                "/etc/nvidia/gridd.conf", "/etc/nvidia/ClientConfigToken/client_configuration_token.tok",
+            ])
+        #expect(linux.files.map(\.content) == ["FeatureType=1\n", nil] && linux.files.map(\.mode) == ["0644", "0744"])
+        let windows = try #require(VgpuLicense(VgpuProfile(profile), windows: true))
+        #expect(windows.files.map(\.content) == [nil])
+    }
+
+    /// What the operator reads says what to write where, with which mode, and what reads it then.
+    @Test func whatTheOperatorHasToDo() {
+        let device = AssignedDevice.with {
+            ($0.id, $0.vgpu.profile) = ("gpu0", "grid_a40-4q")
+            $0.config = ["cfg.enable_uvm": "1", "cfg.gpu-pci-id": "0000:3b:00.0", "cfg.disable_vnc": "1"]
+        }
+        let finding = vgpuFindings([device], windows: false).first
+        #expect(finding?.message.hasPrefix("gpu0 becomes a vGPU A40-4Q, which draws a license of NVIDIA RTX") == true)
+        #expect(finding?.message.hasSuffix("; not carried: cfg.disable_vnc") == true)
+        #expect(
+            finding?.remedy
+                == "in the source VM before it moves, or in the guest: write FeatureType=1 to /etc/nvidia/gridd.conf "
+                + "(mode 0644), copy the site's client configuration token to "
+                + "/etc/nvidia/ClientConfigToken/client_configuration_token.tok (mode 0744); then systemctl restart "
+                + "nvidia-gridd")
+        let windows = vgpuFindings([device], windows: true).first
+        #expect(
+            windows?.remedy.contains(
+                #"to C:\Program Files\NVIDIA Corporation\vGPU Licensing\ClientConfigToken\client_configuration_token.tok"#
+                    + ", with no change to the registry; then restart the service NVDisplay.ContainerLocalSystem")
+                == true)
+        // Not NVIDIA's: nothing to license.
+        let other = AssignedDevice.with { ($0.id, $0.vgpu.profile) = ("gpu0", "i915-GVTg_V5_4") }
+        #expect(vgpuFindings([other], windows: false).first?.remedy == "")
+        #expect(vgpuLicenseFiles([other], windows: false).isEmpty)
+        #expect(vgpuLicenseFiles([device, device], windows: false).count == 2)
+    }
+
     @Test func parametersThatMeanTheSame() {
         let config = [
             "cfg.enable_uvm": "1", "cfg.gpu-pci-id": "0000:3b:00.0", "cfg.frame_rate_limiter": "7\n", "msi": "1",

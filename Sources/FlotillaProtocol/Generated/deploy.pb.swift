@@ -509,7 +509,7 @@ package nonisolated struct DeployResult: Sendable {
   /// What the guest showed of its devices: "10de:20f1" for each; empty when nothing was asked for.
   package var guestDevices: [String] = []
 
-  /// Files that the guest needs for its vGPUs' license; convert or the administrator puts them there.
+  /// Files that the guest needs for its vGPUs' license; the findings say what they hold.
   package var guestLicenseFiles: [String] = []
 
   /// Of the benchmark that was asked for.
