@@ -123,6 +123,21 @@ func unknownObstacle(_ device: DeviceFunction) -> Requirement? {
 /// What stands against taking this function from the host, beyond what is agreed to.
 func handoverObstacles(of device: DeviceFunction, consent: Consent, owner: GPUOwner?) -> [Requirement] {
     let (function, address) = (device.function, device.function.address)
+    let natural = naturalObstacles(of: device, consent: consent)
+    guard natural.allSatisfy({ $0.requirement == "not the boot display" }) else { return natural }
+    var obstacles = natural
+    if function.iommuGroup < 0 {
+        obstacles.append(
+            .fail(
+                address, "IOMMU group", "\(function.text) is in no IOMMU group: the IOMMU does not cover it",
+                remedy: "check the firmware's settings for DMA remapping"))
+    }
+    return obstacles + useObstacles(of: device, consent: consent, owner: owner)
+}
+
+/// Of what the function is, whatever the host does with it now: no device that can be told, a bridge, the boot display.
+func naturalObstacles(of device: DeviceFunction, consent: Consent) -> [Requirement] {
+    let (function, address) = (device.function, device.function.address)
     if let unknown = unknownObstacle(device) { return [unknown] }
     if let header = device.headerType, header != 0 {
         return [
@@ -140,22 +155,14 @@ func handoverObstacles(of device: DeviceFunction, consent: Consent, owner: GPUOw
                 remedy: "name another device")
         ]
     }
-    var obstacles: [Requirement] = []
-    if function.iommuGroup < 0 {
-        obstacles.append(
-            .fail(
-                address, "IOMMU group", "\(function.text) is in no IOMMU group: the IOMMU does not cover it",
-                remedy: "check the firmware's settings for DMA remapping"))
-    }
-    if function.bootVga && !consent.contains(.bootVGA) {
-        obstacles.append(
-            .fail(
-                address, "not the boot display",
-                "\(function.text) is the display the host booted with (boot_vga): its console would go with it",
-                remedy: "make another adapter (the board's BMC) the primary display in the firmware, or agree with "
-                    + "--force-boot-vga"))
-    }
-    return obstacles + useObstacles(of: device, consent: consent, owner: owner)
+    guard function.bootVga, !consent.contains(.bootVGA) else { return [] }
+    return [
+        .fail(
+            address, "not the boot display",
+            "\(function.text) is the display the host booted with (boot_vga): its console would go with it",
+            remedy: "make another adapter (the board's BMC) the primary display in the firmware, or agree with "
+                + "--force-boot-vga")
+    ]
 }
 
 func useObstacles(of device: DeviceFunction, consent: Consent, owner: GPUOwner?) -> [Requirement] {

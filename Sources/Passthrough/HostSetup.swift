@@ -29,12 +29,15 @@ package struct HostSetup: Sendable {
 
     /// - Parameters:
     ///   - devices: bound at boot; complete slots.
-    ///   - amd: the CPU's maker.
+    ///   - amd: the CPU's maker; nil: not known. Then it is prepared as for Intel's, whose word AMD's driver ignores.
     /// - Throws: `failedPrecondition` when no known boot loader is there or one's file can't be understood.
-    package init(root: String, devices: [DeviceFunction], in tree: DeviceTree?, amd: Bool) throws {
+    package init(root: String, devices: [DeviceFunction], in tree: DeviceTree?, amd: Bool?) throws {
         self.root = root
-        let kernel = KernelParameters(amd: amd)
+        let kernel = KernelParameters(amd: amd ?? false)
         parameters = kernel.wanted
+        if amd == nil {
+            notes.append("the device tree does not say who made the CPU: intel_iommu=on does nothing on one of AMD's")
+        }
         try planBootLoaders(kernel)
         planModules(devices, tree)
         planInitramfs(devices)
@@ -94,7 +97,7 @@ package struct HostSetup: Sendable {
     private mutating func planGRUB(_ grub: String, _ kernel: KernelParameters) throws {
         let own = "/etc/default/grub.d/90-flotilla-gpu.cfg"
         let dropIns = ((try? Files.list("\(root)/etc/default/grub.d")) ?? []).filter { $0.hasSuffix(".cfg") }
-            .map { "/etc/default/grub.d/\($0)" }.filter { $0 != own }
+            .map { "/etc/default/grub.d/\($0)" }.filter { $0 != own }.sorted()
         // Sorted by name, as grub-mkconfig reads them.
         let later = dropIns.compactMap(text)
         let words = kernel.grubWords([grub] + later)
@@ -103,10 +106,18 @@ package struct HostSetup: Sendable {
             // Somebody wrote it there already.
             change(own, to: text(own))
         } else if has("/etc/default/grub.d"), !kernel.isOpposed(words) {
-            change(
-                own,
-                to: "# Written by `flotilla gpu prepare`; `flotilla gpu prepare --revert` takes it away.\n"
-                    + "GRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX \(missing.joined(separator: " "))\"\n")
+            let addition = Self.head + "GRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX \(missing.joined(separator: " "))\"\n"
+            change(own, to: addition)
+            var texts = [grub] + dropIns.filter { $0 < own }.compactMap(text) + [addition]
+            for name in dropIns where name > own {
+                texts += [text(name)].compactMap(\.self)
+                guard !kernel.isMet(by: kernel.grubWords(texts)) else { continue }
+                throw MigrationError(
+                    .failedPrecondition,
+                    "\(name) is read after \(own) and sets the kernel's command line anew: what is added would be lost",
+                    hint: "have it keep what was there (GRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX …\"), add "
+                        + "\"\(missing.joined(separator: " "))\" to it, or give it a name that sorts before")
+            }
         } else {
             guard let edited = kernel.edited(grub: grub), kernel.isMet(by: kernel.grubWords([edited] + later)) else {
                 throw MigrationError(

@@ -67,6 +67,10 @@ extension Integration {
             let prepare = try gpu(
                 "prepare", "06:00.0", "--dry-run", "--root", "\(folder.path)/root", "--sysfs-root", tree)
             #expect(prepare.status == 0 && prepare.output.contains("+root=x intel_iommu=on iommu=pt"))
+            // One machine's devices, another's files: neither way.
+            for mixed in [["--sysfs-root", tree, "--dry-run"], ["--root", "\(folder.path)/root"]] {
+                #expect(try run(Environment.flotilla(), ["gpu", "prepare"] + mixed).status == 2, "\(mixed)")
+            }
             #expect(try snapshot() == before)
             // What is no dry run changes no recorded tree.
             for refused in [

@@ -230,6 +230,84 @@ struct SetupRig {
         #expect(failure { try rig.setup() }?.message.contains("can't edit") == true)
     }
 
+    /// What is read after our own file can take away what that adds; and can be mended by hand.
+    @Test(arguments: ["GRUB_CMDLINE_LINUX=\"a\"\n", "GRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX iommu=off\"\n"])
+    func dropInsThatComeAfterOurs(_ text: String) throws {
+        let late = "/etc/default/grub.d/99-site.cfg"
+        let rig = try SetupRig([
+            "/etc/default/grub": Self.grub, "/etc/default/grub.d/init-select.cfg": "# nothing\n", late: text,
+        ])
+        let before = try rig.snapshot()
+        let error = failure { try PreparedHost(root: rig.root) { _ in }.apply(rig.setup()) }
+        #expect(error?.code == .failedPrecondition, "\(error?.message ?? "none")")
+        if !text.contains("off") { #expect(error?.message.contains("\(late) is read after") == true) }
+        #expect(try rig.snapshot() == before)
+        try rig.write(late, "GRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX a\"\n")
+        try PreparedHost(root: rig.root) { _ in }.apply(rig.setup())
+        #expect(try rig.setup().changes.isEmpty)
+        // One that came later is noticed by the next run.
+        try rig.write(late, text)
+        #expect(failure { try rig.setup() }?.code == .failedPrecondition)
+    }
+
+    /// The recorded machine's devices, with uses that it did not have.
+    @Test func whatTheHostUsesIsNotPrepared() throws {
+        let rig = try SetupRig([:])
+        let sysfs = try rig.folder.sub("sys")
+        try unpackRecordedMachine(to: sysfs)
+        var tree = try DeviceTree(Sysfs(root: sysfs))
+        func prepare(_ address: String, _ use: DeviceUse?, _ consent: Consent = []) throws -> [String] {
+            let index = try #require(tree.functions.firstIndex { $0.function.address == address })
+            tree.functions[index].uses = use.map { [$0] } ?? []
+            return try devicesToPrepare([pci(address)], in: tree, consent: consent).map(\.function.address)
+        }
+        let nic = "0000:06:00.0"
+        let free = try prepare(nic, nil)
+        #expect(free == [nic])
+        for (use, consent) in [
+            (DeviceUse(.disk, "a mounted file system on sda1"), nil),
+            (DeviceUse(.vgpu, "a vGPU of type 558"), nil),
+            (DeviceUse(.network, "network interface eth0, which is up"), Consent.use),
+            (DeviceUse(.process, "process 42 (Xorg)"), .use),
+            (DeviceUse(.console, "the kernel's console on fb0"), .console),
+        ] {
+            let refused = failure { try prepare(nic, use) }
+            #expect(refused?.code == .failedPrecondition && refused?.message.contains("in use by \(use.by)") == true)
+            let all: Consent = [.group, .console, .bootVGA, .use]
+            if let consent {
+                #expect(try prepare(nic, use, consent) == free)
+            } else {
+                #expect(failure { try prepare(nic, use, all) } != nil, "\(use.by)")
+            }
+        }
+        // A VM that has it gets it after the boot too.
+        #expect(try prepare(nic, DeviceUse(.domain, "domain web")) == free)
+        #expect(failure { try prepare("0000:0b:00.0", nil) }?.message.contains("boot_vga") == true)
+        #expect(failure { try prepare("0000:00:1f.0", nil) }?.message.contains("bridge") == true)
+        #expect(
+            failure { try devicesToPrepare([pci("0000:7f:00.0")], in: tree, consent: []) }?.code == .failedPrecondition)
+    }
+
+    /// Nothing of this machine's when the tree is another's.
+    @Test func theMakerOfTheCPU() throws {
+        let folder = try TemporaryFolder("sys/bus/pci/devices/0000:00:00.0", "sys/class/iommu")
+        let sysfs = Sysfs(root: "\(folder.path)/sys")
+        func put(_ name: String, _ text: String) throws {
+            try Files.writeAtomically(Array(text.utf8), to: sysfs.path("bus/pci/devices/0000:00:00.0/\(name)"))
+        }
+        try put("vendor", "0x1b36\n")
+        #expect(isAMD(sysfs, cpuinfo: nil) == nil)
+        #expect(isAMD(sysfs, cpuinfo: "vendor_id : AuthenticAMD\n") == true)
+        #expect(isAMD(sysfs, cpuinfo: "vendor_id : GenuineIntel\n") == false)
+        try Files.createDirectories(sysfs.path("class/iommu/ivhd0"))
+        #expect(isAMD(sysfs, cpuinfo: nil) == true)
+        try put("vendor", "0x8086\n")
+        #expect(isAMD(sysfs, cpuinfo: "AuthenticAMD") == false)
+        let rig = try SetupRig(["/etc/kernel/cmdline": "root=x\n"])
+        let unknown = try HostSetup(root: rig.root, devices: [], in: nil, amd: nil)
+        #expect(unknown.parameters == ["intel_iommu=on", "iommu=pt"] && unknown.notes.count == 1)
+    }
+
     @Test func othersChangesAreNotOverwritten() throws {
         let rig = try SetupRig(["/etc/kernel/cmdline": "root=x\n"])
         let host = PreparedHost(root: rig.root) { _ in }

@@ -11,24 +11,34 @@ struct GPUPrepareCommand: AsyncParsableCommand {
             With addresses, those functions and what goes with them wait at vfio-pci from boot on, chosen by address, so that \
             another card of the same kind stays with the host. Knows GRUB, Boot Loader Specification entries, systemd-boot, \
             initramfs-tools and dracut. Prints the difference of every file. Takes effect with the next boot; --revert brings \
-            every file back to the byte.
+            every file back to the byte. What the host itself uses is refused, as `flotilla gpu bind` does: then it exits 3 and \
+            nothing was changed.
             """)
 
     @Argument(help: ArgumentHelp("Functions to bind at boot.", valueName: "address")) var addresses: [PciAddress] = []
     @Flag(help: "Print what would be written and run, do nothing.") var dryRun = false
     @Flag(help: "Take everything back that earlier runs did.") var revert = false
     @Flag(name: .customLong("force-boot-vga"), help: "Also the display the host booted with.") var forceBootVGA = false
+    @Flag(help: "Also a GPU that shows the kernel's console.") var forceConsole = false
+    @Flag(help: "Also what processes and network interfaces that are up use.") var forceInUse = false
     @Option(
         help: ArgumentHelp(
             "Work on the files of another system below this folder; run no programs.", valueName: "folder"))
     var root: String?
-    @Option(help: ArgumentHelp("Look at a recorded device tree instead of this host's.", valueName: "folder"))
+    @Option(
+        help: ArgumentHelp(
+            "With --root: that system's device tree; /sys when it is of this machine.", valueName: "folder"))
     var sysfsRoot: String?
 
     func validate() throws {
         if revert && !addresses.isEmpty { throw ValidationError("--revert takes everything back, without addresses") }
-        if sysfsRoot != nil && root == nil && !dryRun {
-            throw ValidationError("A recorded device tree says nothing of this host: add --root or --dry-run")
+        // One machine's devices say nothing of how another boots.
+        if sysfsRoot != nil && root == nil {
+            throw ValidationError("A recorded device tree says nothing of this host's files: add --root")
+        }
+        if root != nil && sysfsRoot == nil && !revert {
+            throw ValidationError(
+                "This host's devices say nothing of another system: add --sysfs-root (/sys when it is of this machine)")
         }
     }
 
@@ -36,6 +46,14 @@ struct GPUPrepareCommand: AsyncParsableCommand {
         let command = self
         if root == nil && !dryRun { try requireRoot() }
         try await refusable { try command.work() }
+    }
+
+    private var consent: Consent {
+        var consent: Consent = []
+        if forceConsole { consent.insert(.console) }
+        if forceBootVGA { consent.insert(.bootVGA) }
+        if forceInUse { consent.insert(.use) }
+        return consent
     }
 
     private var folder: String {
@@ -50,12 +68,17 @@ struct GPUPrepareCommand: AsyncParsableCommand {
             isOther
             ? PreparedHost(root: folder) { Console.line("to run there: \($0.joined(separator: " "))") }
             : PreparedHost(root: "")
-        let sysfs = Sysfs(folder: sysfsRoot ?? "/sys")
-        if revert { return try takeBack(host, sysfs) }
+        if revert { return try takeBack(host) }
 
-        let tree = try DeviceTree(sysfs)
-        let devices = try chosenDevices(tree)
-        let setup = try HostSetup(root: folder, devices: devices, in: tree, amd: isAMD(sysfs))
+        let sysfs = Sysfs(folder: sysfsRoot ?? "/sys")
+        let isHere = sysfs.root == Sysfs().root
+        let around = isHere ? Surroundings(proc: "/proc", sysfs: sysfs) : Surroundings()
+        let tree = try DeviceTree(sysfs, around: around)
+        let devices = try devicesToPrepare(addresses, in: tree, consent: consent)
+        let cpuinfo = isHere ? try? Files.read("/proc/cpuinfo", limit: 1 << 24) : nil
+        let setup = try HostSetup(
+            root: folder, devices: devices, in: tree,
+            amd: isAMD(sysfs, cpuinfo: cpuinfo.map { String(decoding: $0, as: UTF8.self) }))
         let pending = try host.pending().filter { !setup.commands.contains($0) }
         for change in setup.changes { Console.out(change.diff) }
         for note in setup.notes { Console.line("note: \(note)") }
@@ -74,7 +97,7 @@ struct GPUPrepareCommand: AsyncParsableCommand {
         }
     }
 
-    private func takeBack(_ host: PreparedHost, _ sysfs: Sysfs) throws {
+    private func takeBack(_ host: PreparedHost) throws {
         let changes = try host.reverting()
         for change in changes { Console.out(change.diff) }
         // The same programs that carried it in carry it out.
@@ -86,42 +109,5 @@ struct GPUPrepareCommand: AsyncParsableCommand {
         }
         try host.revert(commands: commands)
         if !changes.isEmpty { Console.line("A reboot is needed before it takes effect.") }
-    }
-
-    private func chosenDevices(_ tree: DeviceTree) throws -> [DeviceFunction] {
-        var devices: [PciAddress: DeviceFunction] = [:]
-        for address in addresses {
-            let together = tree.together(with: address)
-            guard !together.isEmpty else {
-                throw MigrationError(
-                    .failedPrecondition, "this host has no PCI function \(address)",
-                    hint: "flotilla gpu list --all shows those it has")
-            }
-            for device in together {
-                if device.function.bridge {
-                    throw MigrationError(
-                        .failedPrecondition, "\(device.function.text) is a bridge, which is never handed over",
-                        hint: "name another device")
-                }
-                if device.function.bootVga && !forceBootVGA {
-                    throw MigrationError(
-                        .failedPrecondition, "\(device.function.text) is the display the host booted with (boot_vga)",
-                        hint: "make another adapter the primary display, or agree with --force-boot-vga")
-                }
-                devices[device.address] = device
-            }
-        }
-        return devices.values.sorted { $0.address < $1.address }
-    }
-
-    /// The root complex's maker, else the CPU's.
-    private func isAMD(_ sysfs: Sysfs) -> Bool {
-        switch sysfs.number("bus/pci/devices/0000:00:00.0/vendor") {
-        case 0x1022: return true
-        case 0x8086: return false
-        default:
-            let info = (try? Files.read("/proc/cpuinfo")) ?? []
-            return String(decoding: info.prefix(65_536), as: UTF8.self).contains("AuthenticAMD")
-        }
     }
 }
