@@ -32,6 +32,12 @@ package struct Assessment: Sendable, Encodable {
         /// "10de:20b5", "grid_a100-40c", "DVX …".
         package var kind: String
         package var name: String
+        /// What `--gpu-map` makes of it, where that is something else.
+        package var becomes: String?
+
+        /// "10de:20b5", "10de:20b5 as A100-40C".
+        package var kindText: String { kind + (becomes.map { " as \($0)" } ?? "") }
+
         /// Where it would fit, by host: the addresses of the functions that would be handed over.
         package var fits: [Fit]
     }
@@ -67,7 +73,7 @@ package struct Assessment: Sendable, Encodable {
         package var gpus = 0
     }
 
-    /// How many GPUs of a kind the VMs want, and how many of it the hosts have that nothing uses.
+    /// How many GPUs of a kind the VMs are to get, and how many of it the hosts have that nothing uses.
     package struct Demand: Sendable, Encodable {
         package var kind: String
         package var wanted: Int
@@ -122,8 +128,10 @@ package struct Assessment: Sendable, Encodable {
                 guest: manifest.vm.guestFullName.isEmpty ? manifest.vm.guestID : manifest.vm.guestFullName,
                 power: manifest.vm.powerState.word, networks: manifest.nics.map(\.network),
                 devices: devices(manifest), reasons: reasons, hosts: possible))
-        for device in manifest.gpus { count(device) }
+        for device in manifest.gpus { count(target(device)) }
     }
+
+    private func target(_ device: AssignedDevice) -> AssignedDevice { mapped(device, by: options.gpuMappings) }
 
     /// Gives the VM its devices on one of these hosts. What each VM alone could have may not be enough for all.
     private mutating func shortage(
@@ -136,7 +144,8 @@ package struct Assessment: Sendable, Encodable {
         for index in left.indices where possible.contains(left[index].name) {
             if left[index].take(kept, options) { return [] }
         }
-        let kinds = Set((manifest.gpus + manifest.otherDevices).map(\.kindText)).sorted().joined(separator: ", ")
+        let kinds = Set((manifest.gpus + manifest.otherDevices).map { target($0).kindText }).sorted().joined(
+            separator: ", ")
         return [
             .warning(
                 "gpus", "the VMs before this one take all that the hosts have of \(kinds)",
@@ -183,10 +192,12 @@ package struct Assessment: Sendable, Encodable {
     private func devices(_ manifest: Manifest) -> [Device] {
         let all = manifest.gpus + manifest.otherDevices
         guard !all.isEmpty else { return [] }
-        let matches = profiles.map { ($0.name, matchDevices(all, on: $0)) }
+        let targets = all.map(target)
+        let matches = profiles.map { ($0.name, matchDevices(targets, on: $0)) }
         return all.enumerated().map { index, device in
             Device(
                 id: device.id, isGPU: index < manifest.gpus.count, kind: device.kindText, name: device.name,
+                becomes: targets[index] == device ? nil : targets[index].kindText,
                 fits: matches.compactMap { host, match in
                     let functions = match.entries[index].functions
                     return functions.isEmpty ? nil : Fit(host: host, functions: functions.map(\.address))

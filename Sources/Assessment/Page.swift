@@ -108,7 +108,7 @@ package struct Page {
                 m: vm.memoryBytes, d: vm.diskBytes,
                 g: vm.devices.map { device in
                     [
-                        device.id, device.kind, device.name,
+                        device.id, device.kindText, device.name,
                         device.fits.prefix(20).map { "\($0.host) \($0.functions.joined(separator: " "))" }
                             .joined(separator: ", "),
                     ]

@@ -27,7 +27,7 @@ package func hostlessFindings(manifest: Manifest, options: DeployOptions) -> [Fi
             $0.id, "\($0.id): network \"\($0.network)\" is mapped to nothing",
             remedy: "map it, for example `--network '\($0.network)=bridge:br0'`")
     }
-    let devices = manifest.gpus + manifest.otherDevices
+    let devices = (manifest.gpus + manifest.otherDevices).map { mapped($0, by: options.gpuMappings) }
     let served =
         options.gpu == .gpuDrop
         ? devices.map {

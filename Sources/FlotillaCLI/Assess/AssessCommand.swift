@@ -44,7 +44,7 @@ struct AssessCommand: AsyncParsableCommand {
         name: .customLong("network"),
         help: ArgumentHelp("Where a source network's NICs go: SRC=bridge:BR or SRC=network:NET.", valueName: "mapping"))
     var networks: [NetworkArgument] = []
-    @Option(help: "GPUs and other passthrough devices: require or drop.") var gpu: GPUPolicyArgument = .require
+    @OptionGroup var devices: DeviceOptions
 
     @Flag(help: "Print JSON.") var json = false
     @Option(help: ArgumentHelp("Write a page for a browser as well.", valueName: "file"), completion: .file())
@@ -59,7 +59,7 @@ struct AssessCommand: AsyncParsableCommand {
     func run() async throws {
         var options = DeployOptions()
         options.networks = networks.map(\.mapping)
-        options.gpu = gpu.policy
+        devices.apply(to: &options)
         let profiles = try await profiles()
         let pool = thisHost ? try pool.map(absolute) : pool
         let (sources, vm, format) = (try sources.map { try AssessSource($0, access) }, vm, format.rawValue)

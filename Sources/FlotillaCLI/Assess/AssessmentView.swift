@@ -12,7 +12,7 @@ struct AssessmentView {
         var lines = table(
             ["status", "VM", "CPUs", "memory", "disks", "GPUs"] + (judged ? ["hosts"] : []),
             assessment.vms.map { vm in
-                let gpus = vm.devices.filter(\.isGPU).map(\.kind)
+                let gpus = vm.devices.filter(\.isGPU).map(\.kindText)
                 return [
                     vm.verdict == .blocked ? "BLOCKED" : vm.verdict.rawValue, vm.name, vm.cpus > 0 ? "\(vm.cpus)" : "",
                     vm.memoryBytes > 0 ? byteText(vm.memoryBytes) : "",
@@ -24,7 +24,8 @@ struct AssessmentView {
             for device in vm.devices {
                 for fit in device.fits.prefix(8) {
                     lines.append(
-                        "  fits     \(device.id) (\(device.kind)): \(fit.host) \(fit.functions.joined(separator: " "))")
+                        "  fits     \(device.id) (\(device.kindText)): \(fit.host) \(fit.functions.joined(separator: " "))"
+                    )
                 }
             }
             for reason in vm.reasons {

@@ -112,6 +112,24 @@ struct DeadlineArgument: ExpressibleByArgument {
     }
 }
 
+/// What becomes of the devices that a source's VM has of its host.
+struct DeviceOptions: ParsableArguments {
+    @Option(help: "GPUs and other passthrough devices: require (all or nothing) or drop.")
+    var gpu: GPUPolicyArgument = .require
+
+    @Option(
+        name: .customLong("gpu-map"),
+        help: ArgumentHelp(
+            "What a source's GPU becomes: VENDOR:DEVICE or a vGPU profile on either side. Repeatable (default: the same).",
+            valueName: "source=target"))
+    var gpuMap: [GPUMapArgument] = []
+
+    func apply(to options: inout DeployOptions) {
+        options.gpu = gpu.policy
+        options.gpuMappings = gpuMap.map(\.mapping)
+    }
+}
+
 /// What is asked of a migration, wherever it runs.
 struct MigrationOptions: ParsableArguments {
     @Option(help: "Format of the disks: qcow2 or raw.")
@@ -123,15 +141,7 @@ struct MigrationOptions: ParsableArguments {
             "Where a source network's NICs go: SRC=bridge:BR or SRC=network:NET. Repeatable.", valueName: "mapping"))
     var networks: [NetworkArgument] = []
 
-    @Option(help: "GPUs and other passthrough devices: require (all or nothing) or drop.")
-    var gpu: GPUPolicyArgument = .require
-
-    @Option(
-        name: .customLong("gpu-map"),
-        help: ArgumentHelp(
-            "What a source's GPU becomes: VENDOR:DEVICE or a vGPU profile on either side. Repeatable (default: the same).",
-            valueName: "source=target"))
-    var gpuMap: [GPUMapArgument] = []
+    @OptionGroup var devices: DeviceOptions
 
     @Flag(help: "Back the guests' memory with the host's huge pages.")
     var hugepages = false
@@ -198,8 +208,7 @@ struct MigrationOptions: ParsableArguments {
         request.dryRun = dryRun
         if let deadline { request.deadline = deadline.moment.timestamp }
         request.options.networks = networks.map(\.mapping)
-        request.options.gpu = gpu.policy
-        request.options.gpuMappings = gpuMap.map(\.mapping)
+        devices.apply(to: &request.options)
         request.options.hugepages = hugepages
         request.options.hideRom = hideROM
         if verifyGPU { request.options.gpuCheck.visible = true }
