@@ -284,22 +284,4 @@ func pci(_ text: String) throws -> PciAddress { try #require(PciAddress(text)) }
         }
         #expect(changed.sorted() == [0, 0, 0, 0, 0, 0, 0, 2] && kernel.log.count == 6)
     }
-
-    @Test func isFastBeyondTheKernel() throws {
-        let rig = try BindRig()
-        let kernel = FixtureKernel(rig.sysfs)
-        var slowest: (bind: Duration, release: Duration) = (.zero, .zero)
-        let clock = ContinuousClock()
-        for _ in 0..<5 {
-            slowest.bind = max(
-                slowest.bind,
-                try clock.measure { _ = try rig.binder(kernel).bind([pci(Self.gpu)], observe: rig.observe()) })
-            slowest.release = max(
-                slowest.release,
-                try clock.measure { _ = try rig.binder(kernel).release([pci(Self.gpu)], observe: rig.observe()) })
-        }
-        print("slowest of 5: bind \(slowest.bind), release \(slowest.release)")
-        // Less than 100 ms on a quiet machine.
-        #expect(slowest.bind < .seconds(1) && slowest.release < .seconds(1))
-    }
 }
