@@ -4,7 +4,8 @@ import MessagingAMQP
 import MigrationModel
 
 /// What an operator imports into RabbitMQ (`rabbitmqctl import_definitions`): the virtual host, a user for each member
-/// of the fleet, what each may do, and the exchanges and queues. Users have no password: they log in by certificate.
+/// of the fleet, what each may do, the exchanges and queues, and policies with the room that queues may take. Users have no
+/// password: they log in by certificate.
 package struct BrokerDefinitions: Encodable {
     private struct VirtualHost: Encodable { let name: String }
 
@@ -72,6 +73,29 @@ package struct BrokerDefinitions: Encodable {
         let arguments: [String: Int] = [:]
     }
 
+    /// What arguments say of a queue can't be changed while it exists; a policy can, at any time.
+    private struct Policy: Encodable {
+        let name: String
+        let vhost: String
+        let pattern: String
+        let applyTo = "queues"
+        let definition: [String: Int64]
+        // A queue has one policy: general ones of the same broker don't get at those of the fleet.
+        let priority = 100
+
+        private enum CodingKeys: String, CodingKey {
+            case name, vhost, pattern
+            case applyTo = "apply-to"
+            case definition, priority
+        }
+    }
+
+    /// Bytes of messages that a queue holds. Far more than a fleet's worst day brings, and less than fills a disk that
+    /// others use: a queue then refuses what is sent to it, and senders try again. Nobody may be kept from dead-lettering,
+    /// so there the oldest letters go.
+    private static let room: Int64 = 1 << 30
+    private static let roomOfLetters: Int64 = 256 << 20
+
     private let vhosts: [VirtualHost]
     private let users: [User]
     private let permissions: [Permission]
@@ -79,6 +103,7 @@ package struct BrokerDefinitions: Encodable {
     private let exchanges: [Exchange]
     private let queues: [Queue]
     private let bindings: [Binding]
+    private let policies: [Policy]
 
     /// Throws `invalidArgument` for a requester that would share user or queues with somebody else.
     ///
@@ -130,6 +155,16 @@ package struct BrokerDefinitions: Encodable {
                 name: queue.name, vhost: virtualHost,
                 arguments: Dictionary(arguments, uniquingKeysWith: { first, _ in first }))
         }
+        let alive =
+            [names.tasks, names.control, names.events].map { literally($0) + "\\..+" } + [literally(names.requests)]
+        policies = [
+            Policy(
+                name: names.namespace, vhost: virtualHost, pattern: "^(\(alive.joined(separator: "|")))$",
+                definition: ["max-length-bytes": Self.room]),
+            Policy(
+                name: names.dead, vhost: virtualHost, pattern: "^\(literally(names.dead))$",
+                definition: ["max-length-bytes": Self.roomOfLetters]),
+        ]
         bindings = topology.bindings.map {
             Binding(source: $0.exchange, vhost: virtualHost, destination: $0.queue, routingKey: $0.routingKey)
         }

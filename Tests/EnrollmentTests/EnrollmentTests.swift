@@ -134,6 +134,37 @@ import Testing
         }
     }
 
+    /// Each queue of the fleet has the room of one policy, which general policies don't get at; other programs' have none.
+    @Test(arguments: ["flotilla", "lab.x"]) func policiesGiveQueuesRoom(_ namespace: String) throws {
+        struct Definitions: Decodable {
+            struct Policy: Decodable {
+                let name, vhost, pattern, applyTo: String
+                let definition: [String: Int]
+                let priority: Int
+
+                enum CodingKeys: String, CodingKey {
+                    case name, vhost, pattern, definition, priority
+                    case applyTo = "apply-to"
+                }
+            }
+            let policies: [Policy]
+        }
+        let names = Names(namespace: namespace)
+        let json = try BrokerDefinitions(names, hosts: ["kvm1"], requesters: ["ops"], virtualHost: "v").json()
+        let policies = try JSONDecoder().decode(Definitions.self, from: Data(json.utf8)).policies
+        func room(_ queue: String) -> [Int?] {
+            policies.filter { queue.range(of: $0.pattern, options: .regularExpression) != nil }
+                .map { $0.definition["max-length-bytes"] }
+        }
+        for queue in names.topology(hosts: ["kvm1", "kvm1.lab"]).queues.map(\.name) {
+            #expect(room(queue) == [queue == names.dead ? 256 << 20 : 1 << 30], "\(queue)")
+        }
+        for queue in ["ops.answers", "labsx.requests", "my.\(names.requests)", "\(names.dead).mine"] {
+            #expect(room(queue) == [], "\(queue)")
+        }
+        #expect(policies.allSatisfy { $0.vhost == "v" && $0.applyTo == "queues" && $0.priority > 0 })
+    }
+
     /// A requester's name is a broker user's, and what its queues begin with.
     @Test(arguments: [
         ["flotilla"], ["flotilla.tasks"], ["lab"], ["coordinator"], ["kvm1"], ["ops", "ops"], ["ops team"], [""],

@@ -63,8 +63,11 @@ struct FleetCommand: AsyncParsableCommand {
 
     struct Definitions: AsyncParsableCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Prints what the broker imports: users, permissions, exchanges and queues.",
-            discussion: "Import it again after hosts have joined; what is there stays as it is.")
+            abstract: "Prints what the broker imports: users, permissions, exchanges, queues and policies.",
+            discussion: """
+                Import it again after hosts have joined. Exchanges and queues that are there stay as they are; policies of \
+                these names are set anew.
+                """)
 
         @OptionGroup var place: Folder
         @Option(help: "The broker's virtual host.") var virtualHost = "/"
