@@ -84,9 +84,10 @@ struct Examination {
         findings.append(Finding(verdict: verdict, subject: subject, found: found, remedy: remedy))
     }
 
-    mutating func note(_ subject: String, _ error: any Error) {
+    /// - Parameter remedy: where the error knows none.
+    mutating func note(_ subject: String, _ error: any Error, remedy: String? = nil) {
         let error = error as? MigrationError ?? MigrationError(.unknown, "\(error)")
-        note(subject, .fail, error.message + (error.cause.map { ": \($0)" } ?? ""), error.hint)
+        note(subject, .fail, error.message + (error.cause.map { ": \($0)" } ?? ""), error.hint ?? remedy)
     }
 
     /// Members refuse messages from clocks that are more than `FleetMember.clockTolerance` ahead. The kernel knows whether
@@ -140,7 +141,8 @@ struct Examination {
         for pool in pools {
             note(
                 "pool \(pool.name)", pool.writable ? .pass : .fail,
-                pool.writable ? "\(pool.path), \(byteText(pool.freeBytes)) free" : "\(pool.path): \(pool.problem)")
+                pool.writable ? "\(pool.path), \(byteText(pool.freeBytes)) free" : "\(pool.path): \(pool.problem)",
+                pool.writable ? nil : "check the owner, mode and mount of the folder")
         }
     }
 }

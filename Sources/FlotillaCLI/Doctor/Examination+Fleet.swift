@@ -24,7 +24,7 @@ extension Examination {
                 if let member { try await EventPublisher(bus: bus, names: names, member: member).probe() }
             }
             await examineHost(libvirt: file.worker.libvirtURI, pools: file.worker.pools)
-        } catch { note("configuration", error) }
+        } catch { note("configuration", error, remedy: "correct that, then ask again") }
     }
 
     mutating func examine(coordinator path: String) async {
@@ -45,7 +45,7 @@ extension Examination {
                 } catch let error as MigrationError where error.code == .notFound {}
             }
             await examineHosts(socket: file.socket)
-        } catch { note("configuration", error) }
+        } catch { note("configuration", error, remedy: "correct that, then ask again") }
     }
 
     private mutating func examineKeys(_ keys: KeyFiles, of name: String) -> FleetMember? {

@@ -75,13 +75,14 @@ struct WorkerFile {
         worker.transport.slots = try file.number("tasks", default: 2, in: 1...256)
         worker.transport.heartbeat = try file.duration("heartbeat", default: worker.transport.heartbeat)
         worker.transport.leaseDuration = try file.duration("lease", default: worker.transport.leaseDuration)
-        guard worker.transport.heartbeat * 3 <= worker.transport.leaseDuration else {
-            throw file.problem("lease", "has to be at least three heartbeats")
-        }
         worker.rateLimit = try file.bytes("rate").map { RateLimit(bytesPerSecond: $0) }
         worker.vsphere = VSphereSources(try file.sections("vsphere").map(VSphereSource.init(section:)))
         drain = try file.duration("drain", default: .seconds(300))
         try file.end()
+        // A misspelt heartbeat is not one of 10 s.
+        guard worker.transport.heartbeat * 3 <= worker.transport.leaseDuration else {
+            throw file.problem("lease", "has to be at least three heartbeats")
+        }
     }
 }
 
