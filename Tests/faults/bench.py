@@ -15,6 +15,15 @@ from proxy import ChaosProxy
 MEMBERS = ["coordinator", *HOSTS]
 
 
+def permissions_of(fleet, name):
+    """Virtual host, and what it may configure, write, read."""
+    return fleet.rabbitmqctl("list_user_permissions", name, "--no-table-headers").splitlines()[0].split("\t")
+
+
+def set_permissions(fleet, name, virtual_host, *rights):
+    fleet.rabbitmqctl("set_permissions", "-p", virtual_host, name, *rights)
+
+
 class Bench:
     def __init__(self, fleet):
         self.fleet = fleet
@@ -31,7 +40,7 @@ class Bench:
             self.disks = {(name, folder): stack.enter_context(SmallDisk(self.fleet, name, self.fleet.dir / folder / name))
                           for folder, names in (("state", MEMBERS), ("pool", HOSTS)) for name in names}
             self.fleet.wait_api()
-            self.permissions = {name: self.permissions_of(name) for name in HOSTS}
+            self.permissions = {name: permissions_of(self.fleet, name) for name in HOSTS}
             self.stack = stack.pop_all()
         return self
 
@@ -141,15 +150,11 @@ class Bench:
         self.fleet.bed("enroll", name)
         self.fleet.rabbitmqctl("close_all_connections", "certificates change")
 
-    def permissions_of(self, name):
-        return self.fleet.rabbitmqctl("list_user_permissions", name, "--no-table-headers").splitlines()[0].split("\t")
-
     def revoke(self, name):
         self.fleet.rabbitmqctl("clear_permissions", "-p", self.permissions[name][0], name)
 
     def give_back(self, name):
-        virtual_host, *rights = self.permissions[name]
-        self.fleet.rabbitmqctl("set_permissions", "-p", virtual_host, name, *rights)
+        set_permissions(self.fleet, name, *self.permissions[name])
 
 
 class ClusterBench(Bench):

@@ -8,16 +8,19 @@ import sys
 import threading
 import time
 
+from bench import permissions_of, set_permissions
 from bus import Tap
 from clock import clock_jumps
 from cluster import leader_partitioned
 from disks import full_disks
+from doctor import doctor
 from fleet import COORDINATOR_FAILPOINTS, HOSTS, LEASE, WORKER_FAILPOINTS, Fleet, Violation, wait
+from operating import operator
 from permissions import permissions
 from poison import poison
 from proxy import ChaosProxy
 from schedule import random_cluster, random_schedule
-from workers import consumer_lost, crash_loop, drained, task_stuck
+from workers import cancelled, consumer_lost, crash_loop, drained, drained_in_deploy, task_stuck
 
 def worker_failpoints(fleet, points=WORKER_FAILPOINTS):
     """kill -9 of a worker at every failpoint"""
@@ -234,13 +237,11 @@ def certificate_rotated(fleet):
 
 def permission_revoked(fleet):
     """a worker's broker permissions taken away while it works, and given back"""
-    listed = [line.split("\t") for line in fleet.rabbitmqctl("list_user_permissions", "kvm1", "--no-table-headers")
-              .splitlines()]
-    virtual_host, configure, write, read = listed[0]
+    virtual_host, *rights = permissions_of(fleet, "kvm1")
     fleet.submit(["kvm1", "kvm2"])
     fleet.rabbitmqctl("clear_permissions", "-p", virtual_host, "kvm1")
     time.sleep(LEASE)  # how long it may do nothing
-    fleet.rabbitmqctl("set_permissions", "-p", virtual_host, "kvm1", configure, write, read)
+    set_permissions(fleet, "kvm1", virtual_host, *rights)
     fleet.wait_ended()
 
 
@@ -253,7 +254,8 @@ CASES = {
     "coordinator-away": coordinator_away, "all-killed": all_killed, "replayed": replayed, "bad-network": bad_network,
     "full-disks": full_disks, "key-rotated": key_rotated,
     "certificate-rotated": certificate_rotated, "permission-revoked": permission_revoked, "drained": drained,
-    "random": random_schedule, "random-cluster": random_cluster,
+    "drained-in-deploy": drained_in_deploy, "cancelled": cancelled,
+    "doctor": doctor, "operator": operator, "random": random_schedule, "random-cluster": random_cluster,
 }
 SEEDED = (random_schedule, random_cluster)
 

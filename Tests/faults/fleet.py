@@ -200,7 +200,9 @@ class Fleet:
 
     def left_over(self):
         wanted = {self.dir / f"pool/{host}/{name}-disk{number}.qcow2" for name, host in self.names for number in (0, 1)}
-        return [path for path in self.dir.glob("pool/*/**/*") if path.is_file() and path not in wanted]
+        # Folders may go while they are looked at, which walk() takes as it is.
+        found = (pathlib.Path(folder) / name for folder, _, names in os.walk(self.dir / "pool") for name in names)
+        return [path for path in found if path not in wanted]
 
     def log(self, query):
         """Rows of the coordinator's store, in which the event log is."""

@@ -1,6 +1,8 @@
 """What ends a worker, or only seems to leave it alive: tasks that kill it, a drain, a consumer that is gone."""
 
 import re
+import signal
+import subprocess
 import time
 
 from fleet import HOSTS, Violation, wait
@@ -108,6 +110,83 @@ def drained(fleet):
     fleet.wait_ended()
     if fleet.migrations()[name]["stages"][1]["attempt"] != 2:
         raise Violation(f"the stopped conversion took no second attempt: {watched}")
+
+
+def drained_in_deploy(fleet):
+    """SIGTERM of a worker, and its host drained, in the middle of a deploy: it is finished, once, and no other begins"""
+    for point in ("deploy.permitted", "deploy.defined"):
+        fleet.kill("kvm1")
+        fleet.begin("kvm1", f"{point}=stop")
+        fleet.submit(["kvm1"])
+        name, _ = fleet.names[-1]
+        wait(60, f"kvm1 to stand at {point}", lambda: fleet.is_stopped("kvm1"))
+        answer = fleet.api("host", "drain", "kvm1").stdout
+        if answer.strip() != "kvm1 is drained; 1 of its tasks go on":
+            raise Violation(f"host drain says {answer}")
+        log = Log(fleet, "kvm1")
+        fleet.signal("kvm1", signal.SIGTERM)
+        fleet.submit(["kvm1"])
+        fleet.signal("kvm1", signal.SIGCONT)
+        wait(30, "kvm1 to end", lambda: fleet.pid("kvm1") is None)
+        if not log.lines("worker ended") or log.lines("task stopped"):
+            raise Violation(f"the worker did not finish its deploy: {log.text()[-2000:]}")
+        wait(30, f"{name} to be done", lambda: fleet.migrations()[name]["state"] == "DONE")
+        deploy = next(step for step in fleet.migrations()[name]["stages"] if step["name"] == "deploy")
+        if deploy["attempt"] != 1:
+            raise Violation(f"the deploy took {deploy['attempt']} attempts")
+        fleet.begin("kvm1")
+        wait(30, "kvm1 to be back", lambda: log.lines("connected"))
+        kept, _ = fleet.names[-1]
+        if [step["state"] for step in fleet.migrations()[kept]["stages"]] != ["waiting"]:
+            raise Violation(f"a drained host got {kept}")
+        fleet.api("host", "undrain", "kvm1")
+        fleet.wait_ended()
+        print(f"  {point}: {fleet.judge()}", flush=True)
+    fleet.submit()
+    fleet.wait_ended()
+
+
+def cancelled(fleet):
+    """cancelled when no worker has the task and its folder waits for the next, with kills just then: nothing stays"""
+    for what in ("worker", "worker, killed again as it begins", "worker, after another attempt was sent", "coordinator",
+                 "coordinator, while the broker is away"):
+        fleet.kill("kvm1")
+        fleet.begin("kvm1", "convert.checkpoint")
+        fleet.submit(["kvm1"])
+        name, _ = fleet.names.pop()
+        wait(60, "kvm1 to die in a conversion", lambda: fleet.pid("kvm1") is None)
+        migration = fleet.migrations()[name]["id"]
+        if not folders(fleet):
+            raise Violation("the conversion left no folder: there is nothing to look at")
+        if what.endswith("sent"):
+            wait(60, "another attempt", lambda: fleet.migrations()[name]["stages"][1]["attempt"] == 2)
+        if what.endswith("away"):
+            fleet.kill("broker")
+        # It may wait for the broker before it answers.
+        cancel = subprocess.Popen([fleet.flotilla, "migration", "cancel", migration, "--socket", fleet.dir / "coordinator.sock"],
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait(30, f"{name} to be cancelled", lambda: fleet.log(
+            f"SELECT 1 FROM task WHERE id = '{migration}-convert' AND state = 'cancelled'"))
+        if what.startswith("coordinator"):
+            fleet.kill("coordinator")
+        cancel.wait(60)
+        log = Log(fleet, "kvm1")
+        for member in ("broker", "coordinator", "kvm1"):
+            fleet.begin(member)
+        if "again" in what:
+            wait(30, "kvm1 to give its task back", lambda: log.lines("task released"))
+            fleet.kill("kvm1")
+            fleet.begin("kvm1")
+        wait(60, f"{folders(fleet)} to go ({what})", lambda: not folders(fleet))
+        fleet.wait_api()
+        if fleet.migrations()[name]["state"] != "CANCELLED":
+            raise Violation(f"{name} is {fleet.migrations()[name]['state']}")
+    fleet.submit()
+    fleet.wait_ended()
+
+
+def folders(fleet):
+    return [*fleet.dir.glob("pool/kvm1/.flotilla/*")]
 
 
 def stop(fleet, name):
