@@ -15,6 +15,7 @@ from cluster import leader_partitioned
 from disks import full_disks
 from doctor import doctor
 from fleet import COORDINATOR_FAILPOINTS, HOSTS, LEASE, WORKER_FAILPOINTS, Fleet, Violation, wait
+from full import full_queues
 from operating import operator
 from permissions import permissions
 from poison import poison
@@ -252,7 +253,7 @@ CASES = {
     "duplicated": duplicated, "leader-partitioned": leader_partitioned, "clock-jumps": clock_jumps,
     "broker-killed": broker_killed, "broker-restarted": broker_restarted, "paused-worker": paused_worker,
     "coordinator-away": coordinator_away, "all-killed": all_killed, "replayed": replayed, "bad-network": bad_network,
-    "full-disks": full_disks, "key-rotated": key_rotated,
+    "full-disks": full_disks, "full-queues": full_queues, "key-rotated": key_rotated,
     "certificate-rotated": certificate_rotated, "permission-revoked": permission_revoked, "drained": drained,
     "drained-in-deploy": drained_in_deploy, "cancelled": cancelled,
     "doctor": doctor, "operator": operator, "random": random_schedule, "random-cluster": random_cluster,
