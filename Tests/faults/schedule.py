@@ -8,7 +8,7 @@ import time
 from bench import Bench, ClusterBench
 from cluster import PEERS, clustered
 from disks import retried
-from fleet import COORDINATOR_FAILPOINTS, HOSTS, LEASE, WORKER_FAILPOINTS, Violation, verdict
+from fleet import COORDINATOR_FAILPOINTS, HOSTS, LEASE, WORKER_FAILPOINTS, Violation, verdict, wait
 
 MEMBERS = ["coordinator", *HOSTS]
 # Everybody's leases run out; nobody notices; something between.
@@ -98,7 +98,7 @@ CLUSTER = [*COMMON, node, node]
 
 
 def plan(seed, seconds, kinds):
-    """Steps in the order of their times: ("begin" or "end", fault) or ("submit", hosts)."""
+    """Steps in the order of their times: ("begin" or "end", fault), ("submit", hosts) or ("cancel", how many ago)."""
     chance = random.Random(seed)
     steps, active, now = [], [], 0.0
     while now < seconds:
@@ -111,27 +111,41 @@ def plan(seed, seconds, kinds):
     now = 0.0
     while now < seconds:
         steps.append((now, "submit", [chance.choice(HOSTS) for _ in range(chance.randint(1, 3))]))
+        if chance.random() < 0.25:
+            steps.append((now + chance.uniform(0, 6), "cancel", chance.randint(1, 3)))
         now += chance.uniform(3, 7)
     return sorted(steps, key=lambda step: step[0])
 
 
 class Client(threading.Thread):
-    """Asks for migrations until the coordinator has taken them, as whoever gets no answer does."""
+    """Asks for migrations, and for the end of some, until the coordinator has heard it, as whoever gets no answer does."""
 
     def __init__(self, fleet):
         super().__init__(daemon=True)
         self.fleet, self.wanted, self.ends = fleet, [], threading.Event()
+        self.cancelled = []
 
     def submit(self, hosts):
         for host in hosts:
             self.fleet.number += 1
-            self.fleet.names.append((f"fault-{self.fleet.number}", host))
-            self.wanted.append(self.fleet.names[-1])
+            name = (f"fault-{self.fleet.number}", host)
+            self.fleet.names.append(name)
+            self.wanted.append(lambda name=name: self.fleet.ask(*name))
+
+    def cancel(self, ago):
+        if ago <= len(self.fleet.names):
+            name = self.fleet.names[-ago]
+            self.cancelled.append(name)
+            self.wanted.append(lambda: self.is_cancelled(name[0]))
+
+    def is_cancelled(self, name):
+        found = self.fleet.migrations()
+        return found and self.fleet.api("migration", "cancel", found[name]["id"], check=False).returncode == 0
 
     def run(self):
         while not self.ends.wait(0.1):
             try:
-                if self.wanted and self.fleet.ask(*self.wanted[0]):
+                if self.wanted and self.wanted[0]():
                     self.wanted.pop(0)
             except subprocess.TimeoutExpired:
                 pass
@@ -147,8 +161,8 @@ def run(bench, steps):
             while time.monotonic() < start + at:
                 bench.keep_alive()
                 time.sleep(0.2)
-            if what == "submit":
-                client.submit(subject)
+            if what in ("submit", "cancel"):
+                (client.submit if what == "submit" else client.cancel)(subject)
                 continue
             print(f"  {time.monotonic() - start:6.1f} s (planned {at:5.1f}) {what:5} {subject.text}", flush=True)
             if what == "begin":
@@ -157,18 +171,29 @@ def run(bench, steps):
             else:
                 active.remove(subject)
                 subject.end(bench)
-        deadline = time.monotonic() + 240
-        while client.wanted or not retried(fleet):
-            if time.monotonic() > deadline:
-                raise Violation(f"waited 240 s in vain for all migrations to end: {unfinished(fleet)}")
-            bench.keep_alive()
-            time.sleep(0.5)
+        all_end(bench, client)
+        cancelled = [name for name in client.cancelled if fleet.migrations()[name[0]]["state"] == "CANCELLED"]
+        left = lambda: [name for name, _ in cancelled if name in fleet.domains()] + [*fleet.dir.glob("pool/*/.flotilla/*")]
+        wait(60, f"nothing to be left of what was cancelled: {left()}", lambda: not left())
+        print(f"  {len(cancelled)} cancelled, and nothing left of them; they are asked for again", flush=True)
+        for name in cancelled:
+            wait(60, f"the coordinator to take {name} again", lambda: fleet.ask(*name))
+        all_end(bench, client)
         fleet.api("queue", "replay", "--all")
     finally:
         client.ends.set()
         client.join()
         for fault in active:
             fault.end(bench)
+
+
+def all_end(bench, client):
+    deadline = time.monotonic() + 240
+    while client.wanted or not retried(bench.fleet):
+        if time.monotonic() > deadline:
+            raise Violation(f"waited 240 s in vain for all migrations to end: {unfinished(bench.fleet)}")
+        bench.keep_alive()
+        time.sleep(0.5)
 
 
 def unfinished(fleet):
