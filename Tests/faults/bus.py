@@ -1,4 +1,4 @@
-"""A hand on the wire: copies of all tasks and events, and the means to send them again."""
+"""A hand on the wire: copies of all tasks, control messages and events, and the means to send them again."""
 
 import ssl
 from types import SimpleNamespace
@@ -21,7 +21,8 @@ class Tap:
         self.channel.confirm_delivery()
         self.queue = self.channel.queue_declare("flotilla.tap", exclusive=True).method.queue
         for host in self.hosts:
-            self.channel.queue_bind(self.queue, "flotilla.tasks", host)
+            for exchange in ("flotilla.tasks", "flotilla.control"):
+                self.channel.queue_bind(self.queue, exchange, host)
         self.channel.queue_bind(self.queue, "flotilla.events", "evt.#")
         return self
 

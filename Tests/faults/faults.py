@@ -153,7 +153,7 @@ def all_killed(fleet):
 
 
 def replayed(fleet):
-    """every task and event sent again, twice, in another order"""
+    """every task, control message and event sent again, twice, in another order"""
     with Tap(fleet) as tap:
         fleet.submit()
         fleet.wait_ended()
@@ -169,7 +169,7 @@ def replayed(fleet):
 
 
 def duplicated(fleet):
-    """every task and event sent again and again, in another order, while the tasks run"""
+    """every task, control message and event sent again and again, in another order, while the tasks run"""
     chance = random.Random(2)
     copies = 0
     with Tap(fleet) as tap:

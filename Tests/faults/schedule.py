@@ -76,7 +76,7 @@ def node(chance):
 
 def copies(chance):
     order = chance.random()
-    return Fault("bus: all messages again, twice, in another order", ["broker"], chance.choice(LENGTHS),
+    return Fault("bus: messages of now and before again, twice, in another order", ["broker"], chance.choice(LENGTHS),
                  lambda bench: bench.tap(), lambda bench: bench.replay(random.Random(order)))
 
 
@@ -86,13 +86,18 @@ def certificate(chance):
                  lambda bench: bench.rotate_certificate(name))
 
 
+def key(chance):
+    name = chance.choice(HOSTS)
+    return Fault(f"{name}: another signing key", [name], 0, lambda bench: bench.rotate_key(name))
+
+
 def permission(chance):
     name = chance.choice(HOSTS)
     return Fault(f"{name}: no permissions", [name, "broker"], chance.choice(LENGTHS),
                  lambda bench: bench.revoke(name), lambda bench: bench.give_back(name))
 
 
-COMMON = [killed, killed, paused, failpoint, failpoint, full_disk, clock, certificate, permission]
+COMMON = [killed, killed, paused, failpoint, failpoint, full_disk, clock, certificate, key, permission]
 SINGLE = [*COMMON, network, network, broker, copies]
 CLUSTER = [*COMMON, node, node]
 
