@@ -140,7 +140,7 @@ def bring_back(fleet, node, starts=False):
 
 def is_back(fleet, node):
     try:
-        fleet.rabbitmqctl("await_online_nodes", "3", "--timeout", "1", node=node)
+        fleet.rabbitmqctl("await_online_nodes", "3", "--timeout", "1", node=node, complaints=subprocess.DEVNULL)
         return True
     except subprocess.CalledProcessError:
         return False

@@ -108,9 +108,10 @@ class Fleet:
     def signal(self, name, number):
         os.kill(self.pid(name), number)
 
-    def rabbitmqctl(self, *arguments, node=1):
+    def rabbitmqctl(self, *arguments, node=1, complaints=None):
         return subprocess.run([ROOT / "Tests/testbeds/rabbitmq/run", "ctl", "--dir", self.dir / "rabbitmq", "--node",
-                               str(node), "--", *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+                               str(node), "--", *arguments], check=True, stdout=subprocess.PIPE, stderr=complaints,
+                              text=True).stdout
 
     def port(self):
         text = (self.dir / "rabbitmq/n1/ports").read_text()
@@ -170,6 +171,8 @@ class Fleet:
         self.wait_api()
         found = self.migrations()
         findings = checker.judge(checker.read(self.store))
+        for name in [name for name, _ in self.names if name not in found]:
+            raise Violation(f"lost: the coordinator took {name}, and knows nothing of it")
         for name, _ in self.names:
             if found[name]["state"] != "DONE":
                 findings.lost(f"{name}: {found[name]['state']} {found[name].get('errorMessage', '')}")
