@@ -135,4 +135,16 @@ import Testing
             #expect(arguments.contains { $0.contains("guest=window") && $0.contains("X-PciMmio64Mb,string=131072") })
         }
     }
+
+    /// It is worth trying again, with another connection: neither the first call that finds it gone nor a later one is the
+    /// end of a deploy.
+    @Test func aRestartedDaemonIsUnavailableToOldConnections() throws {
+        let connection = try LibvirtConnection(uri: PrivateLibvirt.uri)
+        #expect(try connection.domain(named: "nobody") == nil)
+        try PrivateLibvirt.restart()
+        for _ in 1...2 {
+            #expect(failure { try connection.domain(named: "nobody") }?.code == .unavailable)
+        }
+        #expect(try LibvirtConnection(uri: PrivateLibvirt.uri).domain(named: "nobody") == nil)
+    }
 }

@@ -10,20 +10,35 @@ package struct PrivateLibvirt: SuiteTrait, TestScoping {
     /// Around the whole suite, not around each test.
     package let isRecursive = false
 
+    private static let (prefix, suffix) = ("qemu:///system?socket=", "/run/libvirt-sock")
+
+    private static var script: String {
+        // …/Tests/TestKit/PrivateLibvirt.swift
+        let tests = URL(filePath: #filePath).deletingLastPathComponent().deletingLastPathComponent().path
+        return "\(tests)/testbeds/libvirt/run"
+    }
+
     package init() {}
+
+    /// Ends the suite's daemon and starts it again, with the domains that are defined.
+    package static func restart() throws {
+        let folder = String(uri.dropFirst(prefix.count).dropLast(suffix.count))
+        for action in ["stop", "start"] {
+            let outcome = try Program.run(script, [action, "--dir", folder], limit: .seconds(120))
+            try #require(outcome.status == 0, "libvirtd did not \(action): \(outcome.output)")
+        }
+    }
 
     package func provideScope(
         for test: Test, testCase: Test.Case?, performing function: @concurrent @Sendable () async throws -> Void
     ) async throws {
         let folder = "/tmp/flotilla-lv-\(getpid())-\(UUID().uuidString.prefix(4))"
-        // …/Tests/TestKit/PrivateLibvirt.swift
-        let tests = URL(filePath: #filePath).deletingLastPathComponent().deletingLastPathComponent().path
-        let script = "\(tests)/testbeds/libvirt/run"
+        let script = Self.script
         let started = try Program.run(script, ["start", "--dir", folder], limit: .seconds(120))
         try #require(started.status == 0, "libvirtd did not start: \(started.output)")
         let stop = { try Program.run(script, ["stop", "--dir", folder]) }
         do {
-            try await Self.$uri.withValue("qemu:///system?socket=\(folder)/run/libvirt-sock") { try await function() }
+            try await Self.$uri.withValue("\(Self.prefix)\(folder)\(Self.suffix)") { try await function() }
         } catch {
             _ = try? stop()
             throw error
