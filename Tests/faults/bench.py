@@ -10,6 +10,7 @@ from clock import compile_clock
 from cluster import bring_back, kill_node
 from disks import SmallDisk
 from fleet import HOSTS
+from libvirt import pid
 from proxy import ChaosProxy
 
 MEMBERS = ["coordinator", *HOSTS]
@@ -118,6 +119,9 @@ class Bench:
     def resume(self, name):
         if self.fleet.pid(name):
             self.fleet.signal(name, signal.SIGCONT)
+
+    def pause_libvirt(self, number):
+        os.kill(pid(self.fleet), number)
 
     # The broker, and what it is told
 

@@ -16,6 +16,7 @@ from disks import full_disks
 from doctor import doctor
 from fleet import COORDINATOR_FAILPOINTS, HOSTS, LEASE, WORKER_FAILPOINTS, Fleet, Violation, wait
 from full import full_queues
+from libvirt import libvirt_restarted
 from operating import operator
 from permissions import permissions
 from poison import poison
@@ -255,7 +256,7 @@ CASES = {
     "coordinator-away": coordinator_away, "all-killed": all_killed, "replayed": replayed, "bad-network": bad_network,
     "full-disks": full_disks, "full-queues": full_queues, "key-rotated": key_rotated,
     "certificate-rotated": certificate_rotated, "permission-revoked": permission_revoked, "drained": drained,
-    "drained-in-deploy": drained_in_deploy, "cancelled": cancelled,
+    "drained-in-deploy": drained_in_deploy, "cancelled": cancelled, "libvirt-restarted": libvirt_restarted,
     "doctor": doctor, "operator": operator, "random": random_schedule, "random-cluster": random_cluster,
 }
 SEEDED = (random_schedule, random_cluster)

@@ -4,13 +4,13 @@ import collections
 import json
 import os
 import pathlib
-import re
 import sqlite3
 import subprocess
 import time
 import xml.etree.ElementTree as xml
 
 import checker
+from witness import Watcher
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 HOSTS = ["kvm1", "kvm2", "kvm3"]
@@ -25,7 +25,6 @@ COORDINATOR_FAILPOINTS = [
     "coordinator.migration-stored", "coordinator.task-stored", "coordinator.task-sent", "coordinator.result-stored",
 ]
 METADATA = "{https://flotilla.dev/xmlns/domain/1}migration"
-SEEN = re.compile(r"for domain '?([^':]+)'?: (Defined Added|Defined Updated|Undefined)")
 
 
 class Violation(Exception):
@@ -69,14 +68,11 @@ class Fleet:
         checker.install(self.store)
         self.begin("coordinator")
         self.wait_api()
-        with (self.dir / "log/libvirt.log").open("w") as log:
-            self.watcher = subprocess.Popen(["stdbuf", "-oL", "virsh", "-c", self.uri, "event", "--event", "lifecycle", "--loop"],
-                                            stdout=log, stderr=subprocess.STDOUT)
+        self.watcher = Watcher(self.uri, self.dir / "log/libvirt.log")
 
     def stop(self):
         if self.watcher:
-            self.watcher.terminate()
-            self.watcher.wait()
+            self.watcher.stop()
             self.watcher = None
         if (self.dir / "hosts").exists():
             self.bed("stop")
@@ -179,8 +175,8 @@ class Fleet:
         wanted = {name: [found[name]["id"], *(found[name].get("result", {}).get(key) for key in ("domainUuid", "manifestSha256"))]
                   for name, _ in self.names}
         domains = {name: self.domain(name) for name in self.domains()}
-        wait(10, "libvirt to tell of all its domains", lambda: self.defines().keys() >= domains.keys())
-        checker.judge_domains(findings, wanted, domains, self.defines())
+        wait(10, "libvirt to tell of all its domains", lambda: self.watcher.seen().keys() >= domains.keys())
+        checker.judge_domains(findings, wanted, domains, self.watcher.seen())
         if findings:
             raise Violation("; ".join(findings))
         for name, host in self.names:
@@ -228,13 +224,6 @@ class Fleet:
         ours = root.find(f"metadata/{METADATA}")
         said = [None, None] if ours is None else [ours.get("id"), ours.get("manifest-sha256")]
         return [said[0], root.findtext("uuid"), said[1]]
-
-    def defines(self):
-        """How often each domain was added, updated, removed, as libvirt told while it happened."""
-        counts = collections.defaultdict(lambda: [0, 0, 0])
-        for name, what in SEEN.findall((self.dir / "log/libvirt.log").read_text()):
-            counts[name][("Defined Added", "Defined Updated", "Undefined").index(what)] += 1
-        return counts
 
     def undefine(self):
         for name in self.domains():

@@ -1,6 +1,7 @@
 """Faults in an order and of a length that chance decides and a seed repeats, sometimes two at once."""
 
 import random
+import signal
 import subprocess
 import threading
 import time
@@ -23,8 +24,8 @@ class Fault:
 
 
 def killed(chance):
-    name, signal = chance.choice(MEMBERS), chance.choice(["kill", "kill", "stop"])
-    return Fault(f"{name}: {signal}", [name], chance.choice([0, *LENGTHS]), lambda bench: bench.down(name, signal),
+    name, how = chance.choice(MEMBERS), chance.choice(["kill", "kill", "stop"])
+    return Fault(f"{name}: {how}", [name], chance.choice([0, *LENGTHS]), lambda bench: bench.down(name, how),
                  lambda bench: bench.up(name))
 
 
@@ -91,13 +92,18 @@ def key(chance):
     return Fault(f"{name}: another signing key", [name], 0, lambda bench: bench.rotate_key(name))
 
 
+def libvirt(chance):
+    return Fault("libvirt: stands still", ["libvirt"], chance.choice(LENGTHS),
+                 lambda bench: bench.pause_libvirt(signal.SIGSTOP), lambda bench: bench.pause_libvirt(signal.SIGCONT))
+
+
 def permission(chance):
     name = chance.choice(HOSTS)
     return Fault(f"{name}: no permissions", [name, "broker"], chance.choice(LENGTHS),
                  lambda bench: bench.revoke(name), lambda bench: bench.give_back(name))
 
 
-COMMON = [killed, killed, paused, failpoint, failpoint, full_disk, clock, certificate, key, permission]
+COMMON = [killed, killed, paused, failpoint, failpoint, full_disk, clock, certificate, key, libvirt, permission]
 SINGLE = [*COMMON, network, network, broker, copies]
 CLUSTER = [*COMMON, node, node]
 
