@@ -46,6 +46,7 @@ package func hostProfile(
     let around = Surroundings(proc: proc, sysfs: sysfs)
     profile.pciFunctions = try pciInventory(sysfs: sysfs, holders: around.holders.groups)
     addDetail(&profile.pciFunctions, sysfs: sysfs)
+    try addVgpus(&profile.pciFunctions, of: devices.vgpus)
     profile.numaNodes = numaNodes(sysfs: sysfs)
     profile.vgpus = try devices.vgpus.records().map { record in
         .with {

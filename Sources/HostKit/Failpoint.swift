@@ -38,6 +38,11 @@ package enum Failpoint: String, CaseIterable, Sendable {
     case gpuVgpuKept = "gpu.vgpu-kept"
     case gpuVgpuDestroyed = "gpu.vgpu-destroyed"
     case gpuVgpuForgotten = "gpu.vgpu-forgotten"
+    /// A change of a GPU's instances was written down, nothing was touched yet; before every command that changes them;
+    /// and after the last, before that is written down.
+    case gpuMigJournaled = "gpu.mig-journaled"
+    case gpuMigStep = "gpu.mig-step"
+    case gpuMigDone = "gpu.mig-done"
     /// A journal of drivers was written, sysfs was not yet.
     case gpuJournaled = "gpu.journaled"
     /// Before every write to sysfs that moves a driver, and after the last.

@@ -9,7 +9,7 @@ package func vgpuProfileKey(_ name: String) -> String {
 }
 
 /// What a vGPU of this profile needs on this physical or virtual function.
-func checkVgpu(_ profile: String, on device: DeviceFunction, in tree: DeviceTree) -> [Requirement] {
+func checkVgpu(_ profile: String, on device: DeviceFunction, in tree: DeviceTree, _ mig: Mig?) -> [Requirement] {
     let subject = device.function.address
     var found: [Requirement] = []
     if isVfio(driver: device.function.driver) {
@@ -70,6 +70,8 @@ func checkVgpu(_ profile: String, on device: DeviceFunction, in tree: DeviceTree
                     place.function.address, "IOMMU group", "\(place.function.text) is in no IOMMU group",
                     remedy: "enable SR-IOV and the IOMMU in the firmware"))
         }
+    } else if let mig, let instance = VgpuProfile(profile).gpuInstance, !mig.enabled || mig.hasRoom(for: instance) {
+        found.append(checkInstance(instance, on: subject, in: mig, places: offering))
     } else if !alike.isEmpty {
         found.append(
             .fail(
@@ -82,10 +84,26 @@ func checkVgpu(_ profile: String, on device: DeviceFunction, in tree: DeviceTree
                 subject, "profile",
                 "\(subject) can't make \(profile) now; it offers \(names.isEmpty ? "nothing" : names.joined(separator: ", "))",
                 remedy: isMIGProfile(key)
-                    ? "choose an offered profile; this one needs MIG: nvidia-smi -i \(subject) -mig 1"
+                    ? "choose an offered profile; this one needs room for a GPU instance in MIG mode: \(enableMIGHint(subject))"
                     : "choose an offered profile; while another size is in use a GPU offers only that one"))
     }
     return found
+}
+
+/// One is made with the vGPU where there is none yet.
+private func checkInstance(
+    _ instance: String, on gpu: String, in mig: Mig, places: [DeviceFunction]
+) -> Requirement {
+    guard mig.enabled else {
+        return .fail(gpu, "MIG mode", "\(gpu) is not in MIG mode", remedy: enableMIGHint(gpu))
+    }
+    guard places.contains(where: { !$0.uses.contains { [.vgpu, .domain, .reservation, .vfio].contains($0.kind) } })
+    else {
+        return .fail(
+            gpu, "virtual functions", "each virtual function of \(gpu) is in use",
+            remedy: "destroy a vGPU on it, or choose another GPU")
+    }
+    return .pass(gpu, "profile", "room for a GPU instance \(instance), which is made with the vGPU")
 }
 
 /// "a100-1-5c" is backed by a MIG instance of one slice, "a100-5c" is time-sliced.

@@ -1,4 +1,4 @@
-import FlotillaProtocol
+package import FlotillaProtocol
 import HostKit
 import MigrationModel
 
@@ -7,9 +7,11 @@ import MigrationModel
 /// - Parameters:
 ///   - vgpu: a vGPU of this profile on them, instead of the whole function.
 ///   - commandLine: the running kernel's.
+///   - migs: how GPUs are cut into instances, where that is known.
 ///   - seesAll: as root; others don't see all processes and reservations.
 package func checkDevices(
-    _ addresses: [PciAddress], vgpu: String?, in tree: DeviceTree, commandLine: String = "", seesAll: Bool = true
+    _ addresses: [PciAddress], vgpu: String?, in tree: DeviceTree, commandLine: String = "",
+    migs: [PciAddress: Mig] = [:], seesAll: Bool = true
 ) -> [Requirement] {
     var found = checkHost(tree, commandLine: commandLine)
     if !seesAll {
@@ -32,7 +34,7 @@ package func checkDevices(
         }
         found.append(.pass(device.function.address, "present", device.function.text))
         if let vgpu {
-            found += checkVgpu(vgpu, on: device, in: tree)
+            found += checkVgpu(vgpu, on: device, in: tree, migs[device.physicalFunction ?? address])
         } else {
             found += checkFunction(device, besides: addresses, in: tree)
         }

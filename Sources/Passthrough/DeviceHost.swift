@@ -37,7 +37,7 @@ package struct DeviceHost: Sendable {
     /// - Throws: `aborted` for a stale fence.
     @discardableResult
     package func giveBack(of owner: GPUOwner) throws -> [PciAddress] {
-        if try vgpus.records().contains(where: { $0.owner.isSame(as: owner) }) { try vgpus.destroy(of: owner) }
+        if try vgpus.holds(owner) { try vgpus.destroy(of: owner) }
         guard try !ledger.reservations(of: owner.migration).isEmpty else { return [] }
         return try ledger.release(of: owner).compactMap(\.function)
     }
@@ -96,6 +96,11 @@ package struct DeviceHost: Sendable {
             findings.append(
                 .warning("drivers", "\(error)", remedy: "flotilla gpu release tries again and says why it can't"))
         }
+        do {
+            if let change = try vgpus.exclusively({ try vgpus.settleInstances() }) {
+                findings.append(.make(.note, "MIG", change, remedy: ""))
+            }
+        } catch { findings.append(.warning("MIG", "\(error)", remedy: "flotilla gpu restore tries again")) }
         let defined = Set(domains.map(\.migration))
         let reaped = try vgpus.reap { owner in
             try !defined.contains(owner.migration) && !underWay.contains(owner.migration)

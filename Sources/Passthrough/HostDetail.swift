@@ -26,16 +26,12 @@ func parseCPUList(_ text: String) -> [UInt32] {
     }
 }
 
-/// Adds what a domain's address space and a vGPU's placement depend on.
+/// Adds what a domain's address space depends on, and whose virtual function one is.
 package func addDetail(_ functions: inout [PciFunction], sysfs: Sysfs = Sysfs()) {
     for index in functions.indices where !functions[index].bridge && functions[index].classCode >> 8 != 0x06 {
         let folder = "bus/pci/devices/\(functions[index].address)"
         functions[index].largeBarBytes = largeBarBytes(sysfs, folder)
         functions[index].physicalFunction = sysfs.linkName("\(folder)/physfn") ?? ""
-        guard let address = PciAddress(functions[index].address) else { continue }
-        let place = VgpuPlace(address, sysfs: sysfs)
-        functions[index].vgpuTypes = place?.types() ?? []
-        functions[index].hasVgpu_p = place?.isOccupied ?? false
     }
 }
 

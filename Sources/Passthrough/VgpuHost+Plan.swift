@@ -107,7 +107,7 @@ extension VgpuHost {
             if isWanted(known, profile, parameters) {
                 return isWhole(known) ? plan : Plan(steps: try completion(of: known))
             }
-            plan.steps += removal(of: known)
+            plan.steps += try removal(of: known)
         }
         if let step = gpu.flatMap(enabling) {
             plan.steps.append(step)
@@ -128,15 +128,14 @@ extension VgpuHost {
             plan.steps += try steps.compactMap(\.self) + completion(of: record)
             return plan
         }
-        if let failure { throw failure }
-        guard let instance = profile.gpuInstance else { throw try noRoom(for: profile, on: gpu) }
-        plan.steps.append(try adding(instance, on: gpu))
+        guard let instance = profile.gpuInstance else { throw try failure ?? noRoom(for: profile, on: gpu) }
+        plan.steps.append(try adding(instance, for: profile, on: gpu))
         plan.notes.append("then a \(profile) on the first virtual function that offers it")
         plan.notes.append("without room for the instance, those of a GPU without vGPUs are made again in other orders")
         return plan
     }
 
-    package func plan(destroy records: [VgpuRecord]) -> Plan { Plan(steps: records.flatMap(removal)) }
+    package func plan(destroy records: [VgpuRecord]) throws -> Plan { Plan(steps: try records.flatMap(removal)) }
 
     package func restorePlan() throws -> Plan {
         var plan = Plan()
@@ -146,7 +145,7 @@ extension VgpuHost {
                 continue
             }
             guard record.phase == .present else {
-                plan.steps += removal(of: record)
+                plan.steps += try removal(of: record)
                 continue
             }
             let step = record.physical == record.function ? nil : PciAddress(record.physical).flatMap(enabling)
@@ -154,7 +153,8 @@ extension VgpuHost {
             if let instance = VgpuProfile(record.profile).gpuInstance,
                 place(of: record)?.type(of: VgpuProfile(record.profile)) == nil
             {
-                plan.steps.append(try adding(instance, on: PciAddress(record.physical)))
+                plan.steps.append(
+                    try adding(instance, for: VgpuProfile(record.profile), on: PciAddress(record.physical)))
             }
             if let place = place(of: record), let type = place.type(of: VgpuProfile(record.profile)) {
                 let sizes = try preparingSizes(of: place).flatMap { plan.steps.contains($0) ? nil : $0 }
@@ -171,24 +171,20 @@ extension VgpuHost {
         try [parameters(of: record), record.phase == .present ? nil : persisting(record)].compactMap(\.self)
     }
 
-    private func removal(of record: VgpuRecord) -> [HostStep] {
-        (exists(record) ? [removing(record)] : []) + [forgetting(record)].compactMap(\.self)
+    private func removal(of record: VgpuRecord) throws -> [HostStep] {
+        try (exists(record) ? [removing(record)] : []) + [forgetting(record)].compactMap(\.self)
+            + removingInstance(of: record)
     }
 
-    /// On the first GPU that knows instances of this name.
-    private func adding(_ instance: String, on gpu: PciAddress?) throws -> HostStep {
-        var failure: MigrationError?
-        for physical in Set(places().map(\.physical)).sorted() where gpu == nil || physical == gpu {
-            do { return try MIGInstances(tools: tools, gpu: physical).adding(instance) } catch let error
-                as MigrationError
-            {
-                failure = failure ?? error
+    /// On the first GPU that has room for one.
+    private func adding(_ instance: String, for profile: VgpuProfile, on gpu: PciAddress?) throws -> HostStep {
+        var failures: [MigrationError] = []
+        for card in partitionable(on: gpu) {
+            do { return try addingInstance(instance, on: card) } catch let error as MigrationError {
+                failures.append(error)
             }
         }
-        throw failure
-            ?? MigrationError(
-                .notFound, gpu.map { "\($0) offers no vGPUs now" } ?? "no GPU of this host offers vGPUs now",
-                hint: "flotilla gpu check ADDRESS --vgpu PROFILE says what is missing")
+        throw try noRoom(for: profile, on: gpu, failures)
     }
 
     /// As a person reads it.

@@ -155,6 +155,7 @@ extension VgpuHost {
         Failpoint.gpuVgpuDestroyed.hit()
         try forget(record)
         Failpoint.gpuVgpuForgotten.hit()
+        try removeInstance(of: record.owner, device: record.device)
         if let resource = record.resource { try ledger.forget([resource], of: owner) }
         try store.remove(record)
     }

@@ -11,6 +11,7 @@ package struct VgpuHost: Sendable {
     let kernel: any SysfsWriter
     let tools: VgpuTools
     let store: VgpuRecords
+    let migs: MIGRecords
     let ledger: GPULedger
     let boot: String
     private let lock: String
@@ -28,6 +29,7 @@ package struct VgpuHost: Sendable {
         self.ledger = ledger ?? GPULedger(folder: folder)
         self.boot = boot
         store = VgpuRecords(path: "\(folder)/vgpus.json")
+        migs = MIGRecords(path: "\(folder)/mig.json")
         lock = "\(folder)/vgpus.lock"
     }
 
@@ -50,6 +52,7 @@ package struct VgpuHost: Sendable {
         parameters: [String] = []
     ) throws -> VgpuRecord {
         try exclusively {
+            try settleInstances()
             if let known = try store.read().first(where: { $0.owner.isSame(as: owner) && $0.device == device }) {
                 // Also checks the fence.
                 if let resource = known.resource { try ledger.reserve([resource], for: owner) }
@@ -62,22 +65,42 @@ package struct VgpuHost: Sendable {
                 try remove(known, as: owner)
             }
             if let gpu { try enableVirtualFunctions(of: gpu) }
-            var failure: MigrationError?
-            // Read again after every attempt: the offers change.
-            for _ in 0..<2 {
+            var failures: [MigrationError] = []
+            func attempt(on gpu: PciAddress?) throws -> VgpuRecord? {
                 for place in candidates(for: profile, on: gpu) {
+                    // Read again after every attempt: the offers change.
                     guard let type = place.type(of: profile) else { continue }
                     do {
                         return try make(type, at: place, for: owner, device: device, parameters)
                     } catch let error as MigrationError where error.code != .aborted {
-                        failure = failure ?? error
+                        failures.append(error)
                     }
                 }
-                guard failure == nil, let instance = profile.gpuInstance else { break }
-                try addInstance(instance, on: gpu)
+                return nil
             }
-            throw try failure ?? noRoom(for: profile, on: gpu)
+            if let made = try attempt(on: gpu) { return made }
+            guard let instance = profile.gpuInstance else { throw try failures.first ?? noRoom(for: profile, on: gpu) }
+            for rearranging in [false, true] {
+                for card in partitionable(on: gpu) {
+                    do {
+                        try addInstance(instance, on: card, for: owner, device: device, rearranging: rearranging)
+                        if let made = try attempt(on: card) { return made }
+                        try removeInstance(of: owner, device: device)
+                    } catch let error as MigrationError where error.code != .aborted {
+                        // While a change could not be taken back no other may begin.
+                        if try migs.read().change != nil { throw error }
+                        failures.append(error)
+                    }
+                }
+            }
+            throw try noRoom(for: profile, on: gpu, failures)
         }
+    }
+
+    /// Something of this host was made for the owner's migration.
+    package func holds(_ owner: GPUOwner) throws -> Bool {
+        try store.read().contains { $0.owner.isSame(as: owner) }
+            || migs.read().made.contains { $0.owner.isSame(as: owner) }
     }
 
     /// Destroys what the owner's migration has, or only its `device`. What is gone already is fine.
@@ -87,6 +110,10 @@ package struct VgpuHost: Sendable {
             where record.owner.isSame(as: owner) && (device.map { record.device == $0 } ?? true) {
                 try remove(record, as: owner)
             }
+            for made in try instancesWithoutVgpu()
+            where made.owner.isSame(as: owner) && (device.map { made.device == $0 } ?? true) {
+                try removeInstance(of: made.owner, device: made.device)
+            }
         }
     }
 
@@ -94,13 +121,18 @@ package struct VgpuHost: Sendable {
     ///
     /// - Parameter isGone: asked under the lock that every maker of a vGPU holds.
     func reap(_ isGone: (GPUOwner) throws -> Bool) throws -> [VgpuRecord] {
-        guard try !store.read().isEmpty else { return [] }
+        guard try !store.read().isEmpty || !migs.read().made.isEmpty else { return [] }
         return try exclusively {
-            try store.read().filter { record in
+            let reaped = try store.read().filter { record in
                 guard try !record.owner.migration.isEmpty && isGone(record.owner) else { return false }
                 let owner = try ledger.newest(record.owner)
                 return (try? remove(record, as: owner)) != nil
             }
+            // One of a vGPU that could not be destroyed stays with it.
+            for made in try instancesWithoutVgpu() where try !made.owner.migration.isEmpty && isGone(made.owner) {
+                try? removeInstance(of: made.owner, device: made.device)
+            }
+            return reaped
         }
     }
 
@@ -113,6 +145,7 @@ package struct VgpuHost: Sendable {
         try exclusively {
             var made: [VgpuRecord] = []
             var failure: (any Error)?
+            do { try settleInstances() } catch { failure = error }
             for var record in try store.read() {
                 do {
                     if exists(record) {
@@ -130,9 +163,10 @@ package struct VgpuHost: Sendable {
                         try enableVirtualFunctions(of: physical)
                     }
                     if let instance = VgpuProfile(record.profile).gpuInstance,
+                        let physical = PciAddress(record.physical),
                         place(of: record)?.type(of: VgpuProfile(record.profile)) == nil
                     {
-                        try addInstance(instance, on: PciAddress(record.physical))
+                        try addInstance(instance, on: physical, for: record.owner, device: record.device)
                     }
                     guard let place = place(of: record), let type = place.type(of: VgpuProfile(record.profile)) else {
                         throw MigrationError(
@@ -167,30 +201,39 @@ package struct VgpuHost: Sendable {
         return free.filter { used.contains($0.physical) } + free.filter { !used.contains($0.physical) }
     }
 
-    private func addInstance(_ name: String, on gpu: PciAddress?) throws {
-        let all = places()
-        var failure: (any Error)?
-        for physical in Set(all.map(\.physical)).sorted() where gpu == nil || physical == gpu {
-            let mine = all.filter { $0.physical == physical }
-            let isEmpty = mine.allSatisfy { $0.mediatedDevices.isEmpty && $0.currentType == nil }
-            do {
-                return try MIGInstances(tools: tools, gpu: physical).add(name, mayRearrange: isEmpty)
-            } catch { failure = failure ?? error }
-        }
-        if let failure { throw failure }
-    }
-
-    func noRoom(for profile: VgpuProfile, on gpu: PciAddress?) throws -> MigrationError {
+    func noRoom(
+        for profile: VgpuProfile, on gpu: PciAddress?, _ causes: [MigrationError] = []
+    ) throws -> MigrationError {
         let all = places().filter { gpu == nil || $0.physical == gpu }
         let owners = try store.read().filter { record in all.contains { "\($0.function)" == record.function } }
             .map { "\($0.profile) on \($0.function) for \($0.owner)" }
         let offers = Set(all.flatMap { $0.types().filter { $0.available > 0 }.map(\.name) }).sorted()
-        let there = owners.isEmpty ? "" : "; there are \(owners.joined(separator: ", "))"
+        let there =
+            (owners.isEmpty ? "" : "; there are \(owners.joined(separator: ", "))")
+            + causes.indices.filter { index in !causes[..<index].contains { $0.message == causes[index].message } }
+            .prefix(4).map { "; \(causes[$0].message)" }.joined()
+        if profile.gpuInstance != nil, let modes = tools.migModes() {
+            let off = Set(all.map(\.physical)).filter { modes[$0] == "disabled" }.sorted()
+            if !off.isEmpty, !all.contains(where: { modes[$0.physical] == "enabled" }) {
+                return MigrationError(
+                    .failedPrecondition,
+                    "a vGPU \(profile) needs a GPU in MIG mode, and none is: \(off.map(\.description).joined(separator: ", "))",
+                    hint: enableMIGHint("\(off[0])"))
+            }
+        }
         return MigrationError(
-            .resourceExhausted,
+            causes.allSatisfy { $0.code == .failedPrecondition } && !causes.isEmpty
+                ? .failedPrecondition : .resourceExhausted,
             "no GPU of this host has room for a vGPU \(profile)\(there)",
-            hint: offers.isEmpty
-                ? "enable the virtual functions: flotilla gpu profiles --enable ADDRESS"
-                : "now it can make \(offers.joined(separator: ", "))")
+            hint: causes.last?.hint
+                ?? (offers.isEmpty
+                    ? "enable the virtual functions: flotilla gpu profiles --enable ADDRESS"
+                    : "now it can make \(offers.joined(separator: ", "))"))
     }
+}
+
+/// - Parameter gpu: its address.
+func enableMIGHint(_ gpu: String) -> String {
+    "take everything off the GPU, then flotilla gpu profiles --enable-mig \(gpu) (nvidia-smi -i \(gpu) -mig 1); if it "
+        + "stays pending, the GPU has to be reset or the host rebooted"
 }

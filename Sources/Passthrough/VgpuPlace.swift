@@ -15,7 +15,7 @@ package struct VgpuPlace: Sendable {
     package let path: Path
     /// The function itself where it is not a virtual one.
     package let physical: PciAddress
-    private let sysfs: Sysfs
+    let sysfs: Sysfs
 
     var folder: String { "bus/pci/devices/\(function)" }
     var isVirtual: Bool { physical != function }
@@ -71,6 +71,9 @@ package struct VgpuPlace: Sendable {
         case .mdev: isVirtual && !mediatedDevices.isEmpty
         }
     }
+
+    /// No vGPU lives on it.
+    var isEmpty: Bool { mediatedDevices.isEmpty && currentType == nil }
 
     package var mediatedDevices: [String] {
         sysfs.list(folder).filter { $0.utf8.count == 36 && $0.split(separator: "-").map(\.count) == [8, 4, 4, 4, 12] }

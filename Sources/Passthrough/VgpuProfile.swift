@@ -13,6 +13,17 @@ package struct VgpuProfile: Hashable, Sendable, CustomStringConvertible {
 
     package var description: String { key.uppercased() }
 
+    /// Its frame buffer in MiB; "0" stands for half a GiB. Nil where the name doesn't tell.
+    package var frameBufferMiB: UInt32? {
+        let parts = key.split(separator: "-")
+        guard parts.count >= 2, let last = parts.last else { return nil }
+        let digits = last.prefix(while: \.isNumber)
+        guard let series = last.dropFirst(digits.count).first, "cqba".contains(series), let size = UInt32(digits),
+            size < 1 << 20
+        else { return nil }
+        return size == 0 ? 512 : size * 1024
+    }
+
     /// The GPU instance it needs, in nvidia-smi's words: "1g.5gb", "1g.5gb+me". Nil for a time-sliced profile.
     package var gpuInstance: String? {
         let parts = key.split(separator: "-")

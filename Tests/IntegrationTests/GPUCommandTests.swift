@@ -75,7 +75,7 @@ extension Integration {
             // What is no dry run changes no recorded tree.
             for refused in [
                 ["bind", "06:00.0"], ["release", "02:00.0"], ["reset", "02:00.0"], ["profiles", "--enable", "03:00.0"],
-                ["create", "A40-2Q", "--domain", "web"],
+                ["create", "A40-2Q", "--domain", "web"], ["profiles", "--enable-mig", "03:00.0", "--dry-run"],
             ] {
                 let outcome = try run(Environment.flotilla(), ["gpu"] + refused + ["--sysfs-root", tree])
                 #expect(outcome.status == 2, "\(refused): \(outcome.errors)")

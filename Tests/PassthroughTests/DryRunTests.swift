@@ -115,7 +115,7 @@ import Testing
         #expect(try rig.host.restorePlan().steps.isEmpty)
 
         let destroyed = try rig.expect {
-            rig.host.plan(destroy: try rig.host.records())
+            try rig.host.plan(destroy: rig.host.records())
         } isDoneBy: {
             try rig.host.destroy(of: web)
         }
@@ -133,7 +133,7 @@ import Testing
             try rig.host.create(profile, for: web, device: "gpu0")
         }
         let gone = try rig.expect {
-            rig.host.plan(destroy: try rig.host.records())
+            try rig.host.plan(destroy: rig.host.records())
         } isDoneBy: {
             try rig.host.destroy(of: web)
         }
@@ -147,23 +147,15 @@ import Testing
 
     @Test func instances() throws {
         let rig = try Machine()
-        try rig.machine.mdevGPU("0000:3b:00.0", [("nvidia-1", "GRID A100-1-5C", 0)])
-        try rig.machine.program(
-            "nvidia-smi",
-            """
-            case "$*" in
-            *-lgip*) echo '|   0  MIG 1g.5gb       19     7/7        4.75       No     14     0     0   |';;
-            *-cgi*) echo 1 > $S/bus/pci/devices/0000:3b:00.0/mdev_supported_types/nvidia-1/available_instances;;
-            esac
-            """)
+        try rig.machine.migGPU("3b")
         let plan = try rig.host.plan(create: VgpuProfile("A100-1-5C"), for: web, device: "gpu0")
-        #expect(plan.steps == [.run(["nvidia-smi", "mig", "-i", "0000:3b:00.0", "-cgi", "19", "-C"])])
+        #expect(plan.steps == [.run(["nvidia-smi", "mig", "-i", "0000:3b:00.0", "-cgi", "19:6", "-C"])])
         #expect(plan.notes.first == "then a A100-1-5C on the first virtual function that offers it")
-        let none = failure { try rig.host.plan(create: VgpuProfile("A100-2-10C"), for: web, device: "gpu0") }
-        #expect(none?.message.contains("no GPU instance profile 2g.10gb") == true)
-        #expect(rig.recorder.taken().isEmpty && rig.machine.calls.allSatisfy { $0.hasSuffix("-lgip") })
+        let none = failure { try rig.host.plan(create: VgpuProfile("A100-5-10C"), for: web, device: "gpu0") }
+        #expect(none?.message.contains("no GPU instance profile 5g.10gb") == true)
+        #expect(rig.recorder.taken().isEmpty && !rig.machine.calls.contains { $0.contains(" -cgi ") })
         _ = try rig.host.create(VgpuProfile("A100-1-5C"), for: web, device: "gpu0")
-        #expect(rig.machine.calls.contains("nvidia-smi mig -i 0000:3b:00.0 -cgi 19 -C"))
+        #expect(rig.machine.calls.contains("nvidia-smi mig -i 0000:3b:00.0 -cgi 19:6 -C"))
     }
 
     /// Of a device that is not NVIDIA's.

@@ -155,38 +155,6 @@ import Testing
         #expect(machine.sysfs.text("bus/pci/devices/\(made.function)/nvidia/current_vgpu_type") == "0")
     }
 
-    /// A GPU whose instances fit in one order only: 3 slices must begin at 0 or 4, so the small one has to come after.
-    @Test func instancesInAnotherOrder() throws {
-        let machine = try VgpuMachine()
-        try machine.mdevGPU("0000:3b:00.0", [])
-        try machine.put("bus/pci/devices/0000:3b:00.0/mdev_supported_types/nvidia-1/name", "GRID A100-3-20C\n")
-        try machine.put("bus/pci/devices/0000:3b:00.0/mdev_supported_types/nvidia-1/available_instances", "0\n")
-        try machine.put("bus/pci/devices/0000:3b:00.0/mdev_supported_types/nvidia-1/create", "")
-        try machine.put("have", "19\n")
-        try machine.program(
-            "nvidia-smi",
-            """
-            T=$S/bus/pci/devices/0000:3b:00.0/mdev_supported_types/nvidia-1
-            case "$*" in
-            *-lgip*) echo '|   0  MIG 1g.5gb       19     0/7        4.75       No     14     0     0   |'
-                     echo '|   0  MIG 3g.20gb       9     0/2        19.62      No     42     3     0   |';;
-            *-lgi*) n=7; for p in $(cat $S/have); do [ $p = 19 ] && m=1g.5gb || m=3g.20gb
-                     echo "|   0  MIG $m       $p        $n          0:1     |"; n=$((n+1)); done;;
-            *-dci*) exit 0;;
-            *-dgi*) : > $S/have;;
-            *"-cgi 9,19 -C") echo 9 19 > $S/have; echo 1 > $T/available_instances;;
-            *"-cgi 19 -C") [ -s $S/have ] && exit 1; echo 19 > $S/have;;
-            *) echo 'Insufficient Resources'; exit 1;;
-            esac
-            """)
-        let vgpu = try machine.host().create(VgpuProfile("A100-3-20C"), for: web, device: "gpu0")
-        #expect(vgpu.typeID == "nvidia-1" && machine.sysfs.text("have") == "9 19")
-        #expect(!vgpu.isInMdevctl)
-        let missing = failure { try machine.host().create(VgpuProfile("A100-2-10C"), for: render, device: "gpu0") }
-        #expect(missing?.message.contains("no GPU instance profile 2g.10gb") == true, "\(missing?.message ?? "")")
-    }
-
-    /// What a process leaves that died between the record and the end: the next attempt goes on with it.
     @Test func anInterruptedCreationIsTakenUp() throws {
         let machine = try VgpuMachine()
         try machine.vendorGPU("3b", types: ["NVIDIA A40-2Q 558"])
@@ -217,6 +185,7 @@ import Testing
     /// An L40S with two virtual functions that offer a profile.
     static func host() -> HostProfile {
         gpuHost { host in
+            host.pciFunctions[1].framebufferMib = 80 << 10
             for n in 4...5 {
                 host.pciFunctions.append(
                     function("0000:3b:00.\(n)", 0x10de, 0x20f1, group: Int32(70 + n)) {

@@ -141,6 +141,11 @@ package struct VgpuKernel: SysfsWriter {
             try Files.remove(sysfs.path("bus/mdev/devices/\(parts[3])"))
             try Files.remove(sysfs.path("bus/pci/devices/\(parent[0])/\(parts[3])"))
         } else if attribute.hasSuffix("/current_vgpu_type") {
+            let types = "bus/pci/devices/\(parts[3])/nvidia/creatable_vgpu_types"
+            let offered = String(decoding: sysfs.bytes(types) ?? [], as: UTF8.self)
+            if value != "0", isPartitioned(parts[3]), !offered.contains(" \(value)\n") {
+                throw MigrationError(.internal, "invalid argument")
+            }
             if !deaf.contains(parts[3]) { try set(attribute, text) }
             try fill()
         } else {
@@ -149,11 +154,20 @@ package struct VgpuKernel: SysfsWriter {
         }
     }
 
+    private var home: String { Files.parent(of: sysfs.root) }
+
+    /// Its GPU's instances say what it offers: see `migGPU`.
+    private func isPartitioned(_ function: String) -> Bool {
+        sysfs.linkName("bus/pci/devices/\(function)/physfn").map { Files.exists("\(home)/mig/\($0)") } ?? false
+    }
+
     /// A full GPU offers nothing any more; one in use only what it holds already (time-sliced), unless sizes are mixed.
-    private func fill() throws {
+    func fill() throws {
         let functions = sysfs.list("bus/pci/devices").filter {
-            sysfs.exists("bus/pci/devices/\($0)/nvidia/current_vgpu_type")
+            sysfs.exists("bus/pci/devices/\($0)/nvidia/current_vgpu_type") && !isPartitioned($0)
         }
+        let program = "\(home)/bin/mig.py"
+        if Files.exists(program) { _ = try Program.run("/usr/bin/python3", ["-SE", program, home, "refresh"]) }
         for function in functions {
             let parent = sysfs.linkName("bus/pci/devices/\(function)/physfn")
             let siblings = functions.filter { sysfs.linkName("bus/pci/devices/\($0)/physfn") == parent }

@@ -18,9 +18,13 @@ struct GPUCheckCommand: AsyncParsableCommand {
     func run() async throws {
         let found = try await blocking("gpu check") { [host, addresses, vgpu] in
             let line = host.isLive ? (try? Files.read("/proc/cmdline")) ?? [] : []
+            let tree = try host.observe()
+            // Only where it decides.
+            let gpus =
+                host.isLive && vgpu.map(VgpuProfile.init)?.gpuInstance != nil ? tree.functions.map(\.address) : []
             return checkDevices(
-                addresses, vgpu: vgpu, in: try host.observe(), commandLine: String(decoding: line, as: UTF8.self),
-                seesAll: host.seesAll)
+                addresses, vgpu: vgpu, in: tree, commandLine: String(decoding: line, as: UTF8.self),
+                migs: gpus.isEmpty ? [:] : VgpuHost().migs(of: gpus), seesAll: host.seesAll)
         }
         if json {
             Console.line(try jsonLine(found))

@@ -8,7 +8,7 @@ struct GPUProfilesCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "profiles", abstract: "vGPU profiles that can be made now, and the vGPUs flotilla made.",
         discussion: """
-            Reads only, unless --enable, --disable, --mixed-sizes or --equal-sizes is given. Tested on trees made from NVIDIA's documented \
+            Reads only, unless an option says to change something. Tested on trees made from NVIDIA's documented \
             layout with stand-ins for its programs, never on an NVIDIA card: look at --dry-run first.
             """)
 
@@ -27,14 +27,25 @@ struct GPUProfilesCommand: AsyncParsableCommand {
     @Option(help: "Take --mixed-sizes back; the GPU may have no vGPU.")
     var equalSizes: PciAddress?
 
+    @Option(help: "Put this GPU, which nothing may use, in MIG mode; the driver resets it.")
+    var enableMig: PciAddress?
+
+    @Option(help: "Take --enable-mig back; the GPU may have no instance.")
+    var disableMig: PciAddress?
+
     @Flag(help: "Print every write and program of an option that changes something, do none.") var dryRun = false
 
-    private var isChange: Bool { ![enable, disable, mixedSizes, equalSizes].allSatisfy { $0 == nil } }
+    private var isChange: Bool {
+        ![enable, disable, mixedSizes, equalSizes, enableMig, disableMig].allSatisfy { $0 == nil }
+    }
 
     func validate() throws {
         if dryRun && !isChange {
             throw ValidationError(
-                "--dry-run goes with --enable, --disable, --mixed-sizes or --equal-sizes: else nothing is changed")
+                "--dry-run goes with an option that changes something, such as --enable: else nothing is changed")
+        }
+        if (enableMig != nil || disableMig != nil) && !host.isLive {
+            throw ValidationError("MIG mode is asked of this host's nvidia-smi: a recorded device tree has none")
         }
         if isChange && !dryRun && !host.isLive {
             throw ValidationError("A recorded device tree can't be changed: add --dry-run")
@@ -45,23 +56,28 @@ struct GPUProfilesCommand: AsyncParsableCommand {
         let vgpus = VgpuHost(sysfs: host.sysfs)
         let (host, enable, disable, isChange) = (host, enable, disable, isChange)
         let sizes = [(mixedSizes, true), (equalSizes, false)].compactMap { gpu, isMixed in gpu.map { ($0, isMixed) } }
+        let modes = [(enableMig, true), (disableMig, false)].compactMap { gpu, isOn in gpu.map { ($0, isOn) } }
         if dryRun {
             let plans = try await refusable {
                 try [
                     enable.map { vgpus.plan(enable: $0) },
                     disable.map { try vgpus.plan(disable: $0, in: host.observe()) },
                 ] + sizes.map { try vgpus.plan(mixSizes: $0.1, on: $0.0) }
+                    + modes.map { try vgpus.plan(mig: $0.1, of: $0.0, in: host.observe()) }
             }
             return plans.compactMap(\.self).forEach { show($0, vgpus, nothing: "so already: nothing to do") }
         }
         if isChange { try requireRoot() }
-        let (places, records) = try await refusable {
+        let (places, records, migs) = try await refusable {
+            for (gpu, isOn) in modes { try vgpus.setMIG(isOn, of: gpu, in: host.observe()) }
             if let enable { try vgpus.exclusively { try vgpus.enableVirtualFunctions(of: enable) } }
             if let disable {
                 try vgpus.exclusively { try vgpus.disableVirtualFunctions(of: disable, in: host.observe()) }
             }
             for (gpu, isMixed) in sizes { try vgpus.setMixedSizes(isMixed, on: gpu) }
-            return (vgpus.places(), try vgpus.records())
+            let places = vgpus.places()
+            let migs = host.isLive ? vgpus.migs(of: Array(Set(places.map(\.physical)))).filter(\.value.enabled) : [:]
+            return (places, try vgpus.records(), migs)
         }
         for gpu in [enable, disable].compactMap(\.self) {
             let functions = vgpus.virtualFunctions(of: gpu)
@@ -76,12 +92,22 @@ struct GPUProfilesCommand: AsyncParsableCommand {
             }
         }
         if isChange && rows.isEmpty { return }
-        guard !rows.isEmpty || !records.isEmpty else {
+        guard !rows.isEmpty || !records.isEmpty || !migs.isEmpty else {
             throw MigrationError(
                 .notFound, "no GPU of this host offers vGPUs now",
                 hint: "flotilla gpu check ADDRESS --vgpu PROFILE says what is missing")
         }
         for line in table(["GPU", "function", "path", "profile", "type", "free"], rows) { Console.line(line) }
+        let instances = migs.sorted { $0.key < $1.key }.flatMap { gpu, mig in
+            mig.profiles.map { profile in
+                let there = mig.instances.count { $0.name == profile.name }
+                return ["\(gpu)", profile.name, "\(there)", "\(mig.room(for: profile.name))"]
+            }
+        }
+        if !instances.isEmpty {
+            Console.line("")
+            for line in table(["GPU", "instance", "there", "more"], instances) { Console.line(line) }
+        }
         guard host.isLive, !records.isEmpty else { return }
         Console.line("")
         let made = records.map { record in
@@ -163,7 +189,7 @@ struct GPUDestroyCommand: AsyncParsableCommand {
                 .notFound, "flotilla made no vGPU for a domain \(domain)",
                 hint: "flotilla gpu profiles lists those it made")
         }
-        if dryRun { return show(vgpus.plan(destroy: records), vgpus, nothing: "gone already: nothing to do") }
+        if dryRun { return show(try vgpus.plan(destroy: records), vgpus, nothing: "gone already: nothing to do") }
         Console.line("destroyed \(records.count) vGPU\(records.count == 1 ? "" : "s") of domain \(domain)")
     }
 }

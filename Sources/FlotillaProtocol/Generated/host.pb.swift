@@ -313,17 +313,116 @@ package nonisolated struct PciFunction: @unchecked Sendable {
     set {_uniqueStorage()._vgpuTypes = newValue}
   }
 
-  /// A vGPU lives on it now.
+  /// It holds the one vGPU it can.
   package var hasVgpu_p: Bool {
     get {_storage._hasVgpu_p}
     set {_uniqueStorage()._hasVgpu_p = newValue}
   }
+
+  /// "mdev" or "vendor-vfio"; empty where no vGPU can be made.
+  package var vgpuPath: String {
+    get {_storage._vgpuPath}
+    set {_uniqueStorage()._vgpuPath = newValue}
+  }
+
+  /// Profiles of the vGPUs that live on it, whoever made them; an empty one can't be told.
+  package var vgpuProfiles: [String] {
+    get {_storage._vgpuProfiles}
+    set {_uniqueStorage()._vgpuProfiles = newValue}
+  }
+
+  /// Of a GPU with vGPUs: the frame buffer they share, in MiB; 0: not known.
+  package var framebufferMib: UInt32 {
+    get {_storage._framebufferMib}
+    set {_uniqueStorage()._framebufferMib = newValue}
+  }
+
+  /// Of a GPU: its vGPUs may differ in size.
+  package var mixedSizes: Bool {
+    get {_storage._mixedSizes}
+    set {_uniqueStorage()._mixedSizes = newValue}
+  }
+
+  /// Of a GPU that can be partitioned, where nvidia-smi tells of it.
+  package var mig: Mig {
+    get {_storage._mig ?? Mig()}
+    set {_uniqueStorage()._mig = newValue}
+  }
+  /// Returns true if `mig` has been explicitly set.
+  package var hasMig: Bool {_storage._mig != nil}
+  /// Clears the value of `mig`. Subsequent reads from it will return its default value.
+  package mutating func clearMig() {_uniqueStorage()._mig = nil}
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
 
   fileprivate var _storage = _StorageClass.defaultInstance
+}
+
+/// NVIDIA's Multi-Instance GPU: a GPU cut into instances, each for one MIG-backed vGPU.
+package nonisolated struct Mig: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  /// When it is not, the rest is empty.
+  package var enabled: Bool = false
+
+  package var profiles: [MigProfile] = []
+
+  package var instances: [MigInstance] = []
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+/// A kind of GPU instance, as `nvidia-smi mig -lgip` and `-lgipp` list it.
+package nonisolated struct MigProfile: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  /// "1g.5gb", "1g.5gb+me".
+  package var name: String = String()
+
+  /// Differs between models.
+  package var id: String = String()
+
+  /// Memory slices it takes, and those it can begin at; none where nvidia-smi does not tell.
+  package var size: UInt32 = 0
+
+  package var starts: [UInt32] = []
+
+  /// How many more of it the driver would make now, and how many an empty GPU holds.
+  package var free: UInt32 = 0
+
+  package var total: UInt32 = 0
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
+}
+
+/// A GPU instance that is there, used or not.
+package nonisolated struct MigInstance: Sendable {
+  // SwiftProtobuf.Message conformance is added in an extension below. See the
+  // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
+  // methods supported on all messages.
+
+  package var name: String = String()
+
+  package var id: String = String()
+
+  /// Memory slices.
+  package var start: UInt32 = 0
+
+  package var size: UInt32 = 0
+
+  package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package init() {}
 }
 
 /// A vGPU profile that the driver offers on a function.
@@ -758,7 +857,7 @@ nonisolated extension DomainSummary: SwiftProtobuf.Message, SwiftProtobuf._Messa
 
 nonisolated extension PciFunction: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".PciFunction"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}address\0\u{1}id\0\u{3}class_code\0\u{1}driver\0\u{3}iommu_group\0\u{3}boot_vga\0\u{1}bridge\0\u{3}numa_node\0\u{3}in_use_by\0\u{1}companions\0\u{3}large_bar_bytes\0\u{3}physical_function\0\u{3}vgpu_types\0\u{3}has_vgpu\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}address\0\u{1}id\0\u{3}class_code\0\u{1}driver\0\u{3}iommu_group\0\u{3}boot_vga\0\u{1}bridge\0\u{3}numa_node\0\u{3}in_use_by\0\u{1}companions\0\u{3}large_bar_bytes\0\u{3}physical_function\0\u{3}vgpu_types\0\u{3}has_vgpu\0\u{3}vgpu_path\0\u{3}vgpu_profiles\0\u{3}framebuffer_mib\0\u{3}mixed_sizes\0\u{1}mig\0")
 
   fileprivate class _StorageClass {
     var _address: String = String()
@@ -775,6 +874,11 @@ nonisolated extension PciFunction: SwiftProtobuf.Message, SwiftProtobuf._Message
     var _physicalFunction: String = String()
     var _vgpuTypes: [VgpuType] = []
     var _hasVgpu_p: Bool = false
+    var _vgpuPath: String = String()
+    var _vgpuProfiles: [String] = []
+    var _framebufferMib: UInt32 = 0
+    var _mixedSizes: Bool = false
+    var _mig: Mig? = nil
 
       // This property is used as the initial default value for new instances of the type.
       // The type itself is protecting the reference to its storage via CoW semantics.
@@ -799,6 +903,11 @@ nonisolated extension PciFunction: SwiftProtobuf.Message, SwiftProtobuf._Message
       _physicalFunction = source._physicalFunction
       _vgpuTypes = source._vgpuTypes
       _hasVgpu_p = source._hasVgpu_p
+      _vgpuPath = source._vgpuPath
+      _vgpuProfiles = source._vgpuProfiles
+      _framebufferMib = source._framebufferMib
+      _mixedSizes = source._mixedSizes
+      _mig = source._mig
     }
   }
 
@@ -831,6 +940,11 @@ nonisolated extension PciFunction: SwiftProtobuf.Message, SwiftProtobuf._Message
         case 12: try { try decoder.decodeSingularStringField(value: &_storage._physicalFunction) }()
         case 13: try { try decoder.decodeRepeatedMessageField(value: &_storage._vgpuTypes) }()
         case 14: try { try decoder.decodeSingularBoolField(value: &_storage._hasVgpu_p) }()
+        case 15: try { try decoder.decodeSingularStringField(value: &_storage._vgpuPath) }()
+        case 16: try { try decoder.decodeRepeatedStringField(value: &_storage._vgpuProfiles) }()
+        case 17: try { try decoder.decodeSingularUInt32Field(value: &_storage._framebufferMib) }()
+        case 18: try { try decoder.decodeSingularBoolField(value: &_storage._mixedSizes) }()
+        case 19: try { try decoder.decodeSingularMessageField(value: &_storage._mig) }()
         default: break
         }
       }
@@ -885,6 +999,21 @@ nonisolated extension PciFunction: SwiftProtobuf.Message, SwiftProtobuf._Message
       if _storage._hasVgpu_p != false {
         try visitor.visitSingularBoolField(value: _storage._hasVgpu_p, fieldNumber: 14)
       }
+      if !_storage._vgpuPath.isEmpty {
+        try visitor.visitSingularStringField(value: _storage._vgpuPath, fieldNumber: 15)
+      }
+      if !_storage._vgpuProfiles.isEmpty {
+        try visitor.visitRepeatedStringField(value: _storage._vgpuProfiles, fieldNumber: 16)
+      }
+      if _storage._framebufferMib != 0 {
+        try visitor.visitSingularUInt32Field(value: _storage._framebufferMib, fieldNumber: 17)
+      }
+      if _storage._mixedSizes != false {
+        try visitor.visitSingularBoolField(value: _storage._mixedSizes, fieldNumber: 18)
+      }
+      try { if let v = _storage._mig {
+        try visitor.visitSingularMessageField(value: v, fieldNumber: 19)
+      } }()
     }
     try unknownFields.traverse(visitor: &visitor)
   }
@@ -908,10 +1037,155 @@ nonisolated extension PciFunction: SwiftProtobuf.Message, SwiftProtobuf._Message
         if _storage._physicalFunction != rhs_storage._physicalFunction {return false}
         if _storage._vgpuTypes != rhs_storage._vgpuTypes {return false}
         if _storage._hasVgpu_p != rhs_storage._hasVgpu_p {return false}
+        if _storage._vgpuPath != rhs_storage._vgpuPath {return false}
+        if _storage._vgpuProfiles != rhs_storage._vgpuProfiles {return false}
+        if _storage._framebufferMib != rhs_storage._framebufferMib {return false}
+        if _storage._mixedSizes != rhs_storage._mixedSizes {return false}
+        if _storage._mig != rhs_storage._mig {return false}
         return true
       }
       if !storagesAreEqual {return false}
     }
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension Mig: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".Mig"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}enabled\0\u{1}profiles\0\u{1}instances\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularBoolField(value: &self.enabled) }()
+      case 2: try { try decoder.decodeRepeatedMessageField(value: &self.profiles) }()
+      case 3: try { try decoder.decodeRepeatedMessageField(value: &self.instances) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if self.enabled != false {
+      try visitor.visitSingularBoolField(value: self.enabled, fieldNumber: 1)
+    }
+    if !self.profiles.isEmpty {
+      try visitor.visitRepeatedMessageField(value: self.profiles, fieldNumber: 2)
+    }
+    if !self.instances.isEmpty {
+      try visitor.visitRepeatedMessageField(value: self.instances, fieldNumber: 3)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: Mig, rhs: Mig) -> Bool {
+    if lhs.enabled != rhs.enabled {return false}
+    if lhs.profiles != rhs.profiles {return false}
+    if lhs.instances != rhs.instances {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension MigProfile: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".MigProfile"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{1}size\0\u{1}starts\0\u{1}free\0\u{1}total\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.id) }()
+      case 3: try { try decoder.decodeSingularUInt32Field(value: &self.size) }()
+      case 4: try { try decoder.decodeRepeatedUInt32Field(value: &self.starts) }()
+      case 5: try { try decoder.decodeSingularUInt32Field(value: &self.free) }()
+      case 6: try { try decoder.decodeSingularUInt32Field(value: &self.total) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.name.isEmpty {
+      try visitor.visitSingularStringField(value: self.name, fieldNumber: 1)
+    }
+    if !self.id.isEmpty {
+      try visitor.visitSingularStringField(value: self.id, fieldNumber: 2)
+    }
+    if self.size != 0 {
+      try visitor.visitSingularUInt32Field(value: self.size, fieldNumber: 3)
+    }
+    if !self.starts.isEmpty {
+      try visitor.visitPackedUInt32Field(value: self.starts, fieldNumber: 4)
+    }
+    if self.free != 0 {
+      try visitor.visitSingularUInt32Field(value: self.free, fieldNumber: 5)
+    }
+    if self.total != 0 {
+      try visitor.visitSingularUInt32Field(value: self.total, fieldNumber: 6)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: MigProfile, rhs: MigProfile) -> Bool {
+    if lhs.name != rhs.name {return false}
+    if lhs.id != rhs.id {return false}
+    if lhs.size != rhs.size {return false}
+    if lhs.starts != rhs.starts {return false}
+    if lhs.free != rhs.free {return false}
+    if lhs.total != rhs.total {return false}
+    if lhs.unknownFields != rhs.unknownFields {return false}
+    return true
+  }
+}
+
+nonisolated extension MigInstance: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".MigInstance"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{1}start\0\u{1}size\0")
+
+  package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularStringField(value: &self.name) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.id) }()
+      case 3: try { try decoder.decodeSingularUInt32Field(value: &self.start) }()
+      case 4: try { try decoder.decodeSingularUInt32Field(value: &self.size) }()
+      default: break
+      }
+    }
+  }
+
+  package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if !self.name.isEmpty {
+      try visitor.visitSingularStringField(value: self.name, fieldNumber: 1)
+    }
+    if !self.id.isEmpty {
+      try visitor.visitSingularStringField(value: self.id, fieldNumber: 2)
+    }
+    if self.start != 0 {
+      try visitor.visitSingularUInt32Field(value: self.start, fieldNumber: 3)
+    }
+    if self.size != 0 {
+      try visitor.visitSingularUInt32Field(value: self.size, fieldNumber: 4)
+    }
+    try unknownFields.traverse(visitor: &visitor)
+  }
+
+  package static func ==(lhs: MigInstance, rhs: MigInstance) -> Bool {
+    if lhs.name != rhs.name {return false}
+    if lhs.id != rhs.id {return false}
+    if lhs.start != rhs.start {return false}
+    if lhs.size != rhs.size {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
