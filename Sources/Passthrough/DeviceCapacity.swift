@@ -20,22 +20,10 @@ extension HostProfile {
             if let index = made.firstIndex(where: { VgpuProfile($0.profile) == profile }) {
                 made.remove(at: index)
             } else {
-                takeVgpu(profile, for: manifest)
+                _ = takeVgpu(profile, for: promise(manifest))
             }
         }
         return true
-    }
-
-    private mutating func takeVgpu(_ profile: VgpuProfile, for manifest: Manifest) {
-        guard let index = pciFunctions.indices.first(where: { room(for: profile, on: pciFunctions[$0]) > 0 }) else {
-            return
-        }
-        if !pciFunctions[index].physicalFunction.isEmpty { pciFunctions[index].hasVgpu_p = true }
-        if pciFunctions[index].inUseBy.isEmpty { pciFunctions[index].inUseBy = "a vGPU of \(promise(manifest))" }
-        for type in pciFunctions[index].vgpuTypes.indices
-        where VgpuProfile(pciFunctions[index].vgpuTypes[type].name) == profile {
-            pciFunctions[index].vgpuTypes[type].available -= 1
-        }
     }
 
     private func promise(_ manifest: Manifest) -> String { "VM \(manifest.vm.name), which goes first" }

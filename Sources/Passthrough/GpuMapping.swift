@@ -56,53 +56,41 @@ func vgpuFindings(
     _ wanted: [AssignedDevice], on host: HostProfile, taken: Set<String>, for migration: String
 ) -> [[Finding]] {
     var kept = host.vgpus.filter { !migration.isEmpty && $0.migrationID == migration }.map { VgpuProfile($0.profile) }
-    var used: [VgpuProfile: UInt32] = [:]
+    var left = host
     return wanted.map { device in
         let profile = VgpuProfile(device.vgpu.profile)
         if let index = kept.firstIndex(of: profile) {
             kept.remove(at: index)
             return []
         }
-        let room = host.room(for: profile, besides: taken)
-        let before = used[profile, default: 0]
-        used[profile] = before + 1
-        guard before >= room else { return [] }
-        let names = Set(host.pciFunctions.flatMap { $0.vgpuTypes.filter { $0.available > 0 }.map(\.name) }).sorted()
-        let there = host.vgpus.filter { VgpuProfile($0.profile) == profile }
-            .map {
-                "\($0.function) has one for \($0.migrationID.isEmpty ? "no migration" : "migration \($0.migrationID)")"
-            }
-        let message =
-            room > 0
-            ? "host \(host.name) has room for \(room) vGPU\(room == 1 ? "" : "s") \(profile), and more are wanted"
-            : "host \(host.name) has no room for a vGPU \(profile)"
-                + (there.isEmpty ? "" : " (\(there.joined(separator: ", ")))")
-        return [
-            .blocked(
-                device.id, "\(device.id): \(message)",
-                remedy: names.isEmpty
-                    ? "turn the GPU's virtual functions on (flotilla gpu profiles --enable ADDRESS), choose another host, "
-                        + "or map the profile to a device with --gpu-map"
-                    : "choose another host, or map it with --gpu-map to one of \(names.joined(separator: ", "))")
-        ]
+        if left.takeVgpu(profile, besides: taken) { return [] }
+        return [noRoom(for: device, profile, on: host, room: host.room(for: profile, besides: taken))]
     }
 }
 
-extension HostProfile {
-    /// How many vGPUs of this profile could be made if nothing else were.
-    package func room(for profile: VgpuProfile, besides taken: Set<String> = []) -> UInt32 {
-        pciFunctions.reduce(0) { sum, function in
-            let isTaken = taken.contains(function.address) || taken.contains(function.physicalFunction)
-            return isTaken ? sum : sum + room(for: profile, on: function)
-        }
-    }
+private func noRoom(for device: AssignedDevice, _ profile: VgpuProfile, on host: HostProfile, room: UInt32) -> Finding {
+    let there =
+        host.vgpus.filter { VgpuProfile($0.profile) == profile }
+        .map { "\($0.function) has one for \($0.migrationID.isEmpty ? "no migration" : "migration \($0.migrationID)")" }
+        + (profile.gpuInstance == nil ? [] : host.pciFunctions.filter { !$0.mig.instances.isEmpty })
+        .map { "\($0.address) is cut into \($0.mig.instances.map(\.name).joined(separator: ", "))" }
+    let message =
+        room > 0
+        ? "host \(host.name) has room for \(room) vGPU\(room == 1 ? "" : "s") \(profile), and more are wanted"
+        : "host \(host.name) has no room for a vGPU \(profile)"
+            + (there.isEmpty ? "" : " (\(there.joined(separator: ", ")))")
+    return .blocked(device.id, "\(device.id): \(message)", remedy: remedy(for: profile, on: host))
+}
 
-    func room(for profile: VgpuProfile, on function: PciFunction) -> UInt32 {
-        guard !["domain ", "what ", "VM "].contains(where: function.inUseBy.hasPrefix),
-            function.physicalFunction.isEmpty || !function.hasVgpu_p,
-            let type = function.vgpuTypes.first(where: { VgpuProfile($0.name) == profile })
-        else { return 0 }
-        // A virtual function holds one, whatever its parent has left.
-        return function.physicalFunction.isEmpty ? type.available : min(1, type.available)
+private func remedy(for profile: VgpuProfile, on host: HostProfile) -> String {
+    if profile.gpuInstance != nil, !host.pciFunctions.contains(where: \.mig.enabled),
+        let gpu = host.pciFunctions.first(where: \.hasMig)
+    {
+        return "no GPU of it is in MIG mode: \(enableMIGHint(gpu.address)); or choose another host"
     }
+    let names = Set(host.pciFunctions.flatMap { $0.vgpuTypes.filter { $0.available > 0 }.map(\.name) }).sorted()
+    return names.isEmpty
+        ? "turn the GPU's virtual functions on (flotilla gpu profiles --enable ADDRESS), choose another host, "
+            + "or map the profile to a device with --gpu-map"
+        : "choose another host, or map it with --gpu-map to one of \(names.joined(separator: ", "))"
 }

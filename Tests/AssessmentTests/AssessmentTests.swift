@@ -191,6 +191,34 @@ import Testing
     }
 }
 
+@Suite struct VgpuAssessmentTests {
+    /// An L40S holds two of 24 GB, whatever each of its 32 virtual functions offers.
+    @Test func theWholeSetIsJudged() throws {
+        var host = AssessmentTests.host()
+        host.pciFunctions = (0...32).map { index in
+            .with {
+                $0.address = index == 0 ? "0000:3b:00.0" : "0000:3b:0\((index + 7) / 8).\(index % 8)"
+                ($0.id.vendor, $0.id.device, $0.classCode, $0.iommuGroup) = (0x10de, 0x26b9, 0x0302, Int32(index))
+                guard index > 0 else { return }
+                ($0.physicalFunction, $0.vgpuPath) = ("0000:3b:00.0", "vendor-vfio")
+                $0.vgpuTypes = ["48Q", "24Q"].map { size in
+                    .with { ($0.id, $0.name, $0.available) = (size, "NVIDIA L40S-\(size)", 1) }
+                }
+            }
+        }
+        var assessment = Assessment(hosts: [host], options: AssessmentTests.mapped, pool: nil, format: "raw")
+        for name in ["first", "second", "third"] {
+            assessment.add(
+                AssessmentTests.manifest {
+                    $0.vm.name = name
+                    $0.gpus = [AssessmentTests.gpu(.vgpu(.with { $0.profile = "grid_l40s-24q" }))]
+                }, source: "manifest:\(name).json")
+        }
+        #expect(assessment.vms.map(\.verdict) == [.ready, .ready, .warning])
+        #expect(assessment.demand.map { [$0.wanted, $0.free] } == [[3, 2]])
+    }
+}
+
 @Suite struct PageTests {
     @Test func hostileTextStaysText() throws {
         let evil = "</script><img src=x onerror=alert(1)>&\"'"

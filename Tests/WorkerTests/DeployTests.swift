@@ -35,6 +35,40 @@ import Testing
         #expect(try rig.machine.host().records().isEmpty)
     }
 
+    /// A GPU in MIG mode without an instance: it is cut for the deploy, and put together after.
+    @Test func aMIGBackedVgpuGetsItsInstance() async throws {
+        let rig = try DeployRig()
+        try rig.machine.migGPU("3b")
+        try rig.gpu("3b", device: "0x20f1")
+        try rig.machine.partition("3b", "9:4")
+        let small = AssignedDevice.with {
+            ($0.id, $0.classCode) = ("gpu0", 0x0302)
+            $0.vgpu.profile = "grid_a100-2-10c"
+        }
+        let result = try await rig.handler().run(rig.request("mig", [small]))
+        let function = try #require(result.vgpus.first?.function)
+        #expect(rig.machine.instances("3b").count == 2 && rig.machine.instances("3b").contains("3g.20gb:4"))
+        #expect(try rig.entries == ["pci:\(function) mig reserved"])
+        // No third one of two slices, and the worker says so before anything is made.
+        let large = AssignedDevice.with {
+            ($0.id, $0.classCode) = ("gpu0", 0x0302)
+            $0.vgpu.profile = "grid_a100-4-20c"
+        }
+        let full = await failure { try await rig.handler().run(rig.request("full", [large])) }
+        #expect(
+            full?.code == .failedPrecondition && full?.message.contains("is cut into") == true, "\(full?.message ?? "")"
+        )
+        try await rig.handler().takeBack("mig")
+        #expect(rig.machine.instances("3b") == ["3g.20gb:4"])
+        #expect(try rig.machine.host().records().isEmpty && rig.entries.isEmpty)
+
+        // One that may not go on leaves no instance.
+        let refused = await failure {
+            try await rig.handler { throw MigrationError(.cancelled, "no permit") }.run(rig.request("mig", [small]))
+        }
+        #expect(refused != nil && rig.machine.instances("3b") == ["3g.20gb:4"])
+    }
+
     /// Both have chosen before either takes: the ledger decides, and the loser hears who has it.
     @Test func oneOfTwoDeploysGetsTheGPU() async throws {
         let rig = try DeployRig()
