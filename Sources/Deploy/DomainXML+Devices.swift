@@ -7,10 +7,17 @@ extension DomainXML {
         let bus = options.diskBus(for: vm)
         let (busName, prefix) =
             switch bus {
+            case .virtio: ("virtio", "vd")
             case .scsi: ("scsi", "sd")
-            case .sataBus: ("sata", "sd")
-            default: ("virtio", "vd")
+            case .sata: ("sata", "sd")
+            case .ide: ("ide", "hd")
             }
+        guard bus != .ide || manifest.disks.count <= 4 else {
+            throw MigrationError(
+                .failedPrecondition,
+                "VM \(vm.name): has \(manifest.disks.count) disks; a guest of its age (\(vm.guestID)) gets IDE, which holds 4",
+                hint: "choose another bus whose driver it has, with --disk-bus")
+        }
         for (index, disk) in manifest.disks.enumerated() {
             guard disk.target.path.hasPrefix("/"), ["qcow2", "raw"].contains(disk.target.format) else {
                 throw MigrationError(
@@ -39,9 +46,9 @@ extension DomainXML {
         }
     }
 
-    /// The disk UUID without its separators, as VMware shows it to the guest. SCSI carries it whole; virtio-blk and
-    /// SATA hold 20 characters, the last ones here since the first are VMware's vendor code.
-    private func diskSerial(_ disk: Disk, _ bus: DiskBus) -> String? {
+    /// The disk UUID without its separators, as VMware shows it to the guest. SCSI carries it whole; virtio-blk, SATA
+    /// and IDE hold 20 characters, the last ones here since the first are VMware's vendor code.
+    private func diskSerial(_ disk: Disk, _ bus: GuestDiskBus) -> String? {
         let serial = disk.uuid.lowercased().filter { $0.isASCII && ($0.isLetter || $0.isNumber) }
         guard !serial.isEmpty else { return nil }
         return String(serial.suffix(bus == .scsi ? 36 : 20))
@@ -51,7 +58,7 @@ extension DomainXML {
         if options.diskBus(for: vm) == .scsi {
             xml.element("controller", ["type": "scsi", "index": "0", "model": "virtio-scsi"])
         }
-        xml.element("controller", ["type": "usb", "index": "0", "model": "qemu-xhci"])
+        xml.element("controller", ["type": "usb", "index": "0", "model": isI440FX ? "piix3-uhci" : "qemu-xhci"])
         guard hasHostDevices else { return }
         if let largeWindow {
             xml.element("controller", ["type": "pci", "index": "0", "model": "pcie-root"]) {
@@ -113,8 +120,10 @@ extension DomainXML {
                 $0.element("backend", ["type": "emulator", "version": "2.0"])
             }
         }
-        // All memory is pinned by VFIO; a balloon could only take it away from under the device.
-        xml.element("memballoon", ["model": hasHostDevices ? "none" : "virtio"])
+        // All memory is pinned by VFIO; a balloon could only take it away from under the device. A system of i440fx's time
+        // has no drivers for either, and asks for them at every start.
+        xml.element("memballoon", ["model": hasHostDevices || isI440FX ? "none" : "virtio"])
+        if isI440FX { return }
         xml.element("rng", ["model": "virtio"]) { $0.element("backend", ["model": "random"], text: "/dev/urandom") }
     }
 }

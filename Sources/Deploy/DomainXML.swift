@@ -38,6 +38,8 @@ package struct DomainXML: Sendable {
 
     var vm: VirtualMachine { manifest.vm }
     var isKVM: Bool { domainType == "kvm" }
+    /// For a guest that can't boot from q35. One that gets a device of the host needs q35's PCI Express all the same.
+    package var isI440FX: Bool { vm.isLegacy && !hasHostDevices }
     var secureBoot: Bool { vm.firmware == .efi && vm.secureBoot }
     package var name: String { options.domainName(for: manifest.vm) }
 
@@ -124,7 +126,7 @@ package struct DomainXML: Sendable {
     }
 
     private func writeOS(_ xml: inout XMLWriter) {
-        let machine: KeyValuePairs = ["arch": "x86_64", "machine": "q35"]
+        let machine: KeyValuePairs = ["arch": "x86_64", "machine": isI440FX ? "pc" : "q35"]
         guard vm.firmware == .efi else {
             xml.element("os") { $0.element("type", machine, text: "hvm") }
             return
@@ -144,11 +146,14 @@ package struct DomainXML: Sendable {
             xml.element("acpi")
             xml.element("apic")
             // Both are KVM's; QEMU's emulation knows neither.
-            if isKVM && vm.isWindows { writeHyperV(&xml) }
+            if isKVM && hasHyperV { writeHyperV(&xml) }
             if isKVM && vm.hypervisorHidden { xml.element("kvm") { $0.element("hidden", ["state": "on"]) } }
             if secureBoot { xml.element("smm", ["state": "on"]) }
         }
     }
+
+    /// Windows makes use of Hyper-V's interfaces since Vista and Server 2008.
+    private var hasHyperV: Bool { vm.isWindows && !vm.isLegacy }
 
     private func writeHyperV(_ xml: inout XMLWriter) {
         xml.element("hyperv", ["mode": "custom"]) { xml in
@@ -177,7 +182,7 @@ package struct DomainXML: Sendable {
             xml.element("timer", ["name": "rtc", "tickpolicy": "catchup"])
             xml.element("timer", ["name": "pit", "tickpolicy": "delay"])
             xml.element("timer", ["name": "hpet", "present": "no"])
-            if isKVM && vm.isWindows { xml.element("timer", ["name": "hypervclock", "present": "yes"]) }
+            if isKVM && hasHyperV { xml.element("timer", ["name": "hypervclock", "present": "yes"]) }
         }
     }
 }

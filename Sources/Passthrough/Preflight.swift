@@ -156,6 +156,14 @@ private func deviceFindings(_ manifest: Manifest, _ options: DeployOptions, _ ho
             .warning($0.id, "\($0.text) is left out, as asked", remedy: "the guest starts without this device")
         }
     }
+    if manifest.vm.isLegacy, !(manifest.gpus + manifest.otherDevices).isEmpty {
+        return [
+            .blocked(
+                "vm",
+                "the guest (\(manifest.vm.guestID)) does not boot from a machine with PCI Express, which a device of the host "
+                    + "needs", remedy: "migrate it without the device (--gpu drop)")
+        ]
+    }
     return deviceMatch(manifest: manifest, options: options, host: host).findings
 }
 
@@ -179,9 +187,18 @@ private func guestFindings(_ vm: VirtualMachine, _ options: DeployOptions) -> [F
                     "have recovery keys at hand for whatever is sealed to it (BitLocker, LUKS), and swtpm installed on the host"
             ))
     }
-    if vm.isWindows {
+    if vm.isLegacy {
         findings.append(
-            options.diskBus(for: vm) == .sataBus
+            .warning(
+                "vm",
+                "the guest (\(vm.guestID)) is older than PCI Express: it gets an i440fx machine"
+                    + (options.diskBus(for: vm) == .ide ? ", IDE disks and RTL8139 NICs" : ""),
+                remedy:
+                    "where it never had IDE disks, give it one on the source and start it once, so that its driver is "
+                    + "there at the first boot"))
+    } else if vm.isWindows {
+        findings.append(
+            options.diskBus(for: vm) == .sata
                 ? .warning(
                     "vm", "Windows has no virtio drivers yet: its disks are attached by SATA and its NICs are e1000e",
                     remedy: "install the virtio-win drivers in the guest, then deploy with disk bus virtio")

@@ -45,8 +45,12 @@ import Testing
             let deployment = Deployment(connection: connection, migrationID: id)
             try Files.writeAtomically(
                 Self.bootSector + [UInt8](repeating: 0, count: (1 << 20) - 512), to: "\(folder)/disk.raw")
-            let manifest = smallVM(id, "\(folder)/disk.raw")
-            for bus in [DiskBus.virtio, .scsi, .sataBus] {
+            for (guest, bus) in [
+                ("debian12_64Guest", DiskBus.virtio), ("debian12_64Guest", .scsi), ("debian12_64Guest", .sataBus),
+                ("winXPProGuest", .unspecified), ("winXPProGuest", .sataBus),
+            ] {
+                var manifest = smallVM(id, "\(folder)/disk.raw")
+                manifest.vm.guestID = guest
                 let options = mapped { ($0.domainName, $0.diskBus) = ("flotilla-daemon-test", bus) }
                 var xml = DomainXML(manifest: manifest, options: options, host: profile)
                 xml.consoleLog = "\(folder)/console.log"

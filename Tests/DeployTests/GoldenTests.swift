@@ -44,6 +44,15 @@ import Testing
                 $0.vm.clockUtc = true
             }, options: mapped { $0.diskBus = .virtio }),
         Case(
+            testDescription: "windows-xp",
+            manifest: linuxVM {
+                $0.vm.guestID = "winXPProGuest"
+                $0.disks = [disk(0, .ide), disk(1, .ide)]
+            }),
+        Case(
+            testDescription: "linux-2.4-sata", manifest: linuxVM { $0.vm.guestID = "other24xLinuxGuest" },
+            options: mapped { $0.diskBus = .sataBus }),
+        Case(
             testDescription: "two-nics",
             manifest: linuxVM {
                 $0.nics.append(.with { ($0.id, $0.mac, $0.network) = ("nic1", "00:50:56:0A:0B:0C", "Storage") })
@@ -150,6 +159,11 @@ import Testing
         ("no image", linuxVM { $0.disks[0].clearTarget() }, mapped(), "no converted image"),
         ("relative image", linuxVM { $0.disks[0].target.path = "x.qcow2" }, mapped(), "no converted image"),
         ("strange format", linuxVM { $0.disks[0].target.format = "vmdk" }, mapped(), "no converted image"),
+        (
+            "too many for IDE",
+            linuxVM { ($0.vm.guestID, $0.disks) = ("winNetEnterpriseGuest", (0..<5).map { disk($0, .ide) }) }, mapped(),
+            "gets IDE, which holds 4"
+        ),
         ("unmapped", linuxVM { $0.nics[0].network = "Other" }, mapped(), "mapped to nothing"),
         ("multicast", linuxVM { $0.nics[0].mac = "01:00:5e:00:00:01" }, mapped(), "not a NIC's MAC"),
         ("bad MAC", linuxVM { $0.nics[0].mac = "00:50:56" }, mapped(), "not a NIC's MAC"),

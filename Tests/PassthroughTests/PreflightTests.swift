@@ -30,6 +30,19 @@ import Testing
         return options
     }
 
+    /// A device of the host needs what such a guest does not boot from.
+    @Test func noDeviceForWhatIsOlderThanPCIExpress() {
+        let manifest = Self.manifest {
+            ($0.vm.guestID, $0.gpus) = ("winXPProGuest", [passthrough("gpu0", 0x10de, 0x20f1)])
+        }
+        let found = preflight(manifest: manifest, options: Self.options(), pool: "main", host: gpuHost())
+        #expect(
+            found.filter { $0.severity == .blocked }.map(\.remedy) == ["migrate it without the device (--gpu drop)"])
+        let dropped = preflight(
+            manifest: manifest, options: Self.options { $0.gpu = .gpuDrop }, pool: "main", host: gpuHost())
+        #expect(!dropped.contains { $0.severity == .blocked })
+    }
+
     @Test func aPlainVMHasNoFindings() {
         #expect(preflight(manifest: Self.manifest(), options: Self.options(), pool: "main", host: gpuHost()).isEmpty)
     }
@@ -79,6 +92,10 @@ import Testing
             testDescription: "Windows on virtio", severity: .warning, subject: "vm",
             contains: "only with virtio drivers",
             manifest: manifest { $0.vm.guestID = "windows9_64Guest" }, options: options { $0.diskBus = .virtio }),
+        Case(
+            testDescription: "older than PCI Express", severity: .warning, subject: "vm",
+            contains: "i440fx machine, IDE disks and RTL8139 NICs",
+            manifest: manifest { $0.vm.guestID = "winNetEnterpriseGuest" }),
         Case(
             testDescription: "GPU required", subject: "gpu0", contains: "no such device",
             manifest: manifest { $0.gpus = [passthrough("gpu0", 0x10de, 0x2330)] }),
