@@ -94,15 +94,18 @@ package func waitForConsole(
 /// Waits until the guest's QEMU agent answers a ping, and returns what it answered. libvirt reports an agent that has
 /// not started at once, so this asks again every second.
 ///
+/// - Parameter ask: sends a command to the agent and returns its answer; nil: through libvirt.
 /// - Throws: `deadlineExceeded` after `timeout`, `failedPrecondition` when the domain died.
 package func waitForAgent(
-    _ domain: LibvirtDomain, timeout: Duration, stop: StopFlag, progress: (String) -> Void
+    _ domain: LibvirtDomain, timeout: Duration, stop: StopFlag, ask: ((String) throws -> String)? = nil,
+    progress: (String) -> Void
 ) throws -> String {
     let deadline = ContinuousClock().now + timeout
+    let ping = #"{"execute":"guest-ping"}"#
     while true {
         try stop.check()
         do {
-            return try domain.agentCommand(#"{"execute":"guest-ping"}"#, seconds: 5)
+            return try ask?(ping) ?? domain.agentCommand(ping, seconds: 5)
         } catch let error as MigrationError {
             let state = try domain.state()
             guard state.isActive else {

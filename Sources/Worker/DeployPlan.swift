@@ -32,11 +32,6 @@ struct DeployPlan: Sendable {
         let host = try hostProfile(
             name: configuration.host, connection: connection, pools: configuration.pools, devices: configuration.devices
         )
-        if options.gpuCheck.visible, manifest.vm.isWindows {
-            throw MigrationError(
-                .unimplemented, "VM \(manifest.vm.name): a Windows guest can't be asked for its PCI devices yet",
-                hint: "migrate without --verify-gpu, and look in its device manager")
-        }
         var domain = DomainXML(manifest: manifest, options: options, host: host)
         let match = deviceMatch(manifest: manifest, options: options, host: host)
         guard match.isComplete else {

@@ -181,8 +181,10 @@ struct DeployHandler: DeployService.ServiceProtocol {
         let seconds = plan.domain.options.verification.timeoutSeconds
         let timeout = Duration.seconds(seconds == 0 ? 300 : Int(seconds))
         return try await blockingCancellable("verify") { stop in
-            _ = try waitForAgent(domain, timeout: timeout, stop: stop, progress: { _ in })
-            let seen = try guestDevices(timeout: timeout, stop: stop) { try domain.agentCommand($0, seconds: 10) }
+            func ask(_ command: String) throws -> String { try configuration.askGuest(domain, command) }
+            _ = try waitForAgent(domain, timeout: timeout, stop: stop, ask: ask) { _ in }
+            let seen = try guestDevices(
+                windows: plan.domain.manifest.vm.isWindows, timeout: timeout, stop: stop, ask: ask)
             try requireVisible(plan.domain.devices.flatMap(\.self), vgpus: plan.domain.vgpus.count, in: seen)
             return seen.map(\.text)
         }
@@ -195,12 +197,12 @@ struct DeployHandler: DeployService.ServiceProtocol {
         try await writer.step(domain.name, "running benchmark \(baseline.name) in the guest")
         let seconds = options.verification.timeoutSeconds
         let result = try await blockingCancellable("verify") { stop in
-            _ = try waitForAgent(
-                domain, timeout: .seconds(seconds == 0 ? 300 : Int(seconds)), stop: stop, progress: { _ in })
+            func ask(_ command: String) throws -> String { try configuration.askGuest(domain, command) }
+            let timeout = Duration.seconds(seconds == 0 ? 300 : Int(seconds))
+            _ = try waitForAgent(domain, timeout: timeout, stop: stop, ask: ask) { _ in }
             return try benchmarkGuest(
                 baseline, tolerance: options.gpuCheck.hasTolerancePercent ? options.gpuCheck.tolerancePercent : 2,
-                stop: stop
-            ) { try domain.agentCommand($0, seconds: 10) }
+                stop: stop, ask: ask)
         }
         try await writer.step(domain.name, result.text)
         return result
@@ -221,7 +223,9 @@ struct DeployHandler: DeployService.ServiceProtocol {
                     logPath: plan.consoleLog, pattern: pattern, timeout: timeout, stop: stop,
                     domainState: domain.state, progress: { _ in })
             case .agent:
-                try waitForAgent(domain, timeout: timeout, stop: stop, progress: { _ in })
+                try waitForAgent(
+                    domain, timeout: timeout, stop: stop, ask: { try configuration.askGuest(domain, $0) },
+                    progress: { _ in })
             }
         }
     }

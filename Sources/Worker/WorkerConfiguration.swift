@@ -24,6 +24,8 @@ package struct WorkerConfiguration: Sendable {
     package var devices = DeviceHost()
     /// Whether what processes that are gone left of devices is put right at the start.
     package var recoversDevices = true
+    /// Sends a command to the QEMU agent in a domain's guest and returns its answer.
+    package var askGuest: @Sendable (LibvirtDomain, String) throws -> String = { try $0.agentCommand($1, seconds: 10) }
     /// Shared by all conversions of this worker: together they read no faster.
     package var rateLimit: RateLimit?
     /// vCenter and ESXi servers whose VMs it may move.

@@ -29,7 +29,7 @@ import Testing
 
     @Test func countsByVendorAndDevice() throws {
         let seen = try guestDevices(
-            timeout: .seconds(5), stop: StopFlag(),
+            windows: false, timeout: .seconds(5), stop: StopFlag(),
             ask: Self.agent("0x8086 0x29c0\n0x10de 0x20f1\nrubbish\n0x10de 0x20f1\n"))
         #expect(seen.map(\.text) == ["8086:29c0", "10de:20f1", "10de:20f1"])
         try requireVisible([a100("0000:3b:00.0"), a100("0000:5e:00.0")], vgpus: 0, in: seen)
@@ -44,13 +44,58 @@ import Testing
         #expect(third?.message.contains("10de:20f1 (0000:af:00.0 on the host)") == true)
     }
 
+    /// Plug and play's names, as a Windows guest of QEMU's q35 lists them.
+    static let windows = [
+        #"ACPI\PNP0A08\0"#, #"ACPI\GENUINEINTEL_-_INTEL64_FAMILY_6_MODEL_85\_0"#, #"ACPI\VEN_ABCD&DEV_0001\0"#,
+        #"PCI\VEN_8086&DEV_29C0&SUBSYS_11001AF4&REV_00\3&11583659&0&00"#, "",
+        #"PCI\VEN_10DE&DEV_20F1&SUBSYS_145F10DE&REV_A1\4&2F8B2A5&0&0009"#,
+        #"SCSI\DISK&VEN_QEMU&PROD_HARDDISK\4&35424867&0&000000"#, #"USB\VID_0627&PID_0001\28754-0000:00:1D.7-1"#,
+        #"pci\ven_10de&dev_20f1&subsys_145f10de&rev_a1\4&2f8b2a5&0&000a"#, #"PCI\VEN_10DE"#, #"PCI\VEN_10DE&DEV_20"#,
+        #"PCI\VEN_XXXX&DEV_20F1\0"#, "Get-CimInstance : PCI\\VEN_10DE&DEV_20F1", "\u{FFFD}",
+    ]
+
+    @Test(arguments: ["\r\n", "\n", "\r\r\n"]) func windowsNamesItsDevices(_ end: String) throws {
+        var asked: [String] = []
+        let agent = Self.agent(Self.windows.joined(separator: end) + end)
+        let seen = try guestDevices(windows: true, timeout: .seconds(5), stop: StopFlag()) { command in
+            asked.append(command)
+            return try agent(command)
+        }
+        #expect(seen.map(\.text) == ["8086:29c0", "10de:20f1", "10de:20f1"])
+        try requireVisible([a100("0000:3b:00.0"), a100("0000:5e:00.0")], vgpus: 0, in: seen)
+        let sent = try #require(try JSONSerialization.jsonObject(with: Data(asked[0].utf8)) as? [String: Any])
+        let arguments = try #require(sent["arguments"] as? [String: Any])
+        #expect(arguments["path"] as? String == "powershell.exe" && arguments["capture-output"] as? Bool == true)
+        // Quotation marks would not survive every agent's way to a Windows command line.
+        #expect((arguments["arg"] as? [String])?.allSatisfy { !$0.contains("\"") } == true)
+    }
+
+    @Test func windowsThatWritesUTF16() throws {
+        let units = Array(Self.windows.joined(separator: "\r\n").utf16)
+        let bytes = units.reduce(into: [0xff, 0xfe] as [UInt8]) { $0 += [UInt8($1 & 0xff), UInt8($1 >> 8)] }
+        let agent: (String) throws -> String = { command in
+            command.contains("guest-exec-status")
+                ? #"{"return":{"exited":true,"exitcode":0,"out-data":"\#(Data(bytes).base64EncodedString())"}}"#
+                : #"{"return":{"pid":1}}"#
+        }
+        let seen = try guestDevices(windows: true, timeout: .seconds(5), stop: StopFlag(), ask: agent)
+        #expect(seen.map(\.text) == ["8086:29c0", "10de:20f1", "10de:20f1"])
+    }
+
+    @Test func linuxWithWindowsLineEnds() throws {
+        let seen = try guestDevices(
+            windows: false, timeout: .seconds(5), stop: StopFlag(),
+            ask: Self.agent("0x8086 0x29c0\r\n0x10de 0x20f1\r\n"))
+        #expect(seen.map(\.text) == ["8086:29c0", "10de:20f1"])
+    }
+
     @Test func refusalsOfTheAgent() {
         for (agent, code) in [
             (Self.agent("", exit: 127), MigrationError.Code.failedPrecondition), ({ _ in "{}" }, .failedPrecondition),
             (Self.agent("", after: 1_000_000), .deadlineExceeded),
         ] {
             let error = #expect(throws: MigrationError.self) {
-                try guestDevices(timeout: .milliseconds(250), stop: StopFlag(), ask: agent)
+                try guestDevices(windows: false, timeout: .milliseconds(250), stop: StopFlag(), ask: agent)
             }
             #expect(error?.code == code)
         }
