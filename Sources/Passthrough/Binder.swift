@@ -75,7 +75,12 @@ package struct Binder: Sendable {
         _ addresses: [PciAddress], consent: Consent = [], owner: GPUOwner? = nil, observe: () throws -> DeviceTree
     ) throws -> [Change] {
         try exclusively {
-            let plan = try plan(bind: addresses, consent: consent, owner: owner, observe: observe)
+            var plan = try plan(bind: addresses, consent: consent, owner: owner, observe: observe)
+            if plan.loadsDriver {
+                try loadDriver()
+                // That takes its time: somebody may use one of them meanwhile.
+                plan = try self.plan(bind: addresses, consent: consent, owner: owner, observe: observe)
+            }
             let steps = plan.handover.all.filter { !isVfio(driver: $0.function.driver) }
             let slots = plan.handover.requested.map(\.description)
             let before = try journal.read()
@@ -90,7 +95,6 @@ package struct Binder: Sendable {
                 try claim(involved, for: slots)
                 return []
             }
-            if plan.loadsDriver { try loadDriver() }
             let records = steps.map {
                 BindRecord(
                     address: $0.function.address, driver: $0.function.driver, override: $0.driverOverride,

@@ -21,11 +21,12 @@ extension DeployPlan {
 
     /// Reserves the devices and makes the vGPUs, all or none. The domain names them then.
     ///
-    /// - Throws: `resourceExhausted` naming who has one, `aborted` for a stale fence.
+    /// - Throws: `resourceExhausted` naming who has or uses one, `aborted` for a stale fence.
     mutating func claim(_ owner: GPUOwner) throws {
         guard takesDevices else { return }
         do {
             try host.ledger.reserve(resources, for: owner)
+            try requireUnused()
             domain.vgpus = []
             records = []
             for device in vgpus {
@@ -39,6 +40,23 @@ extension DeployPlan {
             try giveBackUnused(owner)
             throw error
         }
+    }
+
+    /// Looks again for what the host itself began to use since the plan was made.
+    ///
+    /// - Throws: `resourceExhausted` naming it.
+    func requireUnused() throws {
+        var functions = domain.devices.flatMap(\.self)
+        guard !functions.isEmpty else { return }
+        for index in functions.indices {
+            functions[index].inUseBy = ""
+            functions[index].driver = host.sysfs.linkName("bus/pci/devices/\(functions[index].address)/driver") ?? ""
+        }
+        markUsed(&functions, sysfs: host.sysfs, around: Surroundings(proc: "/proc", sysfs: host.sysfs))
+        guard let used = functions.first(where: { !$0.inUseBy.isEmpty }) else { return }
+        throw MigrationError(
+            .resourceExhausted, "\(used.text) came into use by \(used.inUseBy) after it was chosen",
+            hint: "end that use, or name another host")
     }
 
     private func domainVgpu(_ record: VgpuRecord) throws -> DomainVgpu {

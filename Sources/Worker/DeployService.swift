@@ -73,7 +73,11 @@ struct DeployHandler: DeployService.ServiceProtocol {
             try await writer.step(domain.name, "defined as \(result.domainUuid)")
             try Task.checkCancellation()
             if request.options.start {
-                try await blocking("deploy") { try domain.start() }
+                try await blocking("deploy") {
+                    // libvirt takes the devices from the host's drivers now.
+                    if try !domain.state().isActive { try plan.requireUnused() }
+                    try domain.start()
+                }
                 hasRun = true
                 Failpoint.deployStarted.hit()
                 try await writer.step(domain.name, "domain started")

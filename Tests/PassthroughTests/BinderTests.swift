@@ -271,6 +271,31 @@ func pci(_ text: String) throws -> PciAddress { try #require(PciAddress(text)) }
         #expect(try next.recover().isEmpty)
     }
 
+    /// modprobe takes its time: what begins meanwhile counts.
+    @Test func aUseThatBeginsWhileTheDriverIsLoaded() throws {
+        let rig = try BindRig()
+        let kernel = FixtureKernel(rig.sysfs)
+        let before = drivers(rig.sysfs)
+        let driver = rig.sysfs.path("bus/pci/drivers/vfio-pci")
+        try Files.remove(driver)
+        let binder = Binder(sysfs: rig.sysfs, kernel: kernel, folder: "\(rig.folder.path)/state", boot: "boot-1") {
+            try Files.createDirectories(driver)
+        }
+        var late = Surroundings()
+        late.domains = [
+            GPULedger.Domain(name: "late", migration: "", resources: [GPUResource(function: try pci(Self.gpu))])
+        ]
+        let error = failure {
+            try binder.bind([pci(Self.gpu)]) {
+                var tree = try rig.observe(Files.exists(driver) ? late : Surroundings())()
+                tree.vfio = true
+                return tree
+            }
+        }
+        #expect(error?.code == .failedPrecondition && error?.message.contains("domain late") == true)
+        #expect(drivers(rig.sysfs) == before && kernel.log.isEmpty)
+    }
+
     @Test func concurrentCallsSerialise() async throws {
         let rig = try BindRig()
         let kernel = FixtureKernel(rig.sysfs)

@@ -40,7 +40,7 @@ private final class StandInAgent: Sendable {
     }
 }
 
-/// What a started guest has to show, through the whole deploy.
+/// What a started guest has to show, through the whole deploy; and what begins to use a device before that.
 @Suite(.timeLimit(.minutes(1))) struct GuestProofTests {
     private func rig() throws -> DeployRig {
         let rig = try DeployRig()
@@ -131,5 +131,50 @@ private final class StandInAgent: Sendable {
         let error = await failure { try await handler(rig, blind).run(request, fence: 3) }
         #expect(error?.message.contains("the guest does not see 10de:20b5") == true, "\(error.map { "\($0)" } ?? "")")
         #expect(try rig.domain(name) == nil)
+    }
+
+    // MARK: - Uses that begin after the plan
+
+    /// A network interface of the device comes up.
+    private func use(_ rig: DeployRig, _ bus: String) throws {
+        let folder = "bus/pci/devices/0000:\(bus):00.0/net/eth9"
+        try rig.machine.put("\(folder)/operstate", "up\n")
+        _ = try rig.machine.folder.sub("sys/class/net")
+        try Files.createDirectories(rig.machine.sysfs.path("class/net"))
+        try #require(symlink("../../\(folder)", rig.machine.sysfs.path("class/net/eth9")) == 0)
+    }
+
+    @Test func aUseThatBeginsBeforeTheClaim() async throws {
+        let rig = try rig()
+        let error = await failure {
+            try await rig.handler { try use(rig, "3b") }.run(rig.request("late", [a100]))
+        }
+        #expect(error?.message.contains("in use by network interface eth9") == true, "\(error.map { "\($0)" } ?? "")")
+        #expect(try rig.entries.isEmpty && rig.domain("late") == nil)
+    }
+
+    /// With another GPU the deploy takes that.
+    @Test func anotherGPUIsTakenThen() async throws {
+        let rig = try rig()
+        try rig.gpu("5e")
+        let result = try await rig.handler { try use(rig, "3b") }.run(rig.request("other-gpu", [a100]))
+        #expect(result.devices == ["0000:5e:00.0"])
+        #expect(try rig.entries == ["pci:0000:5e:00.0 other-gpu reserved"])
+    }
+
+    /// Defined, not started: libvirt has taken nothing yet.
+    @Test func aUseThatBeginsBeforeTheStart() async throws {
+        let rig = try rig()
+        let begun = Mutex(false)
+        let handler = handler(rig, StandInAgent { _, _ in "" }) {
+            begun.withLock { begun in
+                if !begun { try? use(rig, "3b") }
+                begun = true
+            }
+        }
+        let error = await failure { try await handler.run(rig.request("started", [a100]) { $0.options.start = true }) }
+        #expect(error?.message.contains("came into use by network interface eth9") == true)
+        #expect(error?.message.hasSuffix("domain started was undefined again, its disks stay") == true)
+        #expect(try rig.domain("started") == nil && rig.entries.isEmpty)
     }
 }
