@@ -13,9 +13,10 @@ import Testing
 /// What a real libvirtd knows outlives the process that told it.
 @Suite(.serialized, PrivateLibvirt(), .timeLimit(.minutes(5))) struct DeployCrashTests {
     static let deploying = [
-        "deploy.permitted", "gpu.vgpu-recorded", "gpu.vgpu-created", "deploy.claimed", "deploy.defined",
+        "deploy.permitted", "gpu.vgpu-recorded", "gpu.vgpu-created", "gpu.vgpu-kept", "deploy.claimed",
+        "deploy.defined",
     ]
-    static let removing = ["undeploy.undefined", "gpu.vgpu-destroyed"]
+    static let removing = ["undeploy.undefined", "gpu.vgpu-destroyed", "gpu.vgpu-forgotten"]
 
     private func rig() throws -> DeployRig {
         let rig = try DeployRig(uri: PrivateLibvirt.uri)
