@@ -168,17 +168,19 @@ package struct VgpuHost: Sendable {
                     {
                         try addInstance(instance, on: physical, for: record.owner, device: record.device)
                     }
-                    guard let place = place(of: record), let type = place.type(of: VgpuProfile(record.profile)) else {
+                    if let place = place(of: record), let type = place.type(of: VgpuProfile(record.profile)) {
+                        if type.id != record.typeID {
+                            // Another version of the driver numbers its types anew.
+                            record.typeID = type.id
+                            try store.put(record)
+                        }
+                        try write(record, type: type.id, at: place)
+                    } else if !exists(record) {
+                        // Nor did mdevctl make it as soon as its function was there.
                         throw MigrationError(
                             .failedPrecondition, "\(record.function) offers no \(record.profile) after the reboot",
                             hint: "check that the vendor's vGPU host driver is loaded")
                     }
-                    if type.id != record.typeID {
-                        // Another version of the driver numbers its types anew.
-                        record.typeID = type.id
-                        try store.put(record)
-                    }
-                    try write(record, type: type.id, at: place)
                     try complete(&record)
                     made.append(record)
                 } catch { failure = failure ?? error }

@@ -122,6 +122,33 @@ import Testing
         #expect(machine.sysfs.text(parameters) == "enable_uvm=1")
     }
 
+    /// udev has mdevctl make the device as soon as its function is there, that is while it is being restored: there is no
+    /// room for it then, and it needs none.
+    @Test func whatMdevctlMakesMeanwhileIsNotMissing() throws {
+        let machine = try VgpuMachine()
+        try machine.function("0000:3b:00.0", ["sriov_totalvfs": "1\n"])
+        try machine.mdevctl()
+        try machine.program(
+            "sriov-manage",
+            """
+            v=$S/bus/pci/devices/0000:3b:00.1; t=$v/mdev_supported_types/nvidia-558; mkdir -p $t; : > $t/create
+            echo 0x10de > $v/vendor; ln -s ../0000:3b:00.0 $v/physfn
+            ln -s ../0000:3b:00.1 $S/bus/pci/devices/0000:3b:00.0/virtfn0
+            echo 'NVIDIA A40-48Q' > $t/name; echo 1 > $t/available_instances
+            for uuid in $(ls $D/mdevctl.d 2>/dev/null); do
+              mkdir -p $v/$uuid $S/bus/mdev/devices/$uuid/nvidia; : > $S/bus/mdev/devices/$uuid/nvidia/vgpu_params
+              echo 0 > $t/available_instances
+            done
+            """)
+        try machine.host().enableVirtualFunctions(of: pci("0000:3b:00.0"))
+        let made = try Self.create(machine.host(), "A40-48Q")
+        let uuid = try #require(made.uuid)
+        try machine.reboot("3b")
+        try Files.remove(machine.sysfs.path("bus/mdev/devices/\(uuid)"))
+        #expect(try machine.host(boot: "boot-2").restore().map(\.uuid) == [uuid])
+        #expect(machine.sysfs.text("bus/mdev/devices/\(uuid)/nvidia/vgpu_params") == "enable_uvm=1")
+    }
+
     @Test func otherParametersMakeAnotherVgpu() throws {
         let machine = try mdevMachine()
         let made = try Self.create(machine.host(), "T4-4Q")
