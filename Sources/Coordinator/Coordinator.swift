@@ -202,6 +202,8 @@ package final class Coordinator: Sendable {
                 try await decide { transitions in
                     for task in try expired.compactMap(transitions.store.task)
                     where transitions.isActive(task.migrationID) {
+                        // Its end may have been said in time.
+                        if !hears { guard case .waiting = task.machine.state else { continue } }
                         _ = try transitions.apply(.expire, to: task)
                     }
                 }

@@ -257,6 +257,13 @@ struct SQLiteTransaction: JobTransaction {
         return database.changesCount > 0
     }
 
+    func wasPermitted(_ task: String, _ step: String, after fence: UInt64) throws -> Bool {
+        try first(
+            "SELECT EXISTS (SELECT 1 FROM event WHERE task_id = ? AND fence > ? AND kind = ?)",
+            [task, Int64(clamping: fence), "permit:\(step)"]
+        ) { $0[0] } ?? false
+    }
+
     func note(_ rejected: MessageRejected, by member: String, at: Moment) throws {
         try execute(
             "INSERT INTO rejection (member, rejected, at) VALUES (?, ?, ?)",

@@ -15,7 +15,7 @@ extension Transitions {
             var ended = spoken ?? task.unspokenEnd
             if ended.code == 0 { ended.code = Int32(code) }
             if task.stage == .undeploy { return try finishTakingBack(&migration, failure: ended) }
-            if !isReplaced, try mayBeLeft(task, spoken), try takeBack(&migration, because: ended) { return }
+            if !isReplaced, mayBeLeft(task, spoken), try takeBack(&migration, because: ended) { return }
             migration.state = ended.finalState
             migration.error = ended
             try save(migration)
@@ -109,11 +109,13 @@ extension Transitions {
             migration.findings += findings.filter { $0.severity != .blocked }
             return try startDeploy(&migration, .check)
         }
+        // Whatever was done is gone.
+        migration.result = nil
         migration.manifest = manifest
         migration.findings += findings
         if migration.isBlocked {
             let error = MigrationError(.failedPrecondition, "preflight found what is in the way")
-            if try replacedDeployIsLeft(migration.id), try takeBack(&migration, because: TaskEnded(error)) { return }
+            if try takeBack(&migration, because: TaskEnded(error)) { return }
             migration.state = .preflightBlocked
             return try save(migration)
         }

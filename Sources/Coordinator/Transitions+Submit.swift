@@ -22,6 +22,11 @@ extension Transitions {
             // What is under way keeps its deadline: the worker was told, and would have to begin anew.
             let isOther = record.request.withoutDeadline != request.withoutDeadline
             if isOther && !record.state.isFinal {
+                guard !request.dryRun else {
+                    throw MigrationError(
+                        .failedPrecondition, "migration \(record.id) is \(record.state.word): a dry run would stop it",
+                        hint: "wait for its end, or cancel it first")
+                }
                 isReplaced = true
                 defer { isReplaced = false }
                 for task in try store.tasks(ofMigration: record.id) where !task.machine.isEnded {
@@ -31,6 +36,8 @@ extension Transitions {
             }
             if record.state.isFinal {
                 record.findings = []
+                // What a dry run said it would do is not done.
+                if record.request.dryRun { record.result = nil }
                 if record.state != .done {
                     record.request = request
                 } else {
@@ -89,7 +96,7 @@ extension Transitions {
         }
         if request.dryRun { return try present() }
         activate(record.id)
-        let undeploy = record.undeploy(force: request.force)
+        let undeploy = try undeploy(record, force: request.force)
         if record.state == .rollingBack {
             for var task in try store.tasks(ofMigration: record.id) where task.stage == .undeploy {
                 // An attempt that runs goes on as it was asked for.

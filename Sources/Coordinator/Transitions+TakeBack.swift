@@ -9,33 +9,28 @@ extension Transitions {
     /// The worker did not take it back: it was to be tried again, or nobody knows how far it came.
     ///
     /// - Parameter spoken: what the worker said of the end; nil when it said nothing.
-    func mayBeLeft(_ task: TaskRecord, _ spoken: TaskEnded?) throws -> Bool {
-        guard task.stage == .deploy else { return try replacedDeployIsLeft(task.migrationID) }
-        guard let spoken else { return true }
+    func mayBeLeft(_ task: TaskRecord, _ spoken: TaskEnded?) -> Bool {
+        guard task.stage == .deploy, let spoken else { return true }
         return MigrationError.Code(rawValue: Int(spoken.code))?.isRetryable ?? false
     }
 
-    /// Whether a deploy was cancelled, to make way for a run that has not come as far, and was not taken back.
-    func replacedDeployIsLeft(_ migration: String) throws -> Bool {
-        guard let deploy = try store.task(id: Stage.deploy.taskID(ofMigration: migration)),
-            deploy.machine.state == .cancelled
-        else { return false }
-        let undeploy = try store.task(id: Stage.undeploy.taskID(ofMigration: migration))
-        return undeploy.map { $0.machine.fence < deploy.machine.fence || $0.machine.state != .succeeded } ?? true
+    /// Whether a deploy was permitted to change the host since one was last taken back: without a permit it changes nothing.
+    private func deployIsLeft(_ migration: String) throws -> Bool {
+        let undeploy = try store.task(id: Stage.undeploy.taskID(ofMigration: migration))?.machine
+        let taken = undeploy?.state == .succeeded ? undeploy?.fence ?? 0 : 0
+        return try store.wasPermitted(Stage.deploy.taskID(ofMigration: migration), "define-domain", after: taken)
     }
 
-    /// Asks for it, unless the deploy can't have left anything. Returns false then.
+    /// Asks for it, unless a deploy can't have left anything. Returns false then.
     ///
     /// - Parameter error: what the migration ends with, afterwards.
     mutating func takeBack(_ migration: inout MigrationRecord, because error: TaskEnded) throws -> Bool {
-        guard let deploy = try store.task(id: Stage.deploy.taskID(ofMigration: migration.id)), deploy.startedAt != nil,
-            // A check changes nothing, and what was done once is in use.
-            try DeployRequest(serializedBytes: deploy.request).mode == .deploy, migration.result == nil
-        else { return false }
+        // What was done once is in use.
+        guard migration.result == nil, try deployIsLeft(migration.id) else { return false }
         migration.state = .rollingBack
         migration.error = error
         try save(migration)
-        try start(.undeploy, of: migration, migration.undeploy(force: true))
+        try start(.undeploy, of: migration, undeploy(migration, force: true))
         return true
     }
 
@@ -61,18 +56,21 @@ extension Transitions {
         }
         try save(migration)
     }
+
+    /// Of the domain that the deploy was asked for: the source may have another name since.
+    func undeploy(_ migration: MigrationRecord, force: Bool) throws -> UndeployRequest {
+        let deploy = try store.task(id: Stage.deploy.taskID(ofMigration: migration.id)).map {
+            try DeployRequest(serializedBytes: $0.request)
+        }
+        let options = migration.request.options.settled(for: migration.manifest?.vm ?? VirtualMachine())
+        return .with {
+            $0.migrationID = migration.id
+            $0.domainName = deploy?.options.domainName ?? options.domainName
+            $0.force = force
+        }
+    }
 }
 
 extension TaskEnded {
     var finalState: MigrationState { code == MigrationError.Code.cancelled.rawValue ? .cancelled : .failed }
-}
-
-extension MigrationRecord {
-    func undeploy(force: Bool) -> UndeployRequest {
-        .with {
-            $0.migrationID = id
-            $0.domainName = request.options.settled(for: manifest?.vm ?? VirtualMachine()).domainName
-            $0.force = force
-        }
-    }
 }

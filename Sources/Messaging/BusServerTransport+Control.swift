@@ -132,7 +132,13 @@ extension BusServerTransport {
         let unconfirmed = await ledger.unacknowledged()
         let due = state.withLock { $0.repetitions.due(unconfirmed, now: .now) }
         await withDiscardingTaskGroup { group in
-            for event in due { group.addTask { try? await self.events.publish(event) } }
+            for event in due {
+                group.addTask {
+                    do { try await self.events.publish(event) } catch {
+                        self.state.withLock { $0.repetitions.failed(event, now: .now) }
+                    }
+                }
+            }
         }
     }
 }

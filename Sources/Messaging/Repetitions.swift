@@ -17,6 +17,12 @@ package struct Repetitions {
 
     package init(first: Duration) { self.first = first }
 
+    /// It could not be said: its turn is now, and its pauses begin anew.
+    package mutating func failed(_ event: TaskEvent, now: ContinuousClock.Instant) {
+        guard turns[event.taskID]?.fence == event.fence else { return }
+        turns[event.taskID] = Turn(fence: event.fence, at: now, pause: first)
+    }
+
     /// Those whose turn it is of all that wait now. The others are forgotten.
     package mutating func due(_ waiting: [TaskEvent], now: ContinuousClock.Instant) -> [TaskEvent] {
         let earlier = turns

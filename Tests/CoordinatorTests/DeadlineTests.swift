@@ -65,6 +65,7 @@ import Testing
             try await worker.work(.convert)
             let deploy = try await worker.take()
             try await worker.accept(deploy)
+            try await worker.say(deploy, .permit(.with { $0.step = "define-domain" }))
             while try await client.getMigration(.with { $0.id = migration.id }).state == .deploying {
                 try await worker.say(deploy, .heartbeat(TaskHeartbeat()))
                 try await Task.sleep(for: .milliseconds(20))

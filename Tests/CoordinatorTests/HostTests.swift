@@ -181,8 +181,8 @@ import Testing
         _ = await running.result
     }
 
-    /// A lease runs out while the broker is away, and its renewals wait there.
-    @Test func nobodyIsGivenUpWhileNobodyCanBeHeard() async throws {
+    /// A lease runs out, or a deadline passes, while the broker is away: a renewal, or the result, may wait there.
+    @Test(arguments: [false, true]) func nobodyIsGivenUpWhileNobodyCanBeHeard(_ hasDeadline: Bool) async throws {
         let rig = try Rig()
         let store = try SQLiteStore(path: "\(rig.folder.path)/store.sqlite")
         let past = Moment.now - .seconds(120)
@@ -193,7 +193,10 @@ import Testing
                     id: "m1", key: "m1", request: Rig.request, state: .exporting, createdAt: past, updatedAt: past))
             var task = TaskRecord(migrationID: "m1", stage: .export, host: Rig.host, request: [], now: past)
             task.machine = TaskMachine(
-                state: .running(leaseUntil: past), attempt: 1, fence: 1, failures: 0, losses: 0, isUnswept: false)
+                state: .running(leaseUntil: hasDeadline ? .now + .seconds(30) : past), attempt: 1, fence: 1,
+                failures: 0,
+                losses: 0, isUnswept: false)
+            task.deadline = hasDeadline ? past : nil
             try store.save(task)
         }
         let bus = WatchedBus()
@@ -215,12 +218,14 @@ import Testing
         for (connected, consumes) in silences {
             hear(connected, consumes)
             #expect(try await eventually { bus.looks > 5 ? true : nil } == true)
-            #expect(try await store.write { try $0.task(id: id)?.machine.attempt } == 1)
+            let task = try await store.write { try $0.task(id: id) }
+            #expect(task?.machine.attempt == 1 && task?.machine.isEnded == false)
         }
         // Since long, or since a moment that the clock was set back from.
         hear(past, .now + .seconds(3600))
         let isLost = try await eventually {
-            try await store.write { try $0.task(id: id)?.machine.fence } == 2 ? true : nil
+            let machine = try await store.write { try $0.task(id: id)?.machine }
+            return hasDeadline ? machine?.state == .failed(code: 4) ? true : nil : machine?.fence == 2 ? true : nil
         }
         #expect(isLost == true)
         running.cancel()

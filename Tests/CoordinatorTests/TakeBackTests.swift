@@ -1,5 +1,6 @@
 import Coordinator
 import FlotillaProtocol
+import GRPCCore
 import Messaging
 import MigrationModel
 import SwiftProtobuf
@@ -13,8 +14,10 @@ import Testing
         case failedAndWaiting, released, failedAndSentAgain, running
     }
 
-    /// The deploy's first attempt, accepted.
-    private func deploying(_ client: Rig.Client, _ worker: inout FakeWorker) async throws -> (String, TaskCall) {
+    /// The deploy's first attempt, accepted and, unless it has yet to ask, permitted to define its domain.
+    private func deploying(
+        _ client: Rig.Client, _ worker: inout FakeWorker, isPermitted: Bool = true
+    ) async throws -> (String, TaskCall) {
         let id = try await client.submitMigration(Rig.request).id
         for stage in [Stage.export, .convert] { try await worker.work(stage) }
         let call = try await worker.take()
@@ -23,7 +26,66 @@ import Testing
             if case .lease = $0.kind { $0.fence == call.identity.fence ? true : nil } else { nil }
         }
         while try await client.getMigration(.with { $0.id = id }).stages.last?.state != "running" { await Task.yield() }
+        if isPermitted { try await permit(call, &worker) }
         return (id, call)
+    }
+
+    private func permit(_ call: TaskCall, _ worker: inout FakeWorker) async throws {
+        try await worker.say(call, .permit(.with { $0.step = "define-domain" }))
+        let isGranted = try await worker.told { if case .permit(let reply) = $0.kind { reply.granted } else { nil } }
+        #expect(isGranted)
+    }
+
+    /// Without a permit nothing is changed.
+    @Test func whatNeverHadItsPermitNeedsNoTakingBack() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let (id, _) = try await deploying(client, &worker, isPermitted: false)
+            #expect(try await client.cancelMigration(.with { $0.id = id }).state == .cancelled)
+            #expect(try await client.end(id).stages.map(\.name) == ["export", "convert", "deploy"])
+        }
+    }
+
+    /// Its result says what would be done.
+    @Test func dryRunIsNoProofOfADeploy() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            var dry = Rig.request
+            dry.dryRun = true
+            let planned = try await client.submitMigration(dry).id
+            try await worker.work(.export)
+            try await worker.work(.deploy)
+            #expect(try await client.end(planned).hasResult)
+            let (id, _) = try await deploying(client, &worker)
+            #expect(id == planned)
+            // A dry run would make the real one stop.
+            await #expect { _ = try await client.submitMigration(dry) } throws: {
+                ($0 as? RPCError)?.code == .failedPrecondition
+            }
+            #expect(try await client.cancelMigration(.with { $0.id = id }).state == .rollingBack)
+            try await worker.work(.undeploy)
+            let ended = try await client.end(id)
+            #expect(ended.state == .cancelled && !ended.hasResult)
+        }
+    }
+
+    /// The undeploy made way for another run, which does not come as far.
+    @Test func takingBackThatMadeWayIsMadeUpFor() async throws {
+        let rig = try Rig(policy: .init(maximumFailures: 1))
+        try await rig.process { client, worker in
+            let (id, call) = try await deploying(client, &worker)
+            try await worker.fail(call, .unavailable, "libvirt is away")
+            let undeploy = try await worker.take()
+            #expect(undeploy.identity.task.hasSuffix("undeploy"))
+            var request = Rig.request
+            request.options.gpu = .gpuRequire
+            #expect(try await client.submitMigration(request).state == .exporting)
+            let export = try await worker.take()
+            try await worker.accept(export)
+            try await worker.fail(export, .notFound, "web.ova is gone")
+            #expect(try await worker.work(.undeploy).identity.fence > undeploy.identity.fence)
+            #expect(try await client.end(id).errorMessage == "web.ova is gone")
+        }
     }
 
     @Test(arguments: Standing.allCases) func cancelTakesBackWhatAnAttemptLeft(_ standing: Standing) async throws {

@@ -19,6 +19,20 @@ import Testing
         #expect(zip(said.dropFirst(8), said.dropFirst(7)).allSatisfy { $0 - $1 == 600 })
     }
 
+    @Test func whatCouldNotBeSaidKeepsItsTurn() {
+        let start = ContinuousClock.now
+        var repetitions = Repetitions(first: .seconds(10))
+        for second in stride(from: 0, to: 600, by: 10) {
+            #expect(repetitions.due([event("a")], now: start + .seconds(second)).count == 1)
+            repetitions.failed(event("a"), now: start + .seconds(second + 1))
+        }
+        // Of a result that is not the one.
+        repetitions.failed(event("a", fence: 2), now: start + .seconds(600))
+        #expect(repetitions.due([event("a")], now: start + .seconds(600)).count == 1)
+        #expect(repetitions.due([event("a")], now: start + .seconds(609)).isEmpty)
+        #expect(repetitions.due([event("a")], now: start + .seconds(610)).count == 1)
+    }
+
     @Test func eachResultHasItsOwnTurn() {
         let start = ContinuousClock.now
         var repetitions = Repetitions(first: .seconds(10))
