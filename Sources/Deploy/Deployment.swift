@@ -6,9 +6,11 @@ import Passthrough
 
 extension LibvirtDomain {
     /// From the domain's flotilla metadata; nil when the domain is not ours.
-    package func migrationID() throws -> String? {
+    package func migrationID() throws -> String? { try migration("id") }
+
+    fileprivate func migration(_ attribute: String) throws -> String? {
         guard let element = try metadata(namespace: DomainXML.metadataNamespace) else { return nil }
-        return try XMLTree.parse(element, of: "the metadata of domain \(name)").attributes["id"]
+        return try XMLTree.parse(element, of: "the metadata of domain \(name)").attributes[attribute]
     }
 
     /// Starts it; one that runs is fine.
@@ -33,25 +35,28 @@ package struct Deployment: Sendable {
         self.migrationID = migrationID
     }
 
-    /// Defines the domain, or redefines this migration's own.
+    /// Defines the domain, or redefines this migration's own. One that runs and is defined like this stays as it is.
     ///
-    /// - Throws: `alreadyExists` when another domain has the name or UUID, `failedPrecondition` when ours runs under another
-    ///   UUID, `invalidArgument` with libvirt's words when it refuses the document.
+    /// - Throws: `alreadyExists` when another domain has the name or UUID, `failedPrecondition` when ours runs as it was
+    ///   defined otherwise or has another name now, `invalidArgument` with libvirt's words when it refuses the document.
     package func define(_ domain: DomainXML) throws -> LibvirtDomain {
         guard domain.manifest.migrationID == migrationID else {
             throw MigrationError(.invalidArgument, "domain \(domain.name) is of another migration's manifest")
         }
-        let xml = try domain.text()
-        if let existing = try connection.domain(named: domain.name) {
-            try requireOwn(existing)
-            if try existing.uuid() != domain.uuid() {
-                guard try !existing.state().isActive else {
+        let (xml, digest) = try domain.document()
+        if let existing = try find(domain.name) {
+            if try existing.state().isActive {
+                // What is defined now would be true only after its next start.
+                guard try existing.migration(DomainXML.definitionDigest) == digest else {
                     throw MigrationError(
-                        .failedPrecondition, "domain \(domain.name) is running with another UUID",
-                        hint: "shut it down, or deploy with the same UUID choice as before")
+                        .failedPrecondition,
+                        "domain \(domain.name) runs as this migration defined it before, and is to be defined otherwise now",
+                        hint: "shut it down, or take the migration back (flotilla migrate … --rollback, or "
+                            + "flotilla migration rollback \(migrationID)), then run the same command again")
                 }
-                try existing.undefine()
+                return existing
             }
+            if try existing.uuid() != domain.uuid() { try existing.undefine() }
         } else if let namesake = try connection.domain(uuid: domain.uuid()) {
             throw MigrationError(
                 .alreadyExists, "domain \(namesake.name) already has the UUID \(try domain.uuid()) of \(domain.name)",
@@ -66,9 +71,7 @@ package struct Deployment: Sendable {
     package func shutDown(
         _ name: String, within limit: Duration = .seconds(60), stop: StopFlag
     ) throws {
-        guard let domain = try connection.domain(named: name) else { return }
-        try requireOwn(domain)
-        guard try domain.state().isActive else { return }
+        guard let domain = try find(name), try domain.state().isActive else { return }
         try domain.shutdown()
         let end = ContinuousClock().now + limit
         while try domain.state().isActive {
@@ -84,8 +87,7 @@ package struct Deployment: Sendable {
     /// Stops and removes this migration's domain, its NVRAM and saved state; disks stay, and libvirt gives managed
     /// devices back to the host. A domain that is gone already is fine.
     package func undefine(_ name: String) throws {
-        guard let domain = try connection.domain(named: name) else { return }
-        try requireOwn(domain)
+        guard let domain = try find(name) else { return }
         do {
             if try domain.state().isActive { try domain.destroy() }
             try domain.undefine()
@@ -97,11 +99,30 @@ package struct Deployment: Sendable {
 
     /// The state of this migration's domain, in virsh's words. Throws `notFound` when it is gone.
     package func state(of name: String) throws -> String {
-        guard let domain = try connection.domain(named: name) else {
+        guard let domain = try find(name) else {
             throw MigrationError(.notFound, "domain \(name) is gone", hint: "run the same command again to define it")
         }
-        try requireOwn(domain)
         return "\(try domain.state())"
+    }
+
+    /// This migration's domain; nil when it has none.
+    ///
+    /// - Throws: `alreadyExists` when another domain has the name, `failedPrecondition` when ours has another name now.
+    package func find(_ name: String) throws -> LibvirtDomain? {
+        if let domain = try connection.domain(named: name) {
+            try requireOwn(domain)
+            return domain
+        }
+        for domain in try connection.domains() {
+            // One that goes meanwhile is not the one.
+            do { guard try domain.migrationID() == migrationID else { continue } } catch let error as MigrationError
+                where error.code == .notFound
+            { continue }
+            throw MigrationError(
+                .failedPrecondition, "domain \(name) of migration \(migrationID) is called \(domain.name) now",
+                hint: "rename it back (virsh domrename \(domain.name) \(name)), then run the same command again")
+        }
+        return nil
     }
 
     private func requireOwn(_ domain: LibvirtDomain) throws {

@@ -32,6 +32,8 @@ package struct DomainXML: Sendable {
         numaNodes = host.numaNodes
     }
 
+    /// Attribute of the domain's metadata.
+    static let definitionDigest = "definition-sha256"
     package static let metadataNamespace = "https://flotilla.dev/xmlns/domain/1"
 
     static let qemuNamespace = "http://libvirt.org/schemas/domain/qemu/1.0"
@@ -67,6 +69,23 @@ package struct DomainXML: Sendable {
     /// - Throws: `invalidArgument` naming what in the manifest can't be expressed, `failedPrecondition` for a disk
     ///   that is not converted or a network that is not mapped.
     package func text() throws -> String {
+        try text([
+            "xmlns:flotilla": Self.metadataNamespace, "id": manifest.migrationID,
+            "manifest-sha256": manifestDigest(manifest),
+        ])
+    }
+
+    /// As `text`, with a digest of all that the guest gets, by which a domain that runs is known to be this one.
+    func document() throws -> (text: String, digest: String) {
+        let digest = hex(Digest.hash(.sha256, Array(try text(["xmlns:flotilla": Self.metadataNamespace]).utf8)))
+        let text = try text([
+            "xmlns:flotilla": Self.metadataNamespace, "id": manifest.migrationID,
+            "manifest-sha256": manifestDigest(manifest), Self.definitionDigest: digest,
+        ])
+        return (text, digest)
+    }
+
+    private func text(_ metadata: KeyValuePairs<String, String>) throws -> String {
         guard isValidDomainName(name) else {
             throw MigrationError(.invalidArgument, "\"\(name)\" can't be a domain's name")
         }
@@ -78,7 +97,6 @@ package struct DomainXML: Sendable {
             throw MigrationError(.invalidArgument, "VM \(vm.name): the manifest states no memory size")
         }
         let uuid = try uuid()
-        let digest = try manifestDigest(manifest)
         var xml = XMLWriter()
         let window = largeWindow
         let needsArguments = window != nil && vm.firmware == .efi
@@ -92,12 +110,7 @@ package struct DomainXML: Sendable {
             if !title.isEmpty { xml.element("title", text: title) }
             if !vm.annotation.isEmpty { xml.element("description", text: String(vm.annotation.prefix(8192))) }
             xml.element("metadata") { xml in
-                xml.element(
-                    "flotilla:migration",
-                    [
-                        "xmlns:flotilla": Self.metadataNamespace, "id": manifest.migrationID,
-                        "manifest-sha256": digest,
-                    ])
+                xml.element("flotilla:migration", metadata)
             }
             xml.element("memory", ["unit": "KiB"], text: "\(memory)")
             writeMemory(&xml, memory)

@@ -41,10 +41,13 @@ package final class LibvirtDomain: Sendable {
         return text
     }
 
-    /// The element of this namespace in the persistent definition's metadata; nil without one.
+    /// The element of this namespace in the metadata of the persistent definition, or of a transient domain's only one; nil
+    /// without one.
     func metadata(namespace: String) throws -> String? {
+        let isTransient = virDomainIsPersistent(pointer) == 0
+        let scope = isTransient ? VIR_DOMAIN_AFFECT_LIVE.rawValue : VIR_DOMAIN_AFFECT_CONFIG.rawValue
         let text = virDomainGetMetadata(
-            pointer, Int32(VIR_DOMAIN_METADATA_ELEMENT.rawValue), namespace, VIR_DOMAIN_AFFECT_CONFIG.rawValue)
+            pointer, Int32(VIR_DOMAIN_METADATA_ELEMENT.rawValue), namespace, scope)
         if let text = takeString(text) { return text }
         guard lastLibvirtError().0 == VIR_ERR_NO_DOMAIN_METADATA else {
             throw libvirtError("metadata of domain \(name)")
@@ -108,6 +111,9 @@ package enum DomainState: Int32, Sendable, CustomStringConvertible {
         case .suspended: "pmsuspended"
         }
     }
+
+    /// Its guest goes on; idle is how some hypervisors call one that waits.
+    package var isRunning: Bool { self == .running || self == .blocked }
 
     /// It has a process; a paused one too.
     package var isActive: Bool { self != .shutOff && self != .crashed && self != .noState }

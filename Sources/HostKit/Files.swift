@@ -28,6 +28,13 @@ package enum Files {
         try synchronizeDirectory(of: path)
     }
 
+    /// Gives a folder another name in the same one. Replaces an empty folder at most, as rename(2) does; unlike `publish` it
+    /// works for folders on NFS and CephFS, too.
+    package static func move(folder: String, to path: String) throws {
+        guard rename(folder, path) == 0 else { throw systemError("rename \(folder) to", path) }
+        try synchronizeDirectory(of: path)
+    }
+
     package static func synchronizeDirectory(of path: String) throws {
         try File(parent(of: path), O_RDONLY | O_DIRECTORY).synchronize()
     }

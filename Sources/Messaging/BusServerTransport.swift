@@ -144,6 +144,17 @@ package final class BusServerTransport: ServerTransport {
         }
     }
 
+    /// A task that was to stop and goes on for longer than any stop takes: something it called does not return. Nil when
+    /// there is none.
+    package func pretence(longestStop: Duration) -> String? {
+        for call in state.withLock({ Array($0.calls.values) }) {
+            guard let overtime = call.overtime, overtime > longestStop else { continue }
+            return
+                "\(call.identity) was to stop \(overtime.components.seconds) s ago (\(call.stopReason.map { "\($0)" } ?? "-"))"
+        }
+        return nil
+    }
+
     // MARK: - One task
 
     private func receive(_ delivery: Delivery, _ handler: @escaping StreamHandler) async {

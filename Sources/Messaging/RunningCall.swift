@@ -25,6 +25,7 @@ final class RunningCall: Sendable {
         var lease: Duration
         var leaseUntil: ContinuousClock.Instant
         var stopReason: StopReason?
+        var stoppedAt: ContinuousClock.Instant?
         var cancel: [@Sendable () -> Void] = []
         var permits: [String: CheckedContinuation<Void, any Error>] = [:]
         var ended = false
@@ -40,6 +41,8 @@ final class RunningCall: Sendable {
     }
 
     var stopReason: StopReason? { state.withLock { $0.stopReason } }
+    /// How long it has been going on since it was stopped; nil when it was not.
+    var overtime: Duration? { state.withLock { $0.stoppedAt.map { ContinuousClock.now - $0 } } }
     /// A quarter of the lease is left: kept to stop in.
     var mustStop: Bool { state.withLock { $0.leaseUntil - $0.lease / 4 < .now } }
     var pendingPermits: [String] { state.withLock { Array($0.permits.keys) } }
@@ -79,6 +82,7 @@ final class RunningCall: Sendable {
                 state in
                 guard state.stopReason == nil else { return ([], [:]) }
                 state.stopReason = reason
+                state.stoppedAt = .now
                 defer { state.permits = [:] }
                 return (state.cancel, state.permits)
             }

@@ -62,9 +62,15 @@ package final class Slots: Sendable {
         next?.resume(returning: true)
     }
 
-    package func with<Value>(_ body: () async throws -> Value) async rethrows -> Value {
+    /// - Throws: `CancellationError` when the task is cancelled while it waits.
+    package func with<Value>(_ body: () async throws -> Value) async throws -> Value {
         let ticket = ticket()
-        _ = await enter(ticket)
+        let isIn = await withTaskCancellationHandler {
+            await enter(ticket)
+        } onCancel: {
+            abandon(ticket)
+        }
+        guard isIn else { throw CancellationError() }
         defer { leave(ticket) }
         return try await body()
     }

@@ -17,6 +17,7 @@ package func preflight(
         + poolFindings(manifest, pool, diskFormat, host)
         + deviceFindings(manifest, options, host)
         + guestFindings(manifest.vm, options)
+        + startFindings(manifest, options)
 }
 
 /// The part of `preflight` that needs no host: networks without a mapping, devices that no host can serve, what the
@@ -175,6 +176,16 @@ package func deviceMatch(manifest: Manifest, options: DeployOptions, host: HostP
     let isOwn = host.domains.contains { $0.name == name && Passthrough.isOwn($0, manifest) }
     let wanted = (manifest.gpus + manifest.otherDevices).map { mapped($0, by: options.gpuMappings) }
     return matchDevices(wanted, on: host, for: isOwn ? name : "", migration: manifest.migrationID)
+}
+
+/// Two machines with one identity, and writes that only the old one gets.
+private func startFindings(_ manifest: Manifest, _ options: DeployOptions) -> [Finding] {
+    guard options.start, manifest.source.kind == .vsphere, manifest.vm.powerState == .poweredOn else { return [] }
+    return [
+        .blocked(
+            "vm", "it runs on the source, and must not run here at the same time",
+            remedy: "shut it down on the source and run the same command again, or leave --start out")
+    ]
 }
 
 private func guestFindings(_ vm: VirtualMachine, _ options: DeployOptions) -> [Finding] {

@@ -85,11 +85,7 @@ extension DeployPlan {
 
     /// Gives everything back that the migration holds, unless a domain of it names them.
     private func giveBackUnused(_ owner: GPUOwner) throws {
-        if let there = try deployment.connection.domain(named: domain.name),
-            try there.migrationID() == owner.migration
-        {
-            return
-        }
+        if try deployment.find(domain.name) != nil { return }
         try host.vgpus.destroy(of: owner)
         // No guest had them: nothing is in them.
         try host.ledger.forget(host.ledger.reservations(of: owner.migration).map(\.resource), of: owner)

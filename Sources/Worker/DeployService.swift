@@ -73,11 +73,7 @@ struct DeployHandler: DeployService.ServiceProtocol {
             try await writer.step(domain.name, "defined as \(result.domainUuid)")
             try Task.checkCancellation()
             if request.options.start {
-                try await blocking("deploy") {
-                    // libvirt takes the devices from the host's drivers now.
-                    if try !domain.state().isActive { try plan.requireUnused() }
-                    try domain.start()
-                }
+                try await start(domain, plan)
                 hasRun = true
                 Failpoint.deployStarted.hit()
                 try await writer.step(domain.name, "domain started")
@@ -87,11 +83,30 @@ struct DeployHandler: DeployService.ServiceProtocol {
                     result.benchmark = try await benchmark(baseline, domain, plan, writer)
                 }
             }
-            result.domainState = try await blocking("deploy") { "\(try domain.state())" }
+            let state = try await blocking("deploy") { try domain.state() }
+            guard !request.options.start || state.isRunning else {
+                throw MigrationError(
+                    .failedPrecondition, "domain \(domain.name) was started and is \(state) now",
+                    hint: "look into /var/log/libvirt/qemu/\(domain.name).log, then run the same command again")
+            }
+            result.domainState = "\(state)"
             try Task.checkCancellation()
             return result
         } catch {
             throw await takeBack(plan, call, because: error, ran: hasRun)
+        }
+    }
+
+    /// One that runs is fine. Otherwise the source must not have been started since its disks were read.
+    private func start(_ domain: LibvirtDomain, _ plan: DeployPlan) async throws {
+        try await blockingCancellable("deploy") { [configuration] stop in
+            if try !domain.state().isActive {
+                let manifest = plan.domain.manifest
+                if manifest.source.kind == .vsphere { try configuration.requireUnchangedVM(manifest, stop: stop) }
+                // libvirt takes the devices from the host's drivers now.
+                try plan.requireUnused()
+            }
+            try domain.start()
         }
     }
 

@@ -27,7 +27,7 @@ struct WorkDirectory: Sendable {
         }
         if !Files.exists(folder) {
             if let latest = others.last {
-                try Files.publish("\(path)/\(latest)", as: folder)
+                try Files.move(folder: "\(path)/\(latest)", to: folder)
             } else {
                 try Files.createDirectories(folder, mode: 0o700)
                 try Files.synchronizeDirectory(of: folder)

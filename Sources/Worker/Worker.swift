@@ -124,6 +124,9 @@ package final class Worker: Sendable {
         }
     }
 
+    /// A task that does not stop although it should have long ago; nil when there is none.
+    package func pretence(longestStop: Duration) -> String? { transport.pretence(longestStop: longestStop) }
+
     /// Takes no more tasks; `run` returns when those it has are done.
     package func drain() { transport.beginGracefulShutdown() }
 

@@ -3,6 +3,7 @@ import FlotillaProtocol
 import Foundation
 import HostKit
 import MigrationModel
+import Passthrough
 import TestKit
 import Testing
 
@@ -89,6 +90,51 @@ import Testing
         #expect(try domain.migrationID() == id)
         let error = #expect(throws: MigrationError.self) { try domain.start() }
         #expect(error?.message.contains("/nonexistent.raw") == true, "\(error?.message ?? "")")
+    }
+
+    @Test func aRenamedDomainIsNotTakenForNone() throws {
+        let connection = try LibvirtConnection(uri: PrivateLibvirt.uri)
+        let id = UUID().uuidString.lowercased()
+        let deployment = Deployment(connection: connection, migrationID: id)
+        let profile = try hostProfile(name: "here", connection: connection, pools: [])
+        let xml = DomainXML(
+            manifest: smallVM(id, "/nonexistent.raw"), options: mapped { $0.domainName = "before" }, host: profile)
+        _ = try deployment.define(xml)
+        let rename = { try run("/usr/bin/virsh", ["-c", PrivateLibvirt.uri, "domrename", $0, $1]).status }
+        #expect(try rename("before", "after") == 0)
+        let attempts: [() throws -> Void] = [
+            { try deployment.undefine("before") }, { try deployment.shutDown("before", stop: StopFlag()) },
+            { _ = try deployment.state(of: "before") }, { _ = try deployment.define(xml) },
+        ]
+        for attempt in attempts {
+            let error = #expect(throws: MigrationError.self) { try attempt() }
+            #expect(error?.code == .failedPrecondition && error?.message.contains("is called after now") == true)
+        }
+        #expect(try connection.domain(named: "after")?.migrationID() == id)
+        #expect(try rename("after", "before") == 0)
+        try deployment.undefine("before")
+        #expect(try connection.domain(named: "after") == nil && connection.domain(named: "before") == nil)
+    }
+
+    /// As libguestfs makes them.
+    @Test func transientDomainsAreNoneOfOurs() throws {
+        try withFolder { folder in
+            let text = """
+                <domain type='qemu'><name>transient</name><memory unit='MiB'>32</memory>
+                <os><type arch='x86_64' machine='q35'>hvm</type></os></domain>
+                """
+            try Files.writeAtomically(Array(text.utf8), to: "\(folder)/transient.xml")
+            let virsh = { try run("/usr/bin/virsh", ["-c", PrivateLibvirt.uri] + $0) }
+            let created = try virsh(["create", "--paused", "\(folder)/transient.xml"])
+            #expect(created.status == 0, "\(created.output)")
+            defer { _ = try? virsh(["destroy", "transient"]) }
+            let connection = try LibvirtConnection(uri: PrivateLibvirt.uri)
+            let profile = try hostProfile(name: "here", connection: connection, pools: [])
+            let found = try #require(profile.domains.first { $0.name == "transient" })
+            #expect(found.active && found.migrationID.isEmpty)
+            #expect(try connection.deviceOwners().contains { $0.name == "transient" && $0.migration.isEmpty })
+            #expect(try Deployment(connection: connection, migrationID: "m").find("none") == nil)
+        }
     }
 
     /// QEMU's driver takes every golden domain, which libvirt's test driver does not judge.

@@ -45,6 +45,16 @@ import Testing
         #expect(try domain.state() == .running)
         _ = try deployment.define(xml)
         #expect(try domain.state() == .running)
+        // What it would get only after its next start must not pass for done.
+        var other = xml
+        other.manifest.vm.memory.bytes = 4 << 30
+        let refused = #expect(throws: MigrationError.self) { try deployment.define(other) }
+        #expect(refused?.code == .failedPrecondition && refused?.hint?.contains("rollback") == true)
+        #expect(try domain.xml().contains("<memory unit='KiB'>8388608</memory>"))
+        // What is said of the migration changes nothing for the guest.
+        other = xml
+        other.manifest.capturedAt.seconds += 60
+        _ = try deployment.define(other)
 
         // Another choice of UUID: refused while it runs, replaced when shut off.
         var kept = xml

@@ -25,6 +25,9 @@ struct ScriptedConvert: ConvertService.ServiceProtocol {
             case "wait":
                 try await writer.write(.with { $0.step.message = "waiting" })
                 try await Task.sleep(for: .seconds(3600))
+            case "deaf":
+                try await writer.write(.with { $0.step.message = "working" })
+                await Task.detached { try? await Task.sleep(for: .milliseconds(500)) }.value
             case "permit":
                 try await transport.permit("define-domain", for: call)
             default:

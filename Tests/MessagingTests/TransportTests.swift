@@ -65,6 +65,21 @@ import Testing
         }
     }
 
+    @Test func whoDoesNotStopIsNamed() async throws {
+        let rig = TransportRig()
+        try await rig.run { events in
+            try await rig.send("deaf")
+            try await events.update()
+            #expect(rig.transport.pretence(longestStop: .zero) == nil)
+            try await rig.cancel(fence: 1, "no longer wanted")
+            let named = try await eventually { rig.transport.pretence(longestStop: .milliseconds(50)) }
+            #expect(named?.contains("m-convert") == true && named?.contains("no longer wanted") == true)
+            #expect(rig.transport.pretence(longestStop: .seconds(60)) == nil)
+            _ = try await events.ended()
+            #expect(try await eventually { rig.transport.pretence(longestStop: .zero) == nil ? true : nil } == true)
+        }
+    }
+
     @Test func lateCopyOfARunningTaskDoesNotEndIt() async throws {
         let rig = TransportRig()
         try await rig.run { events in

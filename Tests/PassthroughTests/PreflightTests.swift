@@ -43,6 +43,21 @@ import Testing
         #expect(!dropped.contains { $0.severity == .blocked })
     }
 
+    @Test(arguments: [false, true]) func whatRunsOnTheSourceIsNotStartedHere(_ starts: Bool) {
+        let running = Self.manifest {
+            ($0.source.kind, $0.vm.powerState) = (.vsphere, .poweredOn)
+            $0.findings = [.warning("vm", "it is running: its disks are moved as a snapshot finds them", remedy: "-")]
+        }
+        let found = preflight(
+            manifest: running, options: Self.options { $0.start = starts }, pool: "main", host: gpuHost())
+        #expect(found.map(\.severity) == (starts ? [.blocked] : []))
+        #expect(!starts || found[0].message.contains("runs on the source"))
+        // A file says how it was, not how it is.
+        let file = Self.manifest { ($0.source.kind, $0.vm.powerState) = (.ova, .poweredOn) }
+        #expect(
+            preflight(manifest: file, options: Self.options { $0.start = true }, pool: "main", host: gpuHost()).isEmpty)
+    }
+
     @Test func aPlainVMHasNoFindings() {
         #expect(preflight(manifest: Self.manifest(), options: Self.options(), pool: "main", host: gpuHost()).isEmpty)
     }

@@ -29,11 +29,17 @@ extension Logger {
 }
 
 /// Ends the process, by throwing, when it looks alive but isn't: a consumer that the broker does not have, a connection
-/// that hears nothing although it should hear heartbeats, a delivery that stays with whoever was to settle it. While the
+/// that hears nothing although it should hear heartbeats, a delivery that stays with whoever was to settle it, a task that
+/// does not stop. While the
 /// broker is away the bus reconnects, and nothing here minds. Tells systemd's watchdog of every look.
 ///
-/// - Parameter lease: a worker tries for as long to tell that it has taken a task on.
-func watchLiveness(of bus: any MessageBus, lease: Duration, publishTimeout: Duration, _ logger: Logger) async throws {
+/// - Parameters:
+///   - lease: a worker tries for as long to tell that it has taken a task on.
+///   - others: what else claims to work and doesn't; nil: nothing.
+func watchLiveness(
+    of bus: any MessageBus, lease: Duration, publishTimeout: Duration, _ logger: Logger,
+    others: @Sendable () -> String? = { nil }
+) async throws {
     // Whatever was begun has failed by then, and one thing that had to wait for it.
     let longestHold = (lease + publishTimeout) * 2
     // Looks, not time: a process that was stopped for a while finds out about its connections afterwards.
@@ -42,8 +48,8 @@ func watchLiveness(of bus: any MessageBus, lease: Duration, publishTimeout: Dura
     ServiceManager.notify("READY=1")
     while true {
         try await Task.sleep(for: .seconds(5))
-        if let problem = bus.status.pretence(at: .now, longestHold: longestHold) {
-            logger.warning("bus", metadata: ["problem": "\(problem)"])
+        if let problem = bus.status.pretence(at: .now, longestHold: longestHold) ?? others() {
+            logger.warning("not working", metadata: ["problem": "\(problem)"])
             sick += 1
             guard sick < patience else {
                 throw deadly("this process is alive and does not work: \(problem)", logger)

@@ -46,7 +46,8 @@ struct WorkerRunCommand: AsyncParsableCommand {
             group.addTask {
                 try await watchLiveness(
                     of: bus, lease: file.worker.transport.leaseDuration, publishTimeout: file.broker.publishTimeout,
-                    logger)
+                    logger
+                ) { worker.pretence(longestStop: .seconds(900)) }
             }
             group.addTask { try await watchConsumers(of: bus, every: file.broker.heartbeat * 30, logger) }
             group.addTask {
