@@ -22,7 +22,7 @@ struct MIGInstances {
     private func list(_ flag: String) throws -> String { try tools.migTable(flag, of: ["-i", "\(gpu)"], hint: hint) }
 
     /// Why its instances must stay as they are; nil when nothing uses them.
-    func obstacle(to moving: [MigInstance]) throws -> String? {
+    func obstacleToMoving() throws -> String? {
         let processes = try tools.run(
             "nvidia-smi", ["-i", "\(gpu)", "--query-compute-apps=pid", "--format=csv,noheader"], hint: hint)
         let ids = processes.split { !$0.isNumber }

@@ -50,7 +50,7 @@ extension VgpuHost {
         let isOurs = try migs.read().made.contains { $0.gpu == "\(gpu)" && $0.boot == boot }
         let isUsed = places().contains { $0.physical == gpu && !$0.isEmpty }
         if isOurs || isUsed { throw full(name, gpu, layout) }
-        if let obstacle = try card.obstacle(to: layout.instances) {
+        if let obstacle = try card.obstacleToMoving() {
             throw MigrationError(
                 .resourceExhausted, "\(gpu) has room for a GPU instance \(name) only in other places, and \(obstacle)",
                 hint: "end what uses it, or choose another GPU")
@@ -122,7 +122,7 @@ extension VgpuHost {
     func settleInstances() throws -> String? {
         guard let change = try migs.read().change else { return nil }
         // A reboot took them all.
-        if change.boot == boot { try undo(change) }
+        if change.boot == boot { try putBack(change) }
         try migs.update { $0.change = nil }
         return "the GPU instances of \(change.gpu) are as they were: a command that added a \(change.name) did not end"
     }
@@ -144,12 +144,7 @@ extension VgpuHost {
                         gpu: change.gpu, instance: made, owner: owner, device: device, boot: boot))
             }
         } catch {
-            do { try undo(change) } catch let second {
-                throw MigrationError(
-                    .internal, "\(error); and the GPU instances of \(change.gpu) could not be put back: \(second)",
-                    hint: "flotilla gpu restore tries again; there were "
-                        + change.before.map { "\($0.name) at \($0.start)" }.joined(separator: ", "))
-            }
+            try putBack(change, after: error)
             try migs.update { $0.change = nil }
             throw error
         }
@@ -165,6 +160,18 @@ extension VgpuHost {
                 .internal, "\(change.gpu) has no new GPU instance \(change.name), although nvidia-smi made it")
         }
         return made
+    }
+
+    private func putBack(_ change: MIGRecords.Change, after failure: (any Error)? = nil) throws {
+        do { try undo(change) } catch {
+            let before = change.before.map { "\($0.name) at \($0.start)" }.joined(separator: ", ")
+            throw MigrationError(
+                .failedPrecondition,
+                (failure.map { "\($0); and " } ?? "")
+                    + "the GPU instances of \(change.gpu) can't be put back as they were "
+                    + "(\(before.isEmpty ? "none" : before)): \(error)",
+                hint: "end what uses them, then flotilla gpu restore; or see to them by hand and remove \(migs.path)")
+        }
     }
 
     /// - Throws: when something uses what has to go, or nvidia-smi does not answer: call it again.

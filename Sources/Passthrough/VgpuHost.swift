@@ -52,7 +52,7 @@ package struct VgpuHost: Sendable {
         parameters: [String] = []
     ) throws -> VgpuRecord {
         try exclusively {
-            try settleInstances()
+            if profile.gpuInstance != nil { try settleInstances() }
             if let known = try store.read().first(where: { $0.owner.isSame(as: owner) && $0.device == device }) {
                 // Also checks the fence.
                 if let resource = known.resource { try ledger.reserve([resource], for: owner) }

@@ -337,6 +337,15 @@ import Testing
         let machine = try machine()
         try await killed(machine, "A100-3-20C", at: "gpu.mig-step:5")
         #expect(machine.instances("3b").isEmpty)
+        // Somebody was quicker, and uses it: all waits, but for what needs no instance.
+        try machine.partition("3b", "9:0")
+        try machine.write("0", to: "mig/0000:3b:00.0/busy")
+        let blocked = failure { try Self.create(machine.host(), "A100-1-5C", fence: 2) }
+        #expect(blocked?.message.contains("(1g.5gb at 0, 1g.5gb at 4)") == true, "\(blocked?.message ?? "")")
+        #expect(blocked?.hint?.contains("mig.json") == true)
+        let sliced = failure { try Self.create(machine.host(), "A100-40C", fence: 2) }
+        #expect(sliced?.code == .resourceExhausted)
+        try machine.write("", to: "mig/0000:3b:00.0/busy")
         let host = machine.host()
         #expect(try host.exclusively { try host.settleInstances() }?.contains("as they were") == true)
         #expect(machine.instances("3b") == before)
