@@ -18,7 +18,7 @@ package struct SourceURL: Sendable, Hashable, CustomStringConvertible {
     /// - Throws: `invalidArgument` for anything that is no source, `unimplemented` for the schemes that later versions
     ///   will know.
     package init(parsing text: String) throws {
-        let shown = text.printable
+        let shown = text.withoutPassword.printable
         if text.hasPrefix("vsphere:") {
             throw MigrationError(
                 .invalidArgument, "source \(shown) is a vSphere server where a file is wanted",

@@ -48,3 +48,19 @@ package func checkedBytes(_ count: UInt64, times unit: UInt64, _ what: @autoclos
     }
     return product
 }
+
+extension String {
+    /// For messages about what may be no URL at all: what stands between a user's colon and the last '@' may be a password.
+    package var withoutPassword: String {
+        let scheme = firstRange(of: "://")?.upperBound ?? (hasPrefix("vsphere:") ? firstIndex(of: ":") : startIndex)
+        let account = self[(scheme ?? startIndex)...].drop { $0 == ":" || $0 == "/" }
+        let end = account.lastIndex(of: "@") ?? account.endIndex
+        guard let colon = account[..<end].firstIndex(of: ":") else { return self }
+        if end == account.endIndex {
+            // Without '@' a number is a host's port, and only a server's address may hold a password.
+            let after = account[colon...].dropFirst().prefix { $0 != "/" && $0 != "?" }
+            guard hasPrefix("vsphere:"), !after.allSatisfy({ $0.isASCII && $0.isNumber }) else { return self }
+        }
+        return self[..<colon] + ":…" + self[end...]
+    }
+}

@@ -30,7 +30,7 @@ package struct VSphereURL: Sendable, Hashable, CustomStringConvertible {
     package init(parsing text: String) throws {
         func refuse(_ why: String) -> MigrationError {
             MigrationError(
-                .invalidArgument, "source '\(Self.withoutPassword(text).printable)' \(why)",
+                .invalidArgument, "source '\(text.withoutPassword.printable)' \(why)",
                 hint: "give vsphere://USER@HOST/DATACENTER, for example "
                     + "vsphere://administrator@vsphere.local@vcenter.example/DC1")
         }
@@ -44,7 +44,7 @@ package struct VSphereURL: Sendable, Hashable, CustomStringConvertible {
         guard !account[..<at].contains(":") else {
             throw MigrationError(
                 .invalidArgument,
-                "source '\(Self.withoutPassword(text).printable)' has a password, which others can see",
+                "source '\(text.withoutPassword.printable)' has a password, which others can see",
                 hint: "put the password into a file that only you can read, and name it with --password-file")
         }
         guard let user = Self.decoded(account[..<at]) else { throw refuse("has a user that is not UTF-8") }
@@ -91,13 +91,6 @@ package struct VSphereURL: Sendable, Hashable, CustomStringConvertible {
             + (parameters.isEmpty ? "" : "?" + parameters.joined(separator: "&"))
     }
 
-    private static func withoutPassword(_ text: String) -> String {
-        guard let at = text.lastIndex(of: "@"), let start = text.range("://"),
-            let colon = text[start..<at].firstIndex(of: ":")
-        else { return text }
-        return text[..<colon] + ":…" + text[at...]
-    }
-
     static func encoded(_ text: String, besides: String = "") -> String {
         let digits = Array("0123456789ABCDEF")
         var result = ""
@@ -131,17 +124,5 @@ package struct VSphereURL: Sendable, Hashable, CustomStringConvertible {
             rest = rest.dropFirst(2)
         }
         return String(validating: bytes, as: UTF8.self)
-    }
-}
-
-extension String {
-    /// The index after the first occurrence.
-    fileprivate func range(_ text: String) -> Index? {
-        var start = startIndex
-        while start < endIndex {
-            if self[start...].hasPrefix(text) { return index(start, offsetBy: text.count) }
-            start = index(after: start)
-        }
-        return nil
     }
 }

@@ -1,5 +1,7 @@
 import Download
+import Export
 import MigrationModel
+import TestKit
 import Testing
 
 @testable import VSphere
@@ -35,10 +37,24 @@ import Testing
     ])
     func refuses(_ text: String) { #expect(throws: MigrationError.self) { try VSphereURL(parsing: text) } }
 
-    @Test func repeatsNoPassword() {
-        let error = #expect(throws: MigrationError.self) { try VSphereURL(parsing: "vsphere://me:hush@vc/DC") }
-        #expect(error?.description.contains("hush") == false)
-        #expect(error?.hint?.contains("--password-file") == true)
+    @Test(arguments: [
+        "vsphere://me:hush@vc/DC", "vsphere:me:hush@vc", "vsphere:/me:hush@vc/DC", "vsphere://me:hush@",
+        "vsphere://me:hush",
+        "vsphere://me:hu@sh@vc", "vsphere://me:hush#@vc", "vsphere://me:hush?@vc", "vsphere://me:hush@vc/DC?vm=a@b",
+        "vsphere://d%5Cme:hush@v c", "me:hush@vc", "me:hush@vc:443", "vcenter://me:hush@vc/DC",
+    ])
+    func repeatsNoPassword(_ text: String) throws {
+        let error = try #require(
+            failure { VSphereURL.isOne(text) ? "\(try VSphereURL(parsing: text))" : "\(try SourceURL(parsing: text))" })
+        #expect(!error.description.contains("hu") && !error.description.contains("sh@"), "\(error)")
+        if text.hasPrefix("vsphere://me:hush@vc") { #expect(error.hint?.contains("--password-file") == true) }
+    }
+
+    /// What is no password is shown: a port, a path.
+    @Test(arguments: ["vsphere://vc:8443/DC", "vsphere:vc/DC", "vsphere://vc.example"])
+    func repeatsWhatIsWrong(_ text: String) throws {
+        let error = try #require(failure { try VSphereURL(parsing: text) })
+        #expect(error.message.contains("'\(text)'"), "\(error)")
     }
 
     @Test func fingerprintsHaveTheirLength() throws {
