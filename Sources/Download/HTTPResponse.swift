@@ -42,9 +42,10 @@ package struct HTTPResponse {
         }
     }
 
-    /// "bytes 0-1023/146515"
+    /// "bytes 0-1023/146515", of a 416 "bytes */146515".
     private mutating func takeRange(_ value: Substring) {
         let parts = value.split { " -/".contains($0) }
+        if parts.count == 3, parts[0] == "bytes", parts[1] == "*" { total = UInt64(parts[2]) }
         guard parts.count == 4, parts[0] == "bytes", let first = UInt64(parts[1]), let last = UInt64(parts[2]),
             first <= last
         else { return }

@@ -14,6 +14,8 @@ package final class HTTPSource: ByteSource {
     private var validator: String?
     private var position: UInt64 = 0
     private var isOpen = false
+    /// The server says that there is no more.
+    private var isAtEnd = false
 
     package init(_ location: HTTPLocation, stop: StopFlag) throws {
         self.location = location
@@ -25,6 +27,7 @@ package final class HTTPSource: ByteSource {
         while true {
             do {
                 if !isOpen { try open() }
+                if isAtEnd { return 0 }
                 let count = try transfer.read(into: buffer)
                 if count > 0 { retries.succeeded() }
                 position += UInt64(count)
@@ -51,8 +54,16 @@ package final class HTTPSource: ByteSource {
             return isOpen = true
         }
         let response = try transfer.start((position, nil), validator: validator)
+        let known = total ?? nil
+        // The connection broke when everything had come. Of other content the server would have sent all.
+        if response.status == 416, response.total == position, known == nil || known == position,
+            response.validator == nil || response.validator == validator
+        {
+            (isOpen, isAtEnd) = (true, true)
+            return
+        }
         guard response.status == 206, response.range?.lowerBound == position, response.validator == validator,
-            (total ?? nil) == nil || response.total == total ?? nil
+            known == nil || response.total == known
         else { throw lost("the server can't go on at byte \(position), or has other content by now") }
         isOpen = true
     }

@@ -139,6 +139,7 @@ package final class HTTPTransfer: @unchecked Sendable {
     /// - Parameters:
     ///   - range: nil for everything; without an upper bound up to the end.
     ///   - validator: an answer to a range is wanted only if it still holds.
+    /// - Returns: an answer that is a success, or a 416 to a range.
     /// - Throws: `Interrupted` where trying again makes sense.
     func start(_ range: (from: UInt64, through: UInt64?)?, validator: String?) throws -> HTTPResponse {
         prepare()
@@ -147,6 +148,8 @@ package final class HTTPTransfer: @unchecked Sendable {
         _ = flotilla_curl_set_text(easy, CURLOPT_RANGE, text)
         if range != nil, let validator { headers = curl_slist_append(headers, "If-Range: \(validator)") }
         try awaitHeaders()
+        // Whether nothing is left or too little is there, the caller knows.
+        if range != nil, response.status == 416 { return response }
         try requireSuccess()
         return response
     }
@@ -289,6 +292,10 @@ package final class HTTPTransfer: @unchecked Sendable {
             guard response.mediaType != "text/html" else {
                 throw Interrupted(reason: "the server answered with a web page (text/html), not with a disk")
             }
+        case 401 where location.headers != nil:
+            throw MigrationError(
+                .unauthenticated, "\(location.name): the server doesn't take the session (401)",
+                hint: "it ended, or the account may not read that file: run the same command again")
         case 401:
             throw MigrationError(
                 .unauthenticated, "\(location.name): the server wants a name and a password (401)",

@@ -60,6 +60,28 @@ import Testing
         #expect(read == content)
     }
 
+    /// The server is asked for more, and says that there is none.
+    @Test func aStreamThatBreaksAtItsVeryEndIsDone() throws {
+        let content = try Files.read(scene.conversion.source.path)
+        func read(_ fault: String) throws -> [UInt8] {
+            let source = try HTTPSource(HTTPLocation("\(server.base)/\(fault)/\(stream)"), stop: StopFlag())
+            var read: [UInt8] = []
+            var part = [UInt8](repeating: 0, count: 1 << 20)
+            while true {
+                let got = try part.withUnsafeMutableBytes { try source.read(into: $0) }
+                if got == 0 { break }
+                read += part[..<got]
+            }
+            // And stays so.
+            #expect(try part.withUnsafeMutableBytes { try source.read(into: $0) } == 0)
+            return read
+        }
+        #expect(try read("open-end") == content)
+        #expect(try server.daemon.said().contains("bytes=\(content.count)-"))
+        // Nothing tells that what would follow belongs to it.
+        #expect(failure { try read("open-end/no-tag") }?.code == .unavailable)
+    }
+
     @Test(arguments: ["", "cut-3000000/", "busy-1/"])
     func readsARawDiskInRanges(_ fault: String) throws {
         // The first request isn't repeated: a wrong URL is told at once.
@@ -94,6 +116,17 @@ import Testing
         #expect(error.code == code && error.message.contains(word), "\(error)")
         #expect(error.message.contains(server.base))
         #expect(!Files.exists(folder.file("web.qcow2")))
+    }
+
+    /// Who has no password to give is told about his session.
+    @Test(arguments: [true, false]) func aLoginThatIsRefusedIsExplained(_ hasSession: Bool) throws {
+        let url = "\(server.base)/login/made.raw"
+        let location =
+            hasSession
+            ? HTTPLocation(url, name: "disk", trust: .system, headers: ["Cookie: a=b"]) : try HTTPLocation(url)
+        let error = try #require(failure { try HTTPDisk(location, stop: StopFlag()) })
+        #expect(error.code == .unauthenticated && error.message.contains("401"))
+        #expect(error.hint?.contains(".netrc") == !hasSession && error.hint?.contains("it ended") == hasSession)
     }
 
     @Test(arguments: ["no-tag", "no-range", "changing"])
