@@ -135,7 +135,11 @@ let package = Package(
         tests("ExportTests", ["Export", "FlotillaProtocol", "HostKit", "MigrationModel", "TestKit", protobuf]),
         tests(
             "VSphereTests",
-            ["VSphere", "Download", "DiskImage", "Export", "FlotillaProtocol", "HostKit", "MigrationModel", "TestKit"]),
+            [
+                "VSphere", "Download", "DiskImage", "Export", "FlotillaProtocol", "HostKit", "MigrationModel",
+                "TestKit",
+                protobuf,
+            ]),
         tests(
             "PassthroughTests", ["Passthrough", "FlotillaProtocol", "HostKit", "MigrationModel", "TestKit", protobuf],
             data: ["Fixtures"]),
@@ -146,8 +150,8 @@ let package = Package(
         tests(
             "WorkerTests",
             [
-                "Worker", "Deploy", "Passthrough", "Messaging", "MigrationModel", "FlotillaProtocol", "HostKit",
-                "TestKit", grpc, protobuf, logging,
+                "Worker", "Convert", "Deploy", "DiskImage", "Download", "Passthrough", "Messaging", "MigrationModel",
+                "FlotillaProtocol", "HostKit", "TestKit", "VSphere", grpc, protobuf, logging,
             ]),
         tests(
             "CoordinatorTests",

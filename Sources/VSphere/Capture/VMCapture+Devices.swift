@@ -59,9 +59,10 @@ extension VMCapture {
             if let assigned { keys.set("assignedId", assigned) }
             let function =
                 assigned.flatMap { host?.functions[PCIText.address($0) ?? $0] }
-                ?? host?.functions.values.first { function in
+                // Of several that would do, each capture names the same.
+                ?? host?.functions.sorted { $0.key < $1.key }.first { _, function in
                     allowed.contains { $0.vendor == function.id.vendor && $0.device == function.id.device }
-                }
+                }?.value
             describe(function, backing?.text("deviceName"), &keys)
         default:
             let raw = backing?.text("id") ?? ""

@@ -19,8 +19,8 @@ struct PropertySpec {
 }
 
 extension VIMClient {
-    /// Every object of the specs' types below a container, one by one, each once. A session that ends between two pages
-    /// costs the pages again, not the objects.
+    /// Every object of the specs' types below a container, one by one, each once. A session or a connection that ends
+    /// between two pages, or inside one, costs the pages again, not the objects.
     ///
     /// - Parameter pageSize: objects the server sends at most in one answer.
     func retrieve(
@@ -48,6 +48,8 @@ extension VIMClient {
                 guard isLost, attempts < 3 else {
                     throw fault.error("\(server.authority): properties below \(container)")
                 }
+            } catch let error as MigrationError where error.code == .unavailable && attempts < 3 {
+                try stop.wait(for: .milliseconds(250 << attempts))
             }
         }
     }
