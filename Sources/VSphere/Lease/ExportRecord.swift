@@ -78,7 +78,9 @@ package func sweepExports(_ records: [String], servers: [VIMServer], stop: StopF
             failures.append(
                 MigrationError(
                     .failedPrecondition, "\(what) can't be removed: no source \(record.user)@\(record.authority)",
-                    hint: "look there for the snapshot \(record.snapshot), then delete \(path)"))
+                    hint: record.snapshot.isEmpty
+                        ? "an export lease there ends by itself; delete \(path)"
+                        : "look there for the snapshot \(record.snapshot), then delete \(path)"))
             continue
         }
         do {

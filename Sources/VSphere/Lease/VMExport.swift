@@ -125,22 +125,26 @@ package final class VMExport: Sendable {
         }
         defer { client.close() }
         lease?.end(isDone: isDone)
-        do {
-            for attempt in 0... {
-                do {
-                    if let snapshot { try client.removeSnapshot(snapshot, stop: StopFlag()) }
-                    break
-                } catch let error as MigrationError {
-                    guard error.code == .unavailable, attempt < 3 else { throw error }
-                    try StopFlag().wait(for: .seconds(1 << attempt))
-                }
-            }
-            try record.remove()
-            return nil
-        } catch {
+        let name = manifest.vm.name.printable
+        do { if let snapshot { try remove(snapshot) } } catch {
             return MigrationError(
-                .unavailable, "snapshot \(record.snapshot) of \(manifest.vm.name.printable) is left on the source",
+                .unavailable, "snapshot \(record.snapshot) of \(name) is left on the source",
                 hint: "the next export or start of the worker tries again to remove it", cause: error)
+        }
+        do { try record.remove() } catch {
+            return MigrationError(
+                .unavailable, "the export of \(name) left nothing on the source, but its record here: \(record.path)",
+                hint: "the next export or start of the worker tries again to remove it", cause: error)
+        }
+        return nil
+    }
+
+    private func remove(_ snapshot: ObjectReference) throws {
+        for attempt in 0... {
+            do { return try client.removeSnapshot(snapshot, stop: StopFlag()) } catch let error as MigrationError {
+                guard error.code == .unavailable, attempt < 3 else { throw error }
+                try StopFlag().wait(for: .seconds(1 << attempt))
+            }
         }
     }
 
