@@ -40,10 +40,14 @@ extension ConvertHandler {
         var retries = TransferRetries()
         while true {
             do {
-                return try await run(work, writer, slots) { report in
-                    try check(report)
-                    let done = Double(before &+ report.doneBytes) / Double(max(1, total))
+                @Sendable func came(_ bytes: UInt64) {
+                    let done = Double(before &+ min(bytes, disk.capacityBytes)) / Double(max(1, total))
                     export.report(percent: Int(done * 100))
+                }
+                return try await run(work, writer, slots, staged: came) { report in
+                    try check(report)
+                    // A staged disk has come when its conversion begins.
+                    came(work.staging == nil ? report.doneBytes : disk.capacityBytes)
                 }
             } catch let error as MigrationError {
                 guard !Task.isCancelled, let pause = retries.pause(after: error, isRanges: url.transfer == .datastore)
@@ -70,14 +74,20 @@ extension ConvertHandler {
         if let left = left ?? nil { try? await writer.step("source", "\(left)") }
     }
 
-    /// - Parameter check: sees each report of the conversion before anyone else and may end it.
+    /// - Parameters:
+    ///   - staged: hears of the bytes of a disk that is kept as it comes.
+    ///   - check: sees each report of the conversion before anyone else and may end it.
     private func run(
         _ work: DiskWork, _ writer: RPCWriter<ConvertUpdate>, _ slots: TransferSlots? = nil,
+        staged: @escaping @Sendable (UInt64) -> Void = { _ in },
         check: @escaping @Sendable (DiskConversion.Progress) throws -> Void
     ) async throws -> DiskConversion.Notice {
         let (reports, continuation) = AsyncStream<DiskReport>.makeStream(bufferingPolicy: .bufferingNewest(1))
         let phase = work.foreign == nil ? "downloading" : "reading"
-        work.staging?.observe { continuation.yield(DiskReport(phase: phase, done: $0, total: $1)) }
+        work.staging?.observe {
+            staged($0)
+            continuation.yield(DiskReport(phase: phase, done: $0, total: $1))
+        }
         let notice = try await withThrowingTaskGroup(of: Void.self) { group in
             group.addTask {
                 for await report in reports { try await writer.progress(work.disk.id, report) }
