@@ -1,7 +1,6 @@
 import ArgumentParser
 import Download
 import Export
-import Glibc
 import HostKit
 import MigrationModel
 import VSphere
@@ -47,7 +46,7 @@ struct VSphereAccess: ParsableArguments {
             _ = try VIMServer.password(inFile: passwordFile)
             return VIMServer(authority: url.authority, user: url.user, trust: trust, passwordFile: passwordFile)
         }
-        let password = try askForPassword("Password of \(url.user) at \(url.authority): ")
+        let password = try PasswordPrompt.ask("Password of \(url.user) at \(url.authority): ")
         return VIMServer(authority: url.authority, user: url.user, trust: trust) { password }
     }
 }
@@ -83,33 +82,4 @@ func validateSource(_ text: String) throws {
     } catch let error as MigrationError where error.code != .unimplemented {
         throw ValidationError(error.description)
     }
-}
-
-/// Asks on the terminal, without echo.
-private func askForPassword(_ prompt: String) throws -> String {
-    let descriptor = open("/dev/tty", O_RDWR | O_CLOEXEC)
-    guard descriptor >= 0 else {
-        throw MigrationError(
-            .invalidArgument, "there is no terminal to ask for a password", hint: "name a file with --password-file")
-    }
-    defer { close(descriptor) }
-    var before = termios()
-    guard tcgetattr(descriptor, &before) == 0 else { throw systemError("read the settings of", "/dev/tty") }
-    var quiet = before
-    quiet.c_lflag &= ~tcflag_t(ECHO)
-    tcsetattr(descriptor, TCSAFLUSH, &quiet)
-    defer {
-        tcsetattr(descriptor, TCSAFLUSH, &before)
-        write(descriptor, "\n", 1)
-    }
-    let clean = prompt.map { $0.isNewline || $0 == "\u{1B}" ? "?" : $0 }
-    let text = Array(String(clean).utf8)
-    write(descriptor, text, text.count)
-    var line: [UInt8] = []
-    var byte: UInt8 = 0
-    while line.count < 1024, read(descriptor, &byte, 1) == 1, byte != UInt8(ascii: "\n") { line.append(byte) }
-    guard !line.isEmpty, let password = String(validating: line, as: UTF8.self) else {
-        throw MigrationError(.invalidArgument, "no password was given")
-    }
-    return password
 }

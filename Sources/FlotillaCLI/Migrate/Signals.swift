@@ -38,7 +38,10 @@ struct Signals: Sendable {
 }
 
 /// Made before the first handler is installed, and never closed.
-private let signalPipe: (read: Int32, write: Int32) = {
+private let signalPipe = makeSignalPipe()
+
+/// A pipe that a signal's handler may write to.
+func makeSignalPipe() -> (read: Int32, write: Int32) {
     var ends: (Int32, Int32) = (-1, -1)
     let made = withUnsafeMutablePointer(to: &ends) {
         $0.withMemoryRebound(to: Int32.self, capacity: 2) { pipe($0) }
@@ -46,4 +49,4 @@ private let signalPipe: (read: Int32, write: Int32) = {
     precondition(made == 0, "pipe: \(String(cString: strerror(errno)))")
     for end in [ends.0, ends.1] { _ = fcntl(end, F_SETFD, FD_CLOEXEC) }
     return (ends.0, ends.1)
-}()
+}
