@@ -66,7 +66,8 @@ final class InventoryTables: InventoryReport {
         let row = [
             vm.name, Self.text(of: vm.powerState), "\(vm.cpu.count)", byteText(vm.memory.bytes),
             "\(manifest.disks.count) (\(byteText(size)))", Self.list(manifest.nics.map(\.network)),
-            Self.list(manifest.gpus.map(Self.text)), vm.guestFullName.isEmpty ? vm.guestID : vm.guestFullName,
+            Self.list(manifest.gpus.map(Self.text)), Self.list(manifest.otherDevices.map(Self.text)),
+            vm.guestFullName.isEmpty ? vm.guestID : vm.guestFullName,
             blocked == 0 ? "-" : "\(blocked) blocked",
         ]
         state.withLock { $0.rows.append(row) }
@@ -105,7 +106,8 @@ final class InventoryTables: InventoryReport {
                 found.networks.map { ([$0.name, $0.key ?? "-"], $0.datacenter) })
         }
         section(
-            "VMs", ["vm", "power", "cpus", "memory", "disks", "networks", "GPUs", "guest", "findings"],
+            "VMs",
+            ["vm", "power", "cpus", "memory", "disks", "networks", "GPUs", "other devices", "guest", "findings"],
             state.rows.sorted { $0[0] < $1[0] })
     }
 
