@@ -85,7 +85,8 @@ struct AssessCommand: AsyncParsableCommand {
             }
             return (assessment, failures)
         }
-        if let html { try write(assessment, to: html) }
+        // Nothing takes the place of an earlier page when no source could be read.
+        if let html, failures.isEmpty || !assessment.vms.isEmpty { try write(assessment, to: html) }
         if json {
             Console.line(try jsonLine(assessment))
         } else {
