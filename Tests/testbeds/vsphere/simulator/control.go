@@ -107,8 +107,26 @@ func (s *server) control() http.Handler {
 	})
 	change("/clear", func(w http.ResponseWriter, _ *http.Request) {
 		s.faults.clear()
+		s.leases.forget()
 		s.forget()
 		write(w, s.state())
+	})
+	change("/rewrite", func(w http.ResponseWriter, r *http.Request) {
+		vm, ok := s.world.find(r.URL.Query().Get("vm"))
+		if !ok {
+			http.NotFound(w, r)
+			return
+		}
+		for _, d := range s.world.disksOf(vm) {
+			if err := d.rewrite(); err != nil {
+				http.Error(w, err.Error(), http.StatusInternalServerError)
+				return
+			}
+		}
+		if r.URL.Query().Get("id") == "1" {
+			s.world.renewContentIDs(vm)
+		}
+		write(w, map[string]string{"vm": vm.Value})
 	})
 	change("/power", func(w http.ResponseWriter, r *http.Request) {
 		vm, ok := s.world.find(r.URL.Query().Get("vm"))
@@ -140,6 +158,7 @@ func (s *server) state() interface{} {
 	for name, n := range s.leases.counts {
 		counts[name] = n
 	}
+	percents := append([]int32{}, s.leases.percents...)
 	s.leases.mutex.Unlock()
 
 	snapshots := []snapshotState{}
@@ -171,7 +190,12 @@ func (s *server) state() interface{} {
 	for name, n := range s.faults.hits {
 		hits[name] = n
 	}
+	sent := map[string]int64{}
+	for name, n := range s.faults.sent {
+		sent[name] = n
+	}
 	return map[string]interface{}{
 		"sessions": sessions, "leases": open, "leaseCounts": counts, "snapshots": snapshots, "calls": calls, "faults": rules, "hits": hits,
+		"sent": sent, "percents": percents,
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand"
+	"net/http"
 	"os"
 	"path/filepath"
 	"sync"
@@ -65,6 +66,40 @@ func (d *disk) size() (int64, error) {
 		return 0, err
 	}
 	return info.Size(), nil
+}
+
+// validators tell the file's content from any it had before or will have: an ETag, and when it changed last.
+func (d *disk) validators() (tag, changed string, err error) {
+	info, err := os.Stat(d.raw)
+	if err != nil {
+		return "", "", err
+	}
+	return fmt.Sprintf("\"%x-%x\"", info.Size(), info.ModTime().UnixNano()), info.ModTime().UTC().Format(http.TimeFormat), nil
+}
+
+// rewrite changes the content that the datastore holds, not what an export streams.
+func (d *disk) rewrite() error {
+	if err := d.prepare(); err != nil {
+		return err
+	}
+	file, err := os.OpenFile(d.raw, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	for _, at := range []int64{0, d.capacity / 2} {
+		piece := make([]byte, sector)
+		if _, err := file.ReadAt(piece, at); err != nil {
+			return err
+		}
+		for n := range piece {
+			piece[n] ^= 0x5a
+		}
+		if _, err := file.WriteAt(piece, at); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // sum is the SHA-256 of what the guest sees.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"math"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -26,15 +27,18 @@ type rule struct {
 var kinds = map[string]bool{
 	"cut": true, "truncate": true, "corrupt": true, "slow": true, "stall": true, "html": true, "status": true, "range200": true,
 	"delete-vm": true, "expire-at": true, "nfc-host": true, "thumbprint": true, "length": true, "timeout-at": true,
+	"no-tag": true,
 }
 
 type faults struct {
 	mutex sync.Mutex
 	rules []*rule
 	hits  map[string]int
+	// Bytes of disks that were sent, by path: "nfc" in all, "nfc/1" of second disks.
+	sent map[string]int64
 }
 
-func newFaults() *faults { return &faults{hits: map[string]int{}} }
+func newFaults() *faults { return &faults{hits: map[string]int{}, sent: map[string]int64{}} }
 
 func number(q url.Values, name string, otherwise int64) (int64, error) {
 	if q.Get(name) == "" {
@@ -76,17 +80,22 @@ func (f *faults) add(q url.Values, vm string) error {
 
 func (f *faults) clear() {
 	f.mutex.Lock()
-	f.rules, f.hits = nil, map[string]int{}
+	f.rules, f.hits, f.sent = nil, map[string]int{}, map[string]int64{}
 	f.mutex.Unlock()
 }
 
 // take finds the faults that hold for an answer and counts them down.
 func (f *faults) take(path, vm string, disk int, wanted ...string) map[string]rule {
+	return f.takeWithin(math.MaxInt64, path, vm, disk, wanted...)
+}
+
+// takeWithin leaves those alone that would happen behind the end of an answer of so many bytes.
+func (f *faults) takeWithin(length int64, path, vm string, disk int, wanted ...string) map[string]rule {
 	f.mutex.Lock()
 	defer f.mutex.Unlock()
 	found := map[string]rule{}
 	for _, r := range f.rules {
-		if _, known := found[r.Kind]; known || r.Left == 0 || r.Path != "" && r.Path != path || r.VM != "" && r.VM != vm || r.Disk >= 0 && r.Disk != disk {
+		if _, known := found[r.Kind]; known || r.Left == 0 || r.After >= length || r.Path != "" && r.Path != path || r.VM != "" && r.VM != vm || r.Disk >= 0 && r.Disk != disk {
 			continue
 		}
 		for _, kind := range wanted {
@@ -107,6 +116,12 @@ func (f *faults) has(kind, vm string, disk int) bool {
 	return found
 }
 
+func (f *faults) count(path string, bytes int64) {
+	f.mutex.Lock()
+	f.sent[path] += bytes
+	f.mutex.Unlock()
+}
+
 // answer gives an answer that has nothing to do with the request, if one is asked for.
 func (f *faults) answer(w http.ResponseWriter, _ *http.Request, path, vm string, disk int) bool {
 	found := f.take(path, vm, disk, "html", "status")
@@ -124,7 +139,7 @@ func (f *faults) answer(w http.ResponseWriter, _ *http.Request, path, vm string,
 
 // body sends a disk with what goes wrong on its way. Faults at a position count from the start of the answer.
 func (s *server) body(w http.ResponseWriter, lease *HttpNfcLease, d *disk, index int, path string, from reader, first, count int64) {
-	found := s.faults.take(path, d.vmID(), index, "cut", "truncate", "corrupt", "slow", "stall", "delete-vm", "expire-at", "timeout-at")
+	found := s.faults.takeWithin(count, path, d.vmID(), index, "cut", "truncate", "corrupt", "slow", "stall", "delete-vm", "expire-at", "timeout-at")
 	done := make(<-chan struct{})
 	if lease != nil {
 		done = lease.context.Done()
@@ -171,6 +186,8 @@ func (s *server) body(w http.ResponseWriter, lease *HttpNfcLease, d *disk, index
 			return
 		}
 		sent += piece
+		s.faults.count(path, piece)
+		s.faults.count(fmt.Sprintf("%s/%d", path, index), piece)
 		if isSlow {
 			if flusher, can := w.(http.Flusher); can {
 				flusher.Flush()

@@ -38,6 +38,8 @@ type leases struct {
 	mutex   sync.Mutex
 	byID    map[string]*HttpNfcLease
 	counts  map[string]int
+	// Of all leases, as they were told.
+	percents []int32
 }
 
 func newLeases(server *server, timeout time.Duration) *leases {
@@ -213,6 +215,7 @@ func (h *HttpNfcLease) HttpNfcLeaseProgress(_ *simulator.Context, r *types.HttpN
 	h.reports++
 	h.percent = r.Percent
 	h.all.counts["progress"]++
+	h.all.percents = append(h.all.percents, r.Percent)
 	h.all.mutex.Unlock()
 	h.TransferProgress = r.Percent
 	return &methods.HttpNfcLeaseProgressBody{Res: new(types.HttpNfcLeaseProgressResponse)}
@@ -231,6 +234,13 @@ func (h *HttpNfcLease) HttpNfcLeaseAbort(_ *simulator.Context, r *types.HttpNfcL
 	h.end("aborted")
 	go simulator.Map.Remove(r.This)
 	return &methods.HttpNfcLeaseAbortBody{Res: new(types.HttpNfcLeaseAbortResponse)}
+}
+
+// forget clears the progress that leases were told.
+func (l *leases) forget() {
+	l.mutex.Lock()
+	l.percents = nil
+	l.mutex.Unlock()
 }
 
 // killAll times out what is open.

@@ -110,8 +110,20 @@ func (s *server) folder(w http.ResponseWriter, r *http.Request) {
 		text := d.descriptor()
 		from, size = strings.NewReader(text), int64(len(text))
 	}
+	tag, changed, err := d.validators()
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	if !s.faults.has("no-tag", d.vmID(), index) {
+		w.Header().Set("ETag", tag)
+		w.Header().Set("Last-Modified", changed)
+	}
+	// Of other content than the client has, all is sent.
+	condition := r.Header.Get("If-Range")
+	isCurrent := condition == "" || condition == tag || condition == changed
 	first, count, status := int64(0), size, http.StatusOK
-	if wanted := r.Header.Get("Range"); wanted != "" && !s.ignoresRange(d, index) {
+	if wanted := r.Header.Get("Range"); wanted != "" && isCurrent && !s.ignoresRange(d, index) {
 		var ok bool
 		if first, count, ok = span(wanted, size); !ok {
 			w.Header().Set("Content-Range", fmt.Sprintf("bytes */%d", size))

@@ -310,6 +310,23 @@ func (w *world) power(id ref, on bool) {
 	})
 }
 
+// renewContentIDs says of each disk of a machine what a server says once it was written to.
+func (w *world) renewContentIDs(id ref) {
+	vm, ok := simulator.Map.Get(id).(*simulator.VirtualMachine)
+	if !ok {
+		return
+	}
+	simulator.Map.WithLock(vm, func() {
+		for _, device := range vm.Config.Hardware.Device {
+			if disk, is := device.(*types.VirtualDisk); is {
+				if backing, flat := disk.Backing.(*types.VirtualDiskFlatVer2BackingInfo); flat {
+					backing.ContentId = seededUUID(w.random)
+				}
+			}
+		}
+	})
+}
+
 // remove deletes a machine whatever it is doing.
 func (w *world) remove(value string) {
 	id := ref{Type: "VirtualMachine", Value: value}
