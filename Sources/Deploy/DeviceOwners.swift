@@ -3,14 +3,16 @@ import MigrationModel
 package import Passthrough
 
 extension LibvirtConnection {
-    /// Every domain with the PCI functions and mediated devices its definition names, running or not: two domains with the
-    /// same device could not both start. Blocks.
+    /// Every domain with the PCI functions, mediated devices and block devices its definition names, running or not: two
+    /// domains with the same device could not both start. Blocks.
     package func deviceOwners(sysfs: Sysfs = Sysfs()) throws -> [GPULedger.Domain] {
         try domains().compactMap { domain in
             do {
-                let resources = try assignedResources(domain.xml(), of: domain.name, sysfs: sysfs)
+                let xml = try domain.xml()
                 return GPULedger.Domain(
-                    name: domain.name, migration: try domain.migrationID() ?? "", resources: resources)
+                    name: domain.name, migration: try domain.migrationID() ?? "",
+                    resources: try assignedResources(xml, of: domain.name, sysfs: sysfs),
+                    disks: try blockDevices(xml, of: domain.name))
             } catch let error as MigrationError where error.code == .notFound {
                 return nil  // It was removed while we looked.
             }
@@ -34,4 +36,14 @@ func assignedResources(_ xml: String, of name: String, sysfs: Sysfs) throws -> [
             return GPUResource(mdev: uuid, partOf: [parent, physical].compactMap(\.self))
         }
     return functions + mediated
+}
+
+/// Paths of the host's block devices that are a domain's disks, those below them in a chain included.
+func blockDevices(_ xml: String, of name: String) throws -> Set<String> {
+    let disks = try XMLTree.parse(xml, of: "the definition of domain \(name)").all("devices", "disk")
+    let sources = disks.flatMap(\.descendants).filter { $0.name == "source" }
+    return Set(
+        sources.flatMap { [$0.attributes["dev"], $0.attributes["file"]] }.compactMap(\.self).filter {
+            $0.hasPrefix("/dev/")
+        })
 }

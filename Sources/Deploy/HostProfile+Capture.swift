@@ -43,7 +43,7 @@ package func hostProfile(
     profile.networks = try connection.networks()
     profile.bridges = sysfs.list("class/net").filter { sysfs.exists("class/net/\($0)/bridge") }
     profile.pools = pools.map(probe)
-    let around = Surroundings(proc: proc, sysfs: sysfs)
+    var around = Surroundings(proc: proc, sysfs: sysfs)
     profile.pciFunctions = try pciInventory(sysfs: sysfs, holders: around.holders.groups)
     addDetail(&profile.pciFunctions, sysfs: sysfs)
     try addVgpus(&profile.pciFunctions, of: devices.vgpus)
@@ -58,7 +58,7 @@ package func hostProfile(
     }
     profile.iommuEnabled = iommuEnabled(sysfs: sysfs)
     profile.vfioAvailable = vfioAvailable(sysfs: sysfs)
-    try captureDomains(&profile, connection)
+    around.domains = try captureDomains(&profile, connection)
     markReserved(&profile.pciFunctions, try devices.ledger.reservations())
     markUsed(&profile.pciFunctions, sysfs: sysfs, around: around)
     return profile
@@ -108,9 +108,12 @@ private func probe(_ folder: PoolFolder) -> Pool {
 }
 
 /// Fills the domains, and marks the functions they own. A domain that is shut off still owns its devices: two
-/// domains with the same GPU could not both start.
-private func captureDomains(_ profile: inout HostProfile, _ connection: LibvirtConnection) throws {
+/// domains with the same GPU could not both start. Returns the domains with their disks.
+private func captureDomains(
+    _ profile: inout HostProfile, _ connection: LibvirtConnection
+) throws -> [GPULedger.Domain] {
     var owners: [String: String] = [:]
+    var found: [GPULedger.Domain] = []
     for domain in try connection.domains() {
         do {
             var summary = DomainSummary()
@@ -119,13 +122,19 @@ private func captureDomains(_ profile: inout HostProfile, _ connection: LibvirtC
             summary.active = try domain.state().isActive
             summary.migrationID = try domain.migrationID() ?? ""
             profile.domains.append(summary)
-            for address in try assignedAddresses(domain.xml(), of: domain.name) { owners[address] = domain.name }
+            let xml = try domain.xml()
+            for address in try assignedAddresses(xml, of: domain.name) { owners[address] = domain.name }
+            found.append(
+                GPULedger.Domain(
+                    name: domain.name, migration: summary.migrationID, resources: [],
+                    disks: try blockDevices(xml, of: domain.name)))
         } catch let error as MigrationError where error.code == .notFound {
             continue  // It was removed while we looked.
         }
     }
     profile.domains.sort { $0.name < $1.name }
     claim(&profile.pciFunctions, owners)
+    return found
 }
 
 /// Names the owning domain instead of its process, also on functions that only share a group with what it owns.

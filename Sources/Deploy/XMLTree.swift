@@ -52,6 +52,9 @@ struct XMLTree: Sendable {
         }
     }
 
+    /// Every element below this one.
+    var descendants: [XMLTree] { children.flatMap { [$0] + $0.descendants } }
+
     /// Elements at a path of names below this one.
     func all(_ path: String...) -> [XMLTree] {
         path.reduce([self]) { level, name in level.flatMap { $0.children.filter { $0.name == name } } }

@@ -109,3 +109,12 @@ package func systemError(_ operation: String, _ path: String, errno number: Int3
         }
     return MigrationError(code, "\(operation) \(path): \(String(cString: strerror(number)))", hint: hint)
 }
+
+/// Whether a descriptor of a process is open for writing: by the last digit of open(2)'s flags, which proc(5) gives in octal.
+///
+/// - Parameter info: its file in `/proc/<process>/fdinfo`. What ended meanwhile is not.
+package func isOpenForWriting(_ info: String) -> Bool {
+    let text = (try? Files.read(info)).map { String(decoding: $0, as: UTF8.self) } ?? ""
+    let line = text.split(separator: "\n").first { $0.hasPrefix("flags:") }
+    return line?.last.flatMap { Int(String($0), radix: 8) }.map { Int32($0) & O_ACCMODE != O_RDONLY } ?? false
+}

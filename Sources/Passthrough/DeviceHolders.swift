@@ -1,7 +1,7 @@
 import HostKit
 
 /// Which processes hold a file below `/dev` open that leads to a PCI device: VFIO groups and devices, DRM, framebuffers,
-/// NVIDIA's. Best effort: other users' processes are invisible without CAP_SYS_PTRACE, and processes end while being
+/// NVIDIA's, and, open for writing, block devices. Best effort: other users' processes are invisible without CAP_SYS_PTRACE, and processes end while being
 /// looked at. Looks at no more than 65,536 processes and 262,144 descriptors.
 package struct DeviceHolders: Sendable {
     /// "process 4242 (qemu-system-x86)" by path, the first of each.
@@ -17,13 +17,18 @@ package struct DeviceHolders: Sendable {
             for descriptor in ((try? Files.list("\(proc)/\(process)/fd")) ?? []).prefix(budget) {
                 budget -= 1
                 guard let target = linkTarget("\(proc)/\(process)/fd/\(descriptor)"), target.hasPrefix("/dev/"),
-                    prefixes.contains(where: target.hasPrefix), byPath[target] == nil
+                    byPath[target] == nil,
+                    prefixes.contains(where: target.hasPrefix)
+                        || Self.mayBeDisk(target) && isOpenForWriting("\(proc)/\(process)/fdinfo/\(descriptor)")
                 else { continue }
                 let name = (try? Files.read("\(proc)/\(process)/comm", limit: 4096)) ?? []
                 byPath[target] = "process \(process) (\(String(decoding: name.prefix { $0 != 0x0a }, as: UTF8.self)))"
             }
         }
     }
+
+    /// Every disk and partition lies in /dev itself.
+    private static func mayBeDisk(_ path: String) -> Bool { path != "/dev/null" && !path.dropFirst(5).contains("/") }
 
     /// Who holds `/dev/vfio/<group>`.
     package var groups: [Int32: String] {

@@ -59,6 +59,8 @@ package struct Surroundings: Sendable {
     package var consoleFramebuffers: Set<Int>?
     /// Where procfs is mounted; nil for a recorded tree, which has none.
     package var proc: String?
+    /// Where the running kernel's block devices are, which are opened for a moment to ask who has them; nil: asks nobody.
+    package var devices: String?
 
     package init() {}
 
@@ -68,16 +70,19 @@ package struct Surroundings: Sendable {
         reservations = try ledger.reservations()
         self.domains = domains
         self.proc = proc
+        devices = "/dev"
         consoleFramebuffers = mappedFramebuffers()
     }
 
     /// What `markUsed` asks for: nothing of domains and reservations. Looks at every process.
     ///
-    /// - Parameter sysfs: where it is not the running kernel's, nothing is known of its consoles.
+    /// - Parameter sysfs: where it is not the running kernel's, nothing is known of its consoles, and no disk is asked.
     package init(proc: String, sysfs: Sysfs) {
         holders = DeviceHolders(proc: proc)
         self.proc = proc
-        consoleFramebuffers = sysfs.root == Sysfs().root ? mappedFramebuffers() : nil
+        guard sysfs.root == Sysfs().root else { return }
+        devices = "/dev"
+        consoleFramebuffers = mappedFramebuffers()
     }
 }
 
@@ -127,17 +132,42 @@ struct DeviceUsers {
         for name in sysfs.list("class/net") where sysfs.text("class/net/\(name)/operstate") == "up" {
             note("class/net/\(name)", DeviceUse(.network, "network interface \(name), which is up"))
         }
-        let mounts = around.proc.map(Mounts.init)
-        for name in sysfs.list("class/block") {
-            if let use = mounts?.use(of: name, sysfs) { note("class/block/\(name)", DeviceUse(.disk, use)) }
+        noteDisks()
+    }
+
+    private mutating func noteDisks() {
+        guard let disks = DiskUse(sysfs, around) else { return }
+        let names = sysfs.list("class/block")
+        for name in names {
+            if let use = disks.use(of: name) { note("class/block/\(name)", DeviceUse(.disk, use)) }
+        }
+        // Only what nothing is known of is asked for: that claims it for a moment.
+        for name in names {
+            let free = functions(behind: "class/block/\(name)").filter { address in
+                !(classes[address]?.contains { $0.kind == .disk } ?? false)
+            }
+            guard !free.isEmpty, let use = disks.claim(on: name) else { continue }
+            for address in free { classes[address, default: []].append(DeviceUse(.disk, use)) }
         }
     }
 
     private mutating func note(_ link: String, _ use: DeviceUse) {
-        guard let target = linkTarget(sysfs.path(link)) else { return }
-        for part in target.split(separator: "/") {
-            if let address = PciAddress(String(part)) { classes[address.description, default: []].append(use) }
-        }
+        for address in functions(behind: link) { classes[address, default: []].append(use) }
+    }
+
+    /// Every function on the path of a class's device. A disk of native NVMe multipath lies below its subsystem, which is
+    /// on no bus: behind it are the functions of all its controllers.
+    private func functions(behind link: String) -> Set<String> {
+        guard let target = sysfs.linkPath(link) else { return [] }
+        let parts = target.split(separator: "/").map(String.init)
+        let own = Set(parts.compactMap { PciAddress($0)?.description })
+        guard let index = parts.firstIndex(of: "nvme-subsystem"), index + 1 < parts.count else { return own }
+        let subsystem = "devices/virtual/nvme-subsystem/\(parts[index + 1])"
+        return sysfs.list(subsystem).filter { $0.hasPrefix("nvme") }
+            .compactMap { sysfs.linkPath("\(subsystem)/\($0)") }
+            .reduce(into: own) { all, controller in
+                all.formUnion(controller.split(separator: "/").compactMap { PciAddress(String($0))?.description })
+            }
     }
 
     func uses(of address: PciAddress, group: Int32, driver: String, virtualFunctions: Int) -> [DeviceUse] {
@@ -197,36 +227,6 @@ struct DeviceUsers {
         let line = String(decoding: bytes, as: UTF8.self).split(separator: "\n").first { $0.hasPrefix("Device Minor:") }
         return line.map { $0.dropFirst(13).trimmingPrefix(while: \.isWhitespace) }.map(String.init)
     }
-}
-
-/// Block devices in use: mounted, swap, or with a device on top (md, dm).
-private struct Mounts {
-    private var numbers: Set<String> = []
-    private var swaps: Set<String> = []
-
-    init(proc: String) {
-        // Fields of proc(5) mountinfo: id, parent, major:minor, …
-        for line in lines("\(proc)/self/mountinfo") {
-            let fields = line.split(separator: " ", maxSplits: 3)
-            if fields.count > 2 { numbers.insert(String(fields[2])) }
-        }
-        for line in lines("\(proc)/swaps").dropFirst() {
-            if let path = line.split(whereSeparator: \.isWhitespace).first { swaps.insert(String(path)) }
-        }
-    }
-
-    func use(of name: String, _ sysfs: Sysfs) -> String? {
-        if let number = sysfs.text("class/block/\(name)/dev"), numbers.contains(number) {
-            return "a mounted file system on \(name)"
-        }
-        if swaps.contains("/dev/\(name)") { return "swap space on \(name)" }
-        if let above = sysfs.list("class/block/\(name)/holders").first { return "\(above), which consists of \(name)" }
-        return nil
-    }
-}
-
-private func lines(_ path: String) -> [Substring] {
-    ((try? Files.read(path)).map { String(decoding: $0, as: UTF8.self) } ?? "").split(separator: "\n")
 }
 
 func isUUID(_ text: String) -> Bool {

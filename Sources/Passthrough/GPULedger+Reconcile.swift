@@ -9,11 +9,14 @@ extension GPULedger {
         /// Empty when no migration made it.
         package var migration: String
         package var resources: [GPUResource]
+        /// Paths of the host's block devices that are disks of it.
+        package var disks: Set<String>
 
-        package init(name: String, migration: String, resources: [GPUResource]) {
+        package init(name: String, migration: String, resources: [GPUResource], disks: Set<String> = []) {
             self.name = name
             self.migration = migration
             self.resources = resources
+            self.disks = disks
         }
     }
 

@@ -35,7 +35,7 @@ enum BlockDeviceUse {
             for descriptor in (try? Files.list("/proc/\(process)/fd")) ?? [] {
                 let entry = "\(process)/fd/\(descriptor)"
                 guard isDevice("/proc/\(entry)", device),
-                    let text = try? Files.read("/proc/\(process)/fdinfo/\(descriptor)"), isForWriting(text)
+                    isOpenForWriting("/proc/\(process)/fdinfo/\(descriptor)")
                 else { continue }
                 let name = (try? Files.read("/proc/\(process)/comm")).map { String(decoding: $0, as: UTF8.self) } ?? ""
                 return "\(name.filter { !$0.isNewline }) (process \(process))"
@@ -53,12 +53,6 @@ enum BlockDeviceUse {
             info.st_mode & S_IFMT == S_IFBLK
         else { return false }
         return "\(flotilla_major(UInt64(info.st_rdev))):\(flotilla_minor(UInt64(info.st_rdev)))" == device
-    }
-
-    /// By the last digit of open(2)'s flags, which proc(5) gives in octal.
-    private static func isForWriting(_ info: [UInt8]) -> Bool {
-        let line = String(decoding: info, as: UTF8.self).split(separator: "\n").first { $0.hasPrefix("flags:") }
-        return line?.last.flatMap { Int(String($0), radix: 8) }.map { Int32($0) & O_ACCMODE != O_RDONLY } ?? false
     }
 
     /// The third field of a line is the device, the fifth the place (proc(5)).

@@ -49,6 +49,20 @@ import Testing
         #expect(try assignedAddresses(xml, of: "x") == ["0000:3b:00.1", "0001:05:1f.7"])
     }
 
+    @Test func readsBlockDevices() throws {
+        let xml = """
+            <domain><devices>
+            <disk type='block'><source dev='/dev/disk/by-id/nvme-A'/><target dev='vda'/></disk>
+            <disk type='file'><source file='/pool/x'/><backingStore type='block'><source dev='/dev/sdb2'/></backingStore>
+            <mirror type='block'><source dev='/dev/sdc'/></mirror></disk>
+            <disk type='file'><source file='/dev/sdd'/></disk><disk type='volume'><source pool='a' volume='b'/></disk>
+            <interface type='direct'><source dev='/dev/eth0'/></interface>
+            </devices></domain>
+            """
+        #expect(
+            try blockDevices(xml, of: "x") == ["/dev/disk/by-id/nvme-A", "/dev/sdb2", "/dev/sdc", "/dev/sdd"])
+    }
+
     @Test func ownersReplaceTheirProcess() {
         var functions: [PciFunction] = [
             .with { ($0.address, $0.iommuGroup, $0.inUseBy) = ("a", 1, "process 7 (qemu)") },

@@ -200,6 +200,7 @@ import Testing
                 ("0001:3c:00.0", 0x2204, 0x0300, "the kernel's console on fb0"),
                 ("0001:5e:00.0", 0xa80a, 0x0108, "a mounted file system on nvme0n1"),
                 ("0001:5f:00.0", 0xa80b, 0x0108, "swap space on nvme1n1"),
+                ("0001:60:00.0", 0xa80c, 0x0108, "domain rawdisk's disk on nvme2n1"),
                 ("0001:86:00.0", 0x1572, 0x0200, "network interface eth7, which is up"),
                 ("0001:af:00.0", 0x1eb8, 0x0302, "mediated device \(mdev)"),
                 ("0001:b0:00.0", 0x2235, 0x0302, ""),
@@ -219,7 +220,7 @@ import Testing
             ] { try Files.createDirectories("\(folder)/\(path)") }
             try put("proc/4242/comm", "Xorg")
             try link("proc/4242/fd/5", "/dev/dri/card1")
-            for (number, bus) in ["5e", "5f"].enumerated() {
+            for (number, bus) in ["5e", "5f", "60"].enumerated() {
                 let disk = "bus/pci/devices/0001:\(bus):00.0/nvme/nvme\(number)/nvme\(number)n1"
                 try put("sys/\(disk)/dev", "259:\(number)")
                 try link("sys/class/block/nvme\(number)n1", "../../\(disk)")
@@ -232,8 +233,15 @@ import Testing
             try put("\(type)/name", "GRID T4-2Q")
             try put("\(type)/available_instances", "3")
 
+            let connection = try LibvirtConnection(uri: "test:///default")
+            let id = UUID().uuidString
+            let deployment = Deployment(connection: connection, migrationID: id)
+            let manifest = linuxVM(id) { $0.disks[0].target = .with { ($0.path, $0.format) = ("/dev/nvme2n1", "raw") } }
+            _ = try deployment.define(
+                DomainXML(manifest: manifest, options: mapped { $0.domainName = "rawdisk" }, host: host("test")))
+            defer { try? deployment.undefine("rawdisk") }
             let profile = try hostProfile(
-                name: "kvm1", connection: try LibvirtConnection(uri: "test:///default"), pools: [],
+                name: "kvm1", connection: connection, pools: [],
                 devices: DeviceHost(sysfs: Sysfs(root: "\(folder)/sys"), folder: "\(folder)/gpu"),
                 proc: "\(folder)/proc")
             #expect(profile.pciFunctions.map(\.inUseBy) == expected.map { $0.use })

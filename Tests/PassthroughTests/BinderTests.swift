@@ -32,6 +32,21 @@ struct BindRig {
         { [sysfs] in try DeviceTree(sysfs, around: around) }
     }
 
+    /// A disk of 0000:09:00.0, and what procfs says of it.
+    func disk(
+        named name: String = "nvme1n1", at folder: String = "devices/0000:09:00.0/nvme/nvme1", number: String = "259:7",
+        mounts: String = "", _ around: inout Surroundings
+    ) throws {
+        try Files.createDirectories(sysfs.path("\(folder)/\(name)"))
+        try Files.createDirectories(sysfs.path("class/block"))
+        try Files.writeAtomically(Array("\(number)\n".utf8), to: sysfs.path("\(folder)/\(name)/dev"))
+        try FileManager.default.createSymbolicLink(
+            atPath: sysfs.path("class/block/\(name)"), withDestinationPath: "../../\(folder)/\(name)")
+        let proc = try self.folder.sub("proc/self")
+        try Files.writeAtomically(Array("\(mounts)\n".utf8), to: "\(proc)/mountinfo")
+        around.proc = "\(self.folder.path)/proc"
+    }
+
     func driver(_ address: String) -> String { sysfs.linkName("bus/pci/devices/\(address)/driver") ?? "" }
 
     var journal: String {
@@ -169,16 +184,7 @@ func pci(_ text: String) throws -> PciAddress { try #require(PciAddress(text)) }
             always: true
         ) {
             rig, around in
-            let disk = "devices/0000:09:00.0/nvme/nvme1/nvme1n1"
-            try Files.createDirectories(rig.sysfs.path(disk))
-            try Files.createDirectories(rig.sysfs.path("class/block"))
-            try Files.writeAtomically(Array("259:7\n".utf8), to: rig.sysfs.path("\(disk)/dev"))
-            try FileManager.default.createSymbolicLink(
-                atPath: rig.sysfs.path("class/block/nvme1n1"), withDestinationPath: "../../\(disk)")
-            let proc = try rig.folder.sub("proc/self")
-            try Files.writeAtomically(
-                Array("36 35 259:7 / /srv rw - ext4 /dev/nvme1n1 rw\n".utf8), to: "\(proc)/mountinfo")
-            around.proc = "\(rig.folder.path)/proc"
+            try rig.disk(mounts: "36 35 259:7 / /srv rw - ext4 /dev/nvme1n1 rw", &around)
         },
         Refusal(testDescription: "IOMMU off", address: gpu, says: "IOMMU of this host is off", always: true) { rig, _ in
             try Files.remove(rig.sysfs.path("kernel/iommu_groups"))

@@ -1,0 +1,117 @@
+import Foundation
+import Glibc
+import HostKit
+import MigrationModel
+import Passthrough
+import TestKit
+import Testing
+
+/// Disks that the kernel's lists of mounts don't name by their number.
+@Suite struct DiskUseTests {
+    static let nvme = "0000:09:00.0"
+
+    private func uses(_ rig: BindRig, _ around: Surroundings) throws -> [String] {
+        try #require(DeviceTree(rig.sysfs, around: around)[pci(Self.nvme)]).uses.map(\.by)
+    }
+
+    private func link(_ rig: BindRig, _ path: String, _ target: String) throws {
+        try Files.createDirectories(Files.parent(of: path))
+        try FileManager.default.createSymbolicLink(atPath: path, withDestinationPath: target)
+    }
+
+    @Test(arguments: [
+        ("36 35 0:40 /@ / rw,relatime shared:1 - btrfs /dev/nvme1n1 rw,subvol=/@", true),
+        ("36 35 0:41 / / rw master:1 - zfs rpool/ROOT/debian rw", false),
+        ("36 35 0:42 / / rw - overlay nvme1n1 rw", false), ("", false), ("36 35", false), ("36 35 0:40 - ", false),
+    ]) func theSourceOfAMount(_ mount: String, _ isUsed: Bool) throws {
+        let rig = try BindRig()
+        var around = Surroundings()
+        try rig.disk(mounts: mount, &around)
+        #expect(try uses(rig, around) == (isUsed ? ["a mounted file system on nvme1n1"] : []))
+    }
+
+    /// The mount names one of its devices.
+    @Test func theOtherDevicesOfABtrfs() throws {
+        let rig = try BindRig()
+        var around = Surroundings()
+        try rig.disk(mounts: "36 35 0:40 / / rw - btrfs /dev/sda rw", &around)
+        #expect(try uses(rig, around).isEmpty)
+        try link(rig, rig.sysfs.path("fs/btrfs/2c9e/devices/nvme1n1"), "../../../../class/block/nvme1n1")
+        #expect(try uses(rig, around) == ["a mounted file system on nvme1n1"])
+    }
+
+    /// A disk with two controllers lies below their subsystem, on neither's path.
+    @Test func nativeMultipath() throws {
+        let rig = try BindRig()
+        var around = Surroundings()
+        let subsystem = "devices/virtual/nvme-subsystem/nvme-subsys1"
+        try Files.createDirectories(rig.sysfs.path("devices/0000:09:00.0/nvme/nvme1"))
+        try link(rig, rig.sysfs.path("\(subsystem)/nvme1"), "../../../0000:09:00.0/nvme/nvme1")
+        try rig.disk(at: subsystem, &around)
+        try rig.disk(
+            named: "nvme1n1p2", at: "\(subsystem)/nvme1n1", number: "259:9",
+            mounts: "36 35 259:9 / / rw - ext4 /dev/mapper/root rw", &around)
+        #expect(try uses(rig, around) == ["a mounted file system on nvme1n1p2"])
+    }
+
+    @Test func domainsAndProcesses() throws {
+        let rig = try BindRig()
+        var around = Surroundings()
+        try rig.disk(&around)
+        let proc = try rig.folder.sub("proc")
+        try link(rig, "\(proc)/42/fd/7", "/dev/nvme1n1")
+        try Files.createDirectories("\(proc)/42/fdinfo")
+        try Files.writeAtomically(Array("qemu\n".utf8), to: "\(proc)/42/comm")
+        for (flags, found) in [("0100000", []), ("02100002", ["process 42 (qemu), which writes to nvme1n1"])] {
+            try Files.writeAtomically(Array("pos:\t0\nflags:\t\(flags)\n".utf8), to: "\(proc)/42/fdinfo/7")
+            around.holders = DeviceHolders(proc: proc)
+            #expect(try uses(rig, around) == found)
+        }
+        around.domains = [GPULedger.Domain(name: "web", migration: "", resources: [], disks: ["/dev/nvme1n1"])]
+        #expect(try uses(rig, around) == ["domain web's disk on nvme1n1"])
+    }
+
+    /// Somebody of whom no list says anything, as ZFS: the kernel knows.
+    @Test(.enabled(if: geteuid() == 0)) func claimedWithinTheKernel() throws {
+        let rig = try BindRig()
+        let file = "\(rig.folder.path)/image"
+        try File(file, O_RDWR | O_CREAT).truncate(to: 1 << 20)
+        let made = try Program.run("/usr/sbin/losetup", ["--find", "--show", file])
+        let path = made.output.filter { !$0.isNewline }
+        try #require(made.status == 0 && path.hasPrefix("/dev/loop"), "\(made.output)")
+        defer { _ = try? Program.run("/usr/sbin/losetup", ["--detach", path]) }
+        let name = Files.name(of: path)
+        let number = try #require(Sysfs().text("class/block/\(name)/dev"))
+
+        var around = Surroundings()
+        try rig.disk(named: name, number: number, &around)
+        around.devices = "/dev"
+        #expect(try uses(rig, around).isEmpty)
+        let holder = try File(path, O_RDONLY | O_EXCL)
+        let said = try uses(rig, around)
+        #expect(said.count == 1 && said.first?.hasPrefix("whoever claimed \(name) in the kernel") == true, "\(said)")
+        let refused = failure {
+            try rig.binder(FixtureKernel(rig.sysfs)).bind(
+                [pci(Self.nvme)], consent: [.group, .use], observe: rig.observe(around))
+        }
+        #expect(refused?.code == .failedPrecondition && refused?.hint?.contains("unmount") == true)
+        // Of a recorded tree nobody on this machine is asked.
+        around.devices = nil
+        #expect(try uses(rig, around).isEmpty)
+        withExtendedLifetime(holder) {}
+    }
+
+    /// A file of that name that is not that disk says nothing of it.
+    @Test(.enabled(if: geteuid() == 0), arguments: ["1:3", ""]) func aDiskThatCanNotBeAsked(_ number: String) throws {
+        let rig = try BindRig()
+        var around = Surroundings()
+        let name = number.isEmpty ? "nvme99n99" : "null"
+        try rig.disk(named: name, number: number, &around)
+        around.devices = "/dev"
+        let why = number.isEmpty ? "No such file or directory" : "it is another device"
+        #expect(try uses(rig, around) == ["whoever has \(name): /dev/\(name) can't be asked (\(why))"])
+        // One path of a disk with several.
+        try Files.writeAtomically(Array("1\n".utf8), to: rig.sysfs.path("class/block/\(name)/hidden"))
+        #expect(try uses(rig, around).isEmpty)
+    }
+}
