@@ -152,10 +152,12 @@ func claim(_ functions: inout [PciFunction], _ owners: [String: String]) {
     }
 }
 
-/// PCI addresses of a domain's hostdevs, NICs from the host included.
+/// PCI addresses of a domain's hostdevs, NICs from the host and NVMe disks of libvirt's own driver included.
 func assignedAddresses(_ xml: String, of name: String) throws -> [String] {
     let devices = try XMLTree.parse(xml, of: "the definition of domain \(name)").all("devices")
-    return devices.flatMap(\.children).filter { $0.attributes["type"] == "pci" || $0.attributes["type"] == "hostdev" }
+    // An NVMe disk can be any image of a disk's chain.
+    return devices.flatMap(\.descendants)
+        .filter { ["pci", "hostdev", "nvme"].contains($0.attributes["type"] ?? "") }
         .flatMap { $0.all("source", "address") }
         .compactMap { address in
             func number(_ key: String) -> UInt32? {

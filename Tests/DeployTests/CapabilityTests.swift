@@ -44,9 +44,15 @@ import Testing
             <address type='pci' bus='0x01'/></hostdev>
             <interface type='hostdev'><source><address type='pci' domain='0x0001' bus='0x05' slot='0x1f' function='0x7'/></source></interface>
             <hostdev mode='subsystem' type='usb'><source><address bus='1' device='2'/></source></hostdev>
+            <disk type='nvme' device='disk'><source type='pci' managed='yes' namespace='1'>
+            <address domain='0x0000' bus='0x5e' slot='0x00' function='0x0'/></source>
+            <address type='pci' domain='0x0000' bus='0x04' slot='0x00' function='0x0'/></disk>
+            <disk type='file'><source file='/x'/><backingStore type='nvme'><source type='pci' namespace='1'>
+            <address domain='0x0000' bus='0x5f' slot='0x00' function='0x0'/></source></backingStore></disk>
             </devices></domain>
             """
-        #expect(try assignedAddresses(xml, of: "x") == ["0000:3b:00.1", "0001:05:1f.7"])
+        #expect(
+            try assignedAddresses(xml, of: "x") == ["0000:3b:00.1", "0001:05:1f.7", "0000:5e:00.0", "0000:5f:00.0"])
     }
 
     @Test func readsBlockDevices() throws {
