@@ -75,13 +75,17 @@ package struct DeviceHost: Sendable {
     }
 
     /// Puts right what processes that are gone left: drivers half moved, vGPUs and reservations without a domain. What a
-    /// process that lives has is left alone. Call at start, before tasks run; blocks.
+    /// process that lives has is left alone, and what another libvirt of this host has, or one that nobody noted: which
+    /// domains that has is not known here. Call at start, before tasks run; blocks.
     ///
     /// - Parameters:
-    ///   - domains: all of this host's, also those that are shut off.
+    ///   - libvirt: the URI that was asked for the domains.
+    ///   - domains: all it has, also those that are shut off.
     ///   - underWay: migrations whose tasks the worker's journal still has.
     /// - Returns: what was changed or can't be right, for the log.
-    package func recover(domains: [GPULedger.Domain], underWay: Set<String>) throws -> [Finding] {
+    package func recover(
+        libvirt: String, domains: [GPULedger.Domain], underWay: Set<String>
+    ) throws -> [Finding] {
         // A host that has handed out nothing gets no files.
         guard Files.isDirectory(folder) || domains.contains(where: { !$0.resources.isEmpty }) else { return [] }
         var findings: [Finding] = []
@@ -102,9 +106,10 @@ package struct DeviceHost: Sendable {
             }
         } catch { findings.append(.warning("MIG", "\(error)", remedy: "flotilla gpu restore tries again")) }
         let defined = Set(domains.map(\.migration))
+        try vgpus.note(libvirt, ofMigrations: defined)
         let reaped = try vgpus.reap { owner in
-            try !defined.contains(owner.migration) && !underWay.contains(owner.migration)
-                && !ledger.isKeptByAnother(owner)
+            try owner.libvirt == libvirt && !defined.contains(owner.migration)
+                && !underWay.contains(owner.migration) && !ledger.isKeptByAnother(owner)
         }
         findings += reaped.map { record in
             .make(
@@ -113,6 +118,7 @@ package struct DeviceHost: Sendable {
                     + "destroyed", remedy: "")
         }
         return try findings
-            + ledger.reconcile(domains: domains, underWay: underWay, vgpus: vgpus.records(), sysfs: sysfs)
+            + ledger.reconcile(
+                libvirt: libvirt, domains: domains, underWay: underWay, vgpus: vgpus.records(), sysfs: sysfs)
     }
 }

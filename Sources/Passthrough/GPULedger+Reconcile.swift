@@ -24,17 +24,19 @@ extension GPULedger {
     ///
     /// - A device that a domain's definition names becomes that domain's, running or not.
     /// - A reservation without such a domain is given back (dirty if a domain had it), unless its migration is under way
-    ///   or another process that lives took it: its domain may be about to be defined.
+    ///   or another process that lives took it: its domain may be about to be defined. So it is left alone when another
+    ///   libvirt has its domain, and when nobody noted which one does.
     /// - What is gone from sysfs and belongs to no domain is dropped.
     ///
     /// - Parameters:
-    ///   - domains: all of this host's, also those that are shut off.
+    ///   - libvirt: the URI that was asked for the domains.
+    ///   - domains: all it has, also those that are shut off.
     ///   - underWay: migrations whose tasks the worker's journal still has.
     ///   - vgpus: those that flotilla made. One made by hand stays with its domain, defined or not.
     /// - Returns: what was changed or can't be right, for the log.
     @discardableResult
     package func reconcile(
-        domains: [Domain], underWay: Set<String>, vgpus: [VgpuRecord] = [], sysfs: Sysfs = Sysfs()
+        libvirt: String, domains: [Domain], underWay: Set<String>, vgpus: [VgpuRecord] = [], sysfs: Sysfs = Sysfs()
     ) throws -> [Finding] {
         let byHand = Set(vgpus.filter { $0.owner.migration.isEmpty }.compactMap { $0.resource?.key })
         return try update { book in
@@ -64,8 +66,21 @@ extension GPULedger {
             findings += book.drop(holder: holder, boot: boot, sysfs: sysfs) { entry in
                 byHand.contains(entry.resource.key) || underWay.contains(entry.owner.migration)
                     || entry.keeper.map(keeper.isOther) ?? false
+                    || entry.state == .reserved && entry.owner.libvirt != libvirt
             }
-            findings += book.adopt(domains: domains, holder: holder)
+            findings += book.adopt(domains: domains, holder: holder, libvirt: libvirt)
+            findings += book.entries.filter { entry in
+                entry.state == .reserved && entry.owner.libvirt == nil && !byHand.contains(entry.resource.key)
+                    && !underWay.contains(entry.owner.migration)
+            }.map { entry in
+                Finding.warning(
+                    entry.resource.key,
+                    "\(entry.resource) is reserved for \(entry.owner), which \(libvirt) does not have, and no other libvirt is "
+                        + "noted for it: left alone",
+                    remedy:
+                        "run flotilla once with the libvirt that has it (--host); if none does, take its migration back "
+                        + "(--rollback), or the entry out of \(path)")
+            }
             keeper.sweep()
             return findings
         }
@@ -93,16 +108,33 @@ extension GPULedger.Book {
             }
     }
 
-    fileprivate mutating func adopt(domains: [GPULedger.Domain], holder: [String: GPULedger.Domain]) -> [Finding] {
+    fileprivate mutating func adopt(
+        domains: [GPULedger.Domain], holder: [String: GPULedger.Domain], libvirt: String
+    ) -> [Finding] {
         var findings: [Finding] = []
         for domain in domains {
             for resource in domain.resources where holder[resource.key]?.name == domain.name {
                 let owner = GPUOwner(
-                    domain: domain.name, migration: domain.migration, fence: fences[domain.migration] ?? 0)
+                    domain: domain.name, migration: domain.migration, fence: fences[domain.migration] ?? 0,
+                    libvirt: libvirt)
                 let index = entries.firstIndex { $0.resource.key == resource.key }
-                if let index, entries[index].state == .reserved, entries[index].owner.isSame(as: owner) {
-                    entries[index].isUntouched = nil
-                    continue
+                if let index, entries[index].state == .reserved {
+                    let other = entries[index].owner.libvirt.flatMap { $0 == libvirt ? nil : $0 }
+                    let isSame = entries[index].owner.isSame(as: owner)
+                    // One server may have several URIs: a migration is the same behind all, a name is not.
+                    if isSame && (other == nil || !owner.migration.isEmpty) {
+                        entries[index].isUntouched = nil
+                        entries[index].owner.libvirt = libvirt
+                        continue
+                    }
+                    if let other {
+                        findings.append(
+                            .warning(
+                                resource.key,
+                                "\(owner) of \(libvirt) has \(resource), which \(entries[index].owner) of \(other) holds",
+                                remedy: "only one of them can start: take it out of the other's definition"))
+                        continue
+                    }
                 }
                 if let index {
                     findings.append(

@@ -46,11 +46,14 @@ package struct GPUOwner: Hashable, Sendable, Codable, CustomStringConvertible {
     package var migration: String
     /// Of the attempt. Within one migration the larger fence wins.
     package var fence: UInt64
+    /// URI of the libvirt that has or gets the domain; nil where earlier versions wrote it, and of what was made by hand.
+    package var libvirt: String?
 
-    package init(domain: String, migration: String, fence: UInt64) {
+    package init(domain: String, migration: String, fence: UInt64, libvirt: String? = nil) {
         self.domain = domain
         self.migration = migration
         self.fence = fence
+        self.libvirt = libvirt
     }
 
     package var description: String {

@@ -144,13 +144,17 @@ extension VgpuHost {
         var leaving = record
         leaving.phase = .destroying
         try store.put(leaving)
-        if exists(record) {
-            try carryOut(removing(record))
+        do {
+            if exists(record) { try carryOut(removing(record)) }
             guard !exists(record) else {
                 throw MigrationError(
                     .failedPrecondition, "the vGPU \(record.profile) on \(record.function) is still there",
                     hint: "stop the domain that uses it")
             }
+        } catch {
+            // Somebody has it: a reboot must not take it from them.
+            try store.put(record)
+            throw error
         }
         Failpoint.gpuVgpuDestroyed.hit()
         try forget(record)

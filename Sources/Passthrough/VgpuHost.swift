@@ -117,6 +117,21 @@ package struct VgpuHost: Sendable {
         }
     }
 
+    /// Notes that it is this libvirt which has the domains of these migrations.
+    func note(_ libvirt: String, ofMigrations migrations: Set<String>) throws {
+        func isUnknown(_ record: VgpuRecord) -> Bool {
+            !record.owner.migration.isEmpty && migrations.contains(record.owner.migration)
+                && record.owner.libvirt != libvirt
+        }
+        guard try store.read().contains(where: isUnknown) else { return }
+        try exclusively {
+            for var record in try store.read() where isUnknown(record) {
+                record.owner.libvirt = libvirt
+                try store.put(record)
+            }
+        }
+    }
+
     /// Destroys those of migrations that are gone. One that can't be destroyed now keeps its record. Returns the others.
     ///
     /// - Parameter isGone: asked under the lock that every maker of a vGPU holds.

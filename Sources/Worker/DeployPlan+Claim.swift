@@ -8,7 +8,8 @@ import Passthrough
 /// crash at any point: the ledger and the vGPUs' records know what an earlier attempt took.
 extension DeployPlan {
     func owner(fence: UInt64) -> GPUOwner {
-        GPUOwner(domain: domain.name, migration: deployment.migrationID, fence: fence)
+        GPUOwner(
+            domain: domain.name, migration: deployment.migrationID, fence: fence, libvirt: deployment.connection.uri)
     }
 
     private var resources: [GPUResource] {

@@ -166,7 +166,9 @@ struct DeployHandler: DeployService.ServiceProtocol {
             guard isValidDomainName(request.domainName) else {
                 throw MigrationError(.invalidArgument, "\"\(request.domainName)\" can't be a domain's name")
             }
-            let owner = GPUOwner(domain: request.domainName, migration: request.migrationID, fence: call.fence)
+            let owner = GPUOwner(
+                domain: request.domainName, migration: request.migrationID, fence: call.fence,
+                libvirt: configuration.libvirtURI)
             let dirty = try await placement.with {
                 try await permit("undefine-domain", call)
                 return try await blockingCancellable("undeploy") { stop in

@@ -89,6 +89,7 @@ package final class Worker: Sendable {
             let findings = try await blocking("gpu") { [configuration] in
                 let connection = try LibvirtConnection(uri: configuration.libvirtURI)
                 return try configuration.devices.recover(
+                    libvirt: connection.uri,
                     domains: connection.deviceOwners(sysfs: configuration.devices.sysfs), underWay: underWay)
             }
             for finding in findings { logger.warning("\(finding.message)", metadata: ["device": "\(finding.subject)"]) }

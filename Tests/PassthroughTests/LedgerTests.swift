@@ -9,7 +9,7 @@ import Testing
 @Suite struct LedgerTests {
     let folder: TemporaryFolder
     let ledger: GPULedger
-    let web = GPUOwner(domain: "web", migration: "m-1", fence: 3)
+    let web = GPUOwner(domain: "web", migration: "m-1", fence: 3, libvirt: "qemu:///system")
     let render = GPUOwner(domain: "render", migration: "m-2", fence: 1)
 
     init() throws {
@@ -127,6 +127,7 @@ import Testing
         try ledger.handOver(to: web)
         try ledger.reserve([b], for: render)
         let findings = try ledger.reconcile(
+            libvirt: "qemu:///system",
             domains: [
                 GPULedger.Domain(name: "other", migration: "", resources: [c, d]),
                 GPULedger.Domain(name: "twin", migration: "", resources: [d]),
@@ -143,12 +144,14 @@ import Testing
             ])
         #expect(
             try ledger.reconcile(
+                libvirt: "qemu:///system",
                 domains: [
                     GPULedger.Domain(name: "other", migration: "", resources: [c, d])
                 ], underWay: ["m-2"], sysfs: sysfs
             ).isEmpty)
         // libvirt decides.
         let stolen = try ledger.reconcile(
+            libvirt: "qemu:///system",
             domains: [GPULedger.Domain(name: "web", migration: "m-1", resources: [c])], underWay: [], sysfs: sysfs)
         #expect(stolen.contains { $0.message.contains("belonged to domain other by the ledger; domain web") })
         #expect(try states(ledger).contains("pci:0000:86:00.0 web reserved"))

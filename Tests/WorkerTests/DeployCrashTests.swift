@@ -38,7 +38,7 @@ import Testing
     /// What a worker does at its start.
     private func recover(_ rig: DeployRig, underWay: Set<String>) throws -> [Finding] {
         let owners = try LibvirtConnection(uri: rig.uri).deviceOwners(sysfs: rig.machine.sysfs)
-        return try rig.machine.devices.recover(domains: owners, underWay: underWay)
+        return try rig.machine.devices.recover(libvirt: rig.uri, domains: owners, underWay: underWay)
     }
 
     private func killed(_ rig: DeployRig, at point: String, undeploying: Bool = false) async throws {
@@ -138,15 +138,15 @@ import Testing
     /// A process that lives, and has taken a device for a domain that it is about to define, keeps it.
     @Test func whatALivingProcessTookStays() async throws {
         let rig = try rig()
-        let root = rig.root
+        let (root, uri) = (rig.root, rig.uri)
         async let other = #expect(processExitsWith: .exitCode(0)) {
-            [root = root as String] in
+            [root = root as String, uri = uri as String] in
             let sysfs = Sysfs(root: "\(root)/sys")
             let ledger = GPULedger(folder: "\(root)/state")
             let address = try #require(PciAddress("0000:3b:00.0"))
             try ledger.reserve(
                 [GPUResource(function: address, sysfs: sysfs)],
-                for: GPUOwner(domain: "other", migration: "m-other", fence: 1))
+                for: GPUOwner(domain: "other", migration: "m-other", fence: 1, libvirt: uri))
             while !Files.exists("\(root)/go") { usleep(2000) }
             exit(0)
         }
