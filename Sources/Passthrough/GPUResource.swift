@@ -85,5 +85,5 @@ package struct GPUReservation: Sendable, Codable {
     /// Of a reserved one: the process that took it, see `Keeper`.
     var keeper: String?
     /// No domain had it since it was taken.
-    var isUntouched: Bool?
+    package var isUntouched: Bool?
 }

@@ -27,6 +27,8 @@ extension DeployPlan {
         guard takesDevices else { return }
         do {
             try host.ledger.reserve(resources, for: owner)
+            untouched = try host.ledger.reservations(of: owner.migration).filter { $0.isUntouched == true }
+                .map(\.resource)
             try requireUnused()
             domain.vgpus = []
             records = []
@@ -80,7 +82,11 @@ extension DeployPlan {
             return defined
         } catch {
             if takesDevices { try? giveBackUnused(owner) }
-            throw error
+            guard isDefined, var failure = error as? MigrationError,
+                case .success(nil) = Result(catching: { try deployment.connection.domain(named: domain.name) })
+            else { throw error }
+            failure.message += "; domain \(domain.name) as it was before was undefined for this one, its disks stay"
+            throw failure
         }
     }
 
@@ -88,8 +94,9 @@ extension DeployPlan {
     private func giveBackUnused(_ owner: GPUOwner) throws {
         if try deployment.find(domain.name) != nil { return }
         try host.vgpus.destroy(of: owner)
-        // No guest had them: nothing is in them.
-        try host.ledger.forget(host.ledger.reservations(of: owner.migration).map(\.resource), of: owner)
+        // No guest had what only this attempt took: nothing is in it. A domain of an earlier one may have had the rest.
+        try host.ledger.forget(untouched, of: owner)
+        try host.ledger.release(of: owner)
     }
 
     /// Gives back what an earlier attempt took and the domain, as it is defined now, does not name.

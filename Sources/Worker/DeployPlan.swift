@@ -16,6 +16,8 @@ struct DeployPlan: Sendable {
     /// vGPUs to make for it; the domain has them once they are claimed.
     let vgpus: [AssignedDevice]
     var records: [VgpuRecord] = []
+    /// Of what was claimed: what no domain had before.
+    var untouched: [GPUResource] = []
     /// The host's, as they were when the plan was made.
     let functions: [PciFunction]
     /// The migration's domain was there before.

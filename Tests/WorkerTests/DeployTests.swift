@@ -126,6 +126,27 @@ import Testing
         #expect(rig.machine.sysfs.list("bus/mdev/devices").isEmpty)
     }
 
+    /// Its guest had the GPU; then libvirt refuses what shall take its domain's place. Or somebody undefined that.
+    @Test(arguments: [true, false]) func aUsedGPUIsNotForgotten(_ isDefined: Bool) async throws {
+        let rig = try DeployRig()
+        try rig.gpu("3b")
+        let name = "used-\(isDefined)"
+        _ = try await rig.handler().run(rig.request(name, [a100]) { $0.options.start = true })
+        let domain = try #require(try rig.domain(name))
+        try domain.destroy()
+        if !isDefined { try domain.undefine() }
+        let request = try rig.request(name, [a100]) {
+            ($0.manifest.vm.biosUuid, $0.options.keepUuid) = ("4dea22b3-1d52-d8f3-2516-782e98ab3fa1", true)
+            $0.manifest.vm.memory.bytes = 0
+        }
+        let refused = await failure { try await rig.handler().run(request, fence: 2) }
+        let message = refused?.message ?? ""
+        #expect(message.contains("define domain \(name): libvirt: "), "\(message)")
+        #expect(message.contains("domain \(name) as it was before was undefined") == isDefined, "\(message)")
+        #expect(try rig.domain(name) == nil)
+        #expect(try rig.entries == ["pci:0000:3b:00.0 \(name) dirty"])
+    }
+
     /// No room for the vGPU: the GPU that was reserved before it is free again.
     @Test func allOrNothing() async throws {
         let rig = try DeployRig()
