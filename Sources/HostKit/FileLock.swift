@@ -14,6 +14,15 @@ package final class FileLock: Sendable {
         }
     }
 
+    /// Locks a file or folder that is there; nil when somebody else has the lock.
+    package init?(ifFree path: String) throws {
+        file = try File(path, O_RDONLY)
+        while flock(file.descriptor, LOCK_EX | LOCK_NB) != 0 {
+            if errno == EWOULDBLOCK { return nil }
+            guard errno == EINTR else { throw systemError("lock", path) }
+        }
+    }
+
     /// Runs `body` while holding the lock.
     package static func holding<Value>(_ path: String, _ body: () throws -> Value) throws -> Value {
         let lock = try FileLock(path)

@@ -41,8 +41,18 @@ package struct PreparedHost: Sendable {
 
     /// Writes the files and runs the programs. Nothing to change and nothing left over: does nothing.
     ///
-    /// - Throws: with a program that failed the files are written; the next run tries it again.
+    /// - Throws: `failedPrecondition`, with nothing changed, when another process is at it or a file changed since `setup`
+    ///   was made; with a program that failed the files are written, and the next run tries it again.
     package func apply(_ setup: HostSetup) throws {
+        try exclusively { try write(setup) }
+    }
+
+    private func write(_ setup: HostSetup) throws {
+        for change in setup.changes where content(of: change.path) != change.before {
+            throw MigrationError(
+                .failedPrecondition, "\(root)\(change.path) was changed by somebody else just now",
+                hint: "run the same command again")
+        }
         var record = try read()
         for change in setup.changes {
             guard let after = change.after else { continue }
@@ -67,16 +77,17 @@ package struct PreparedHost: Sendable {
         try finish(&record)
     }
 
-    /// The changes that take everything back, to the byte.
+    /// The changes that take everything back, to the byte. The boot entry of a kernel that was removed since stays away.
     ///
     /// - Throws: `failedPrecondition` naming each file that somebody else changed since.
     package func reverting() throws -> [HostSetup.FileChange] {
         let record = try read()
         var changed: [String] = []
         let changes = record.entries.compactMap { entry -> HostSetup.FileChange? in
-            let now = try? Files.read("\(root)\(entry.path)", limit: 1 << 20)
+            let now = content(of: entry.path)
             let original = entry.original.map { [UInt8]($0) }
             if now == original { return nil }
+            if now == nil, HostSetup.entryFolders.contains(Files.parent(of: entry.path)) { return nil }
             // A file that is gone needs nothing but to come back.
             if let now, hex(Digest.hash(.sha256, now)) != entry.written { changed.append(entry.path) }
             return HostSetup.FileChange(path: entry.path, before: now, after: original, mode: entry.mode)
@@ -89,8 +100,24 @@ package struct PreparedHost: Sendable {
         return changes
     }
 
+    /// Boot entries with words of `flotilla gpu prepare` that it did not write, and reverting does not change: mostly of
+    /// kernels that were installed since. Empty when nothing is prepared.
+    package func entriesOfOthers() throws -> [String] {
+        let own = try read().entries.map(\.path)
+        guard !own.isEmpty else { return [] }
+        return HostSetup.entries(below: root).filter { path in
+            guard !own.contains(path), let bytes = content(of: path) else { return false }
+            return KernelParameters(amd: false).areSome(inEntry: String(decoding: bytes, as: UTF8.self))
+        }
+    }
+
     /// - Parameter commands: programs that carry the change into the boot, those of `HostSetup`.
+    /// - Throws: `failedPrecondition`, with nothing changed, when another process is at it.
     package func revert(commands: [[String]]) throws {
+        try exclusively { try takeBack(commands) }
+    }
+
+    private func takeBack(_ commands: [[String]]) throws {
         // Nothing was ever prepared.
         guard Files.exists(path) else { return }
         let changes = try reverting()
@@ -108,6 +135,20 @@ package struct PreparedHost: Sendable {
     }
 
     // MARK: -
+
+    /// One process at a time: of two the second would write over what the first noted. The root itself is locked, so that
+    /// nothing stays behind.
+    private func exclusively(_ body: () throws -> Void) throws {
+        guard let lock = try FileLock(ifFree: root.isEmpty ? "/" : root) else {
+            throw MigrationError(
+                .failedPrecondition,
+                "another `flotilla gpu prepare` is at work on \(root.isEmpty ? "this host" : root)",
+                hint: "run the same command again when that has ended")
+        }
+        try withExtendedLifetime(lock, body)
+    }
+
+    private func content(of path: String) -> [UInt8]? { try? Files.read("\(root)\(path)", limit: 1 << 20) }
 
     /// Folders that these files and the record need and that are not there, with those that were made before.
     private func missingFolders(for paths: [String], besides made: [String]) -> [String] {

@@ -59,18 +59,25 @@ package struct HostSetup: Sendable {
 
     // MARK: - Boot loaders
 
+    static let entryFolders = ["/boot/loader/entries", "/boot/efi/loader/entries", "/efi/loader/entries"]
+
+    /// Boot Loader Specification entries, one for each kernel.
+    static func entries(below root: String) -> [String] {
+        entryFolders.flatMap { folder in
+            ((try? Files.list("\(root)\(folder)")) ?? []).filter { $0.hasSuffix(".conf") }.map { "\(folder)/\($0)" }
+        }
+    }
+
     private mutating func planBootLoaders(_ kernel: KernelParameters) throws {
         var isKnown = false
         if let grub = text("/etc/default/grub") {
             isKnown = true
             try planGRUB(grub, kernel)
         }
-        for folder in ["/boot/loader/entries", "/boot/efi/loader/entries", "/efi/loader/entries"] {
-            for name in (try? Files.list("\(root)\(folder)")) ?? [] where name.hasSuffix(".conf") {
-                guard let entry = text("\(folder)/\(name)") else { continue }
-                isKnown = true
-                change("\(folder)/\(name)", to: kernel.edited(entry: entry))
-            }
+        for path in Self.entries(below: root) {
+            guard let entry = text(path) else { continue }
+            isKnown = true
+            change(path, to: kernel.edited(entry: entry))
         }
         if let line = text("/etc/kernel/cmdline") {
             isKnown = true

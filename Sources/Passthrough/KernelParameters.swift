@@ -46,6 +46,14 @@ struct KernelParameters {
         return lines.joined(separator: "\n")
     }
 
+    /// Whether an entry's options have any of the wanted words.
+    func areSome(inEntry text: String) -> Bool {
+        text.split(separator: "\n").contains { line in
+            let words = line.split { $0 == " " || $0 == "\t" }
+            return words.first == "options" && words.contains { wanted.contains(String($0)) }
+        }
+    }
+
     private init(wanted: [String]) { self.wanted = wanted }
 
     /// /etc/default/grub, which is shell: the last plain assignment of GRUB_CMDLINE_LINUX, or a new one. Nil when a

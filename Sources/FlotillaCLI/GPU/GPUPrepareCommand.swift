@@ -11,7 +11,8 @@ struct GPUPrepareCommand: AsyncParsableCommand {
             With addresses, those functions and what goes with them wait at vfio-pci from boot on, chosen by address, so that \
             another card of the same kind stays with the host. Knows GRUB, Boot Loader Specification entries, systemd-boot, \
             initramfs-tools and dracut. Prints the difference of every file. Takes effect with the next boot; --revert brings \
-            every file back to the byte. What the host itself uses is refused, as `flotilla gpu bind` does: then it exits 3 and \
+            every file back to the byte, but not the boot entries of kernels that were removed since, and names those that \
+            carry its words and are none of its own. What the host itself uses is refused, as `flotilla gpu bind` does: then it exits 3 and \
             nothing was changed.
             """)
 
@@ -100,6 +101,10 @@ struct GPUPrepareCommand: AsyncParsableCommand {
     private func takeBack(_ host: PreparedHost) throws {
         let changes = try host.reverting()
         for change in changes { Console.out(change.diff) }
+        for entry in try host.entriesOfOthers() {
+            Console.line(
+                "note: \(entry) has such words too, and not from here: take them out by hand if they are to go")
+        }
         // The same programs that carried it in carry it out.
         let commands = HostSetup.commands(root: folder, for: changes.map(\.path))
         if changes.isEmpty { Console.line("nothing to take back") }
