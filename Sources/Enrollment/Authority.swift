@@ -22,6 +22,10 @@ struct Authority {
     /// Of what it signs; renewing is enrolling again.
     private static let memberLifetime: TimeInterval = 2 * 365 * 86400
 
+    private init(_ certificate: Certificate, _ key: Certificate.PrivateKey) {
+        (self.certificate, self.key) = (certificate, key)
+    }
+
     /// Reads the authority of a folder.
     init(_ folder: FleetFolder) throws {
         guard Files.exists(folder.authorityKey) else {
@@ -38,9 +42,15 @@ struct Authority {
         }
     }
 
-    /// Makes one, unless the folder has one.
+    /// Makes one, unless the folder has one. The key comes last: where it is, the certificate is too.
     static func make(in folder: FleetFolder) throws -> Authority {
         guard !Files.exists(folder.authorityKey) else { return try Authority(folder) }
+        guard !Files.exists(folder.certificate) else {
+            throw MigrationError(
+                .failedPrecondition,
+                "\(folder.certificate) was signed by an authority whose key, \(folder.authorityKey), is not there",
+                hint: "put the key back, or name another folder with --dir: a host's is not the coordinator's")
+        }
         let key = P256.Signing.PrivateKey()
         let name = try DistinguishedName { CommonName("Flotilla fleet") }
         let certificate = try Certificate(
@@ -52,9 +62,9 @@ struct Authority {
                 Critical(KeyUsage(keyCertSign: true, cRLSign: true))
             },
             issuerPrivateKey: .init(key))
-        try Files.writeAtomically(Array(key.pemRepresentation.utf8) + [10], to: folder.authorityKey, mode: 0o600)
-        try Files.writeAtomically(try pem(certificate), to: folder.authority, mode: 0o644)
-        return try Authority(folder)
+        try folder.write(try pem(certificate), to: folder.authority, mode: 0o644)
+        try folder.write(Array(key.pemRepresentation.utf8) + [10], to: folder.authorityKey, mode: 0o600)
+        return Authority(certificate, .init(key))
     }
 
     /// A certificate in PEM.

@@ -34,18 +34,21 @@ package enum Enrollment {
         var coordinatorKeys: [String]
     }
 
-    /// Makes the coordinator's keys and the fleet's certificate authority; what is there stays.
-    package static func makeFleet(in folder: FleetFolder) throws {
+    /// Makes the coordinator's keys and the fleet's certificate authority; what is there stays, and what was interrupted is
+    /// gone on with. Returns the id of the coordinator's signing key.
+    @discardableResult
+    package static func makeFleet(in folder: FleetFolder) throws -> String {
         try folder.prepare()
         let authority = try Authority.make(in: folder)
         let key = try folder.ownKey()
         try folder.trust(key.publicKey, of: FleetMember.coordinator)
-        guard !Files.exists(folder.certificate) else { return }
+        guard !Files.exists(folder.certificate) else { return key.publicKey.id }
         let tls = P256.Signing.PrivateKey()
-        try Files.writeAtomically(Array(tls.pemRepresentation.utf8) + [10], to: folder.tlsKey, mode: 0o600)
-        try Files.writeAtomically(
+        try folder.write(Array(tls.pemRepresentation.utf8) + [10], to: folder.tlsKey, mode: 0o600)
+        try folder.write(
             authority.issue(FleetMember.coordinator, .client, for: .init(tls.publicKey)), to: folder.certificate,
             mode: 0o644)
+        return key.publicKey.id
     }
 
     /// When the certificate of a PEM file ends.
@@ -77,12 +80,15 @@ package enum Enrollment {
         }
         try folder.prepare()
         let key = try folder.ownKey()
-        if !Files.exists(folder.tlsKey) {
-            try Files.writeAtomically(
-                Array(P256.Signing.PrivateKey().pemRepresentation.utf8) + [10], to: folder.tlsKey, mode: 0o600)
+        let tls: Certificate.PrivateKey
+        if Files.exists(folder.tlsKey) {
+            tls = try Certificate.PrivateKey(
+                pemEncoded: String(decoding: try Files.readSecret(folder.tlsKey), as: UTF8.self))
+        } else {
+            let made = P256.Signing.PrivateKey()
+            try folder.write(Array(made.pemRepresentation.utf8) + [10], to: folder.tlsKey, mode: 0o600)
+            tls = .init(made)
         }
-        let tls = try Certificate.PrivateKey(
-            pemEncoded: String(decoding: try Files.readSecret(folder.tlsKey), as: UTF8.self))
         let wanted = try CertificateSigningRequest(
             version: .v1, subject: DistinguishedName { CommonName(host) }, privateKey: tls,
             attributes: CertificateSigningRequest.Attributes(), signatureAlgorithm: .ecdsaWithSHA256
@@ -155,8 +161,8 @@ package enum Enrollment {
                 hint: "make a new request with: flotilla worker enroll")
         }
         for key in keys { try folder.trust(key, of: FleetMember.coordinator) }
-        try Files.writeAtomically(Array(granted.authority.utf8), to: folder.authority, mode: 0o644)
-        try Files.writeAtomically(Array(granted.certificate.utf8), to: folder.certificate, mode: 0o644)
+        try folder.write(Array(granted.authority.utf8), to: folder.authority, mode: 0o644)
+        try folder.write(Array(granted.certificate.utf8), to: folder.certificate, mode: 0o644)
         return granted
     }
 

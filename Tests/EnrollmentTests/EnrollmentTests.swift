@@ -9,16 +9,27 @@ import Testing
 
 @Suite struct EnrollmentTests {
     /// A coordinator's folder and a host's, as after `fleet init` and `worker enroll`.
-    private struct Rig {
+    struct Rig {
         let folder: TemporaryFolder
         let coordinator: FleetFolder
         let host: FleetFolder
 
-        init() throws {
+        init(makesFleet: Bool = true) throws {
             folder = try TemporaryFolder()
             coordinator = FleetFolder("\(folder.path)/coordinator")
             host = FleetFolder("\(folder.path)/host")
-            try Enrollment.makeFleet(in: coordinator)
+            if makesFleet { try Enrollment.makeFleet(in: coordinator) }
+        }
+
+        /// Paths of all files, with what they hold.
+        func files() throws -> [String: [UInt8]] {
+            var found: [String: [UInt8]] = [:]
+            func add(_ path: String) throws {
+                guard Files.isDirectory(path) else { return found[path] = try Files.read(path) }
+                for name in try Files.list(path) { try add("\(path)/\(name)") }
+            }
+            try add(folder.path)
+            return found
         }
 
         func openssl(_ arguments: String...) throws -> String {
@@ -188,7 +199,7 @@ import Testing
         _ = try Enrollment.grant(second.json, in: rig.coordinator, replaces: false)
         let ring = try KeyRing(folder: rig.coordinator.trusted)
         #expect(try ring.key(first.keyID, of: "kvm1") != nil && ring.key(second.keyID, of: "kvm1") != nil)
-        #expect(try rig.coordinator.distrust("kvm1", except: second.keyID) == [first.keyID])
+        #expect(try rig.coordinator.forget("kvm1", except: second.keyID) == [first.keyID])
         #expect(try KeyRing(folder: rig.coordinator.trusted).key(first.keyID, of: "kvm1") == nil)
     }
 

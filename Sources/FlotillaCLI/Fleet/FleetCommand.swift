@@ -27,18 +27,34 @@ struct FleetCommand: AsyncParsableCommand {
         var folder: FleetFolder { get throws { FleetFolder(try absolute(path)) } }
     }
 
+    /// The folder of a command that changes it.
+    struct ChangedFolder: ParsableArguments {
+        @OptionGroup var place: Folder
+        @Flag(help: "Change nothing; say which files would be written and removed.") var dryRun = false
+
+        /// Nil of a dry run, which prints what `body` would do.
+        func change<Value>(_ body: (FleetFolder) throws -> Value) throws -> Value? {
+            guard dryRun else { return try body(try place.folder) }
+            let plan = FleetFolder.Plan()
+            _ = try body(FleetFolder(try absolute(place.path), plan: plan))
+            Console.line("nothing was changed; it would" + (plan.steps.isEmpty ? " change nothing" : ""))
+            for step in plan.steps { Console.line("  \(step)") }
+            return nil
+        }
+    }
+
     struct Initialize: AsyncParsableCommand {
         static let configuration = CommandConfiguration(
             commandName: "init",
             abstract: "Makes the coordinator's keys and the fleet's certificate authority; what is there stays.")
 
-        @OptionGroup var place: Folder
+        @OptionGroup var folder: ChangedFolder
 
         func run() async throws {
-            let folder = try place.folder
-            try Enrollment.makeFleet(in: folder)
-            let key = try SigningKey(path: folder.signingKey).publicKey.id
-            Console.line("\(folder.path): coordinator's key \(key), certificate authority in ca.pem")
+            if let key = try folder.change(Enrollment.makeFleet) {
+                Console.line(
+                    "\(try absolute(folder.place.path)): coordinator's key \(key), certificate authority in ca.pem")
+            }
         }
     }
 
@@ -99,7 +115,7 @@ struct WorkerEnrollCommand: AsyncParsableCommand {
             signing.key and tls.key away first; the coordinator believes both until the old one is forgotten.
             """)
 
-    @OptionGroup var place: FleetCommand.Folder
+    @OptionGroup var folder: FleetCommand.ChangedFolder
     @Option(help: ArgumentHelp("This host's name in the fleet; prints the request.", valueName: "name"))
     var host: String?
     @Option(help: ArgumentHelp("The coordinator's answer.", valueName: "file"), completion: .file())
@@ -110,14 +126,15 @@ struct WorkerEnrollCommand: AsyncParsableCommand {
     }
 
     func run() async throws {
-        let folder = try place.folder
         if let host {
-            let (json, key) = try Enrollment.ask(host: host, in: folder)
+            guard let (json, key) = try folder.change({ try Enrollment.ask(host: host, in: $0) }) else { return }
             Console.out(String(decoding: json, as: UTF8.self))
             Console.complain("request of \(host), key \(key): give it to flotilla host enroll on the coordinator")
         } else if let answer {
-            let granted = try Enrollment.accept(try Files.read(answer, limit: 1 << 20), in: folder)
-            Console.line("\(granted.host) is enrolled; \(folder.path) holds what its worker's configuration names")
+            let answer = try Files.read(answer, limit: 1 << 20)
+            guard let granted = try folder.change({ try Enrollment.accept(answer, in: $0) }) else { return }
+            let path = try absolute(folder.place.path)
+            Console.line("\(granted.host) is enrolled; \(path) holds what its worker's configuration names")
         }
     }
 }
@@ -130,14 +147,15 @@ struct HostEnrollCommand: AsyncParsableCommand {
             from then on; the broker needs its user, see flotilla fleet definitions.
             """)
 
-    @OptionGroup var place: FleetCommand.Folder
+    @OptionGroup var folder: FleetCommand.ChangedFolder
     @Argument(help: ArgumentHelp("The host's request.", valueName: "file"), completion: .file())
     var request: String
     @Flag(help: "Believe the new key only, not those the host had before.") var replace = false
 
     func run() async throws {
-        let (json, host, key) = try Enrollment.grant(
-            try Files.read(request, limit: 1 << 20), in: try place.folder, replaces: replace)
+        let request = try Files.read(request, limit: 1 << 20)
+        let granted = try folder.change { try Enrollment.grant(request, in: $0, replaces: replace) }
+        guard let (json, host, key) = granted else { return }
         Console.out(String(decoding: json, as: UTF8.self))
         Console.complain("\(host) joins with key \(key)")
     }
@@ -146,15 +164,18 @@ struct HostEnrollCommand: AsyncParsableCommand {
 struct HostForgetCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "forget", abstract: "Believes a host's keys no more, all of them or all but one.",
-        discussion: "Takes effect within a minute. Its broker user and queues stay: delete them with rabbitmqctl.")
+        discussion: """
+            Takes effect within a minute. Its broker user and queues stay: delete them with rabbitmqctl. On a host, \
+            'coordinator' with --keep drops the coordinator's earlier keys.
+            """)
 
-    @OptionGroup var place: FleetCommand.Folder
+    @OptionGroup var folder: FleetCommand.ChangedFolder
     @Argument(help: "The host's name.") var name: String
     @Option(help: "Id of the key to keep.") var keep: String?
 
     func run() async throws {
-        let removed = try place.folder.distrust(name, except: keep)
-        Console.line(
-            removed.isEmpty ? "\(name) has no such keys" : "\(name): forgot \(removed.joined(separator: ", "))")
+        guard let removed = try folder.change({ try $0.forget(name, except: keep) }) else { return }
+        let none = "\(name) has no \(keep == nil ? "" : "other ")keys"
+        Console.line(removed.isEmpty ? none : "\(name): forgot \(removed.joined(separator: ", "))")
     }
 }
