@@ -37,6 +37,16 @@ extension Integration {
             #expect(try place.domains.isEmpty && place.poolFiles == webDisks)
         }
 
+        /// One that is not known among several: none is taken back.
+        @Test func unknownSourceTakesNothingBack() throws {
+            let place = try Place()
+            defer { try? place.clear() }
+            #expect(try place.migrate(try web()).status == 0)
+            let outcome = try place.migrate(try web(), try gpuVM(), options: ["--rollback", "--force"])
+            #expect(outcome.status == 1 && outcome.errors.contains("was not migrated to"), "\(outcome)")
+            #expect(try place.domains == ["demo-web"])
+        }
+
         @Test func whatWasNeverMigratedIsNotTakenBack() throws {
             let place = try Place()
             let outcome = try place.migrate(try web(), options: ["--rollback"])

@@ -84,15 +84,18 @@ struct RollbackRun {
             {
                 throw MigrationError(error)
             }
-            var ended: [Migration] = []
-            for request in requests {
+            // All are found before the first is taken back.
+            let chosen = try requests.map { request in
                 guard let migration = known.first(where: { $0.request.isSame(as: request) }) else {
                     throw MigrationError(
-                        .notFound, "\(request.sourceURL) was not migrated to \(request.host) and \(request.pool)",
+                        .notFound,
+                        "\(request.sourceURL) was not migrated to \(request.host) and \(request.pool): nothing was taken back",
                         hint: "give the options it was migrated with: --host, --pool, --vm, --name, --state")
                 }
-                ended.append(try await rollBack(migration.id, options, client, view))
+                return migration.id
             }
+            var ended: [Migration] = []
+            for id in chosen { ended.append(try await rollBack(id, options, client, view)) }
             return (ended, Set(ended.map(\.id)))
         }
     }
