@@ -57,12 +57,32 @@ extension Coordinator {
         }
     }
 
-    /// Takes the letters with these message ids, nil: all that are there now, out of the queue and makes up for them,
-    /// unless they are only to be thrown away. What can't be made up for stays.
-    func replayDeadLetters(_ ids: Set<String>?, discards: Bool) async throws -> ReplayDeadLettersResponse {
+    /// Takes letters out of the queue and makes up for them, unless they are only to be thrown away. What can't be made up for
+    /// stays; a dry run leaves all.
+    func replayDeadLetters(_ request: ReplayDeadLettersRequest) async throws -> ReplayDeadLettersResponse {
+        let ids = request.messageIds.isEmpty ? nil : Set(request.messageIds)
         let count = try await bus.depth(of: settings.names.dead).ready
-        var response = ReplayDeadLettersResponse()
-        guard count > 0 || ids != nil else { return response }
+        var outcomes: [LetterOutcome] = []
+        if request.dryRun {
+            for letter in try await bus.peek(settings.names.dead, limit: count)
+            where ids?.contains(letter.messageID) ?? true {
+                outcomes.append(try await deal(with: letter, as: request))
+            }
+        } else if count > 0 || ids != nil {
+            outcomes = try await takeDeadLetters(ids, count: count) { try await deal(with: $0, as: request) }
+        }
+        let missing = (ids ?? []).subtracting(outcomes.map(\.messageID))
+        outcomes += missing.sorted().map { id in
+            .with { ($0.messageID, $0.fate, $0.reason) = (id, .missing, "it is not among the dead letters") }
+        }
+        return .with { [outcomes] in $0.letters = outcomes }
+    }
+
+    /// Goes through the letters with these message ids, nil: all of the `count` that are there now. Those that `deal` keeps go
+    /// back to their place.
+    private func takeDeadLetters(
+        _ ids: Set<String>?, count: Int, _ deal: (Messaging.Message) async throws -> LetterOutcome
+    ) async throws -> [LetterOutcome] {
         // Besides those that are there, some that come back from other hands.
         let letters = try await bus.subscribe(settings.names.dead, prefetch: count + 64)
         @Sendable func stop(in time: Duration) -> Task<Void, any Error> {
@@ -80,6 +100,7 @@ extension Coordinator {
         // Who looks at letters takes them for a moment: one that is missing may come back.
         func lookOnForAWhile() { timers.append(stop(in: .seconds(2))) }
         if count == 0 { lookOnForAWhile() }
+        var outcomes: [LetterOutcome] = []
         var seen = 0
         var missing = ids ?? []
         for await letter in letters.deliveries {
@@ -87,43 +108,58 @@ extension Coordinator {
             let id = letter.message.messageID
             if ids?.contains(id) ?? true {
                 missing.remove(id)
-                do {
-                    if discards {
-                        response.removed += 1
-                    } else if let task = try await makeUp(for: letter.message) {
-                        response.taskIds.append(task)
-                    } else {
-                        response.removed += 1
-                    }
-                    await letter.settle(.ack)
-                } catch let error as MigrationError where error.code == .invalidArgument {
-                    // Not settled: it goes back to its place when this subscription ends.
-                    response.kept.append(.with { ($0.messageID, $0.reason) = (id, error.message) })
-                }
+                let outcome = try await deal(letter.message)
+                outcomes.append(outcome)
+                // Not settled: it goes back to its place when this subscription ends.
+                if outcome.fate != .kept { await letter.settle(.ack) }
             }
             if missing.isEmpty, ids != nil || seen == count { break }
             if seen == count { lookOnForAWhile() }
         }
-        response.kept += missing.sorted().map { id in
-            .with { ($0.messageID, $0.reason) = (id, "it is not among the dead letters") }
-        }
-        return response
+        return outcomes
     }
 
-    /// Sends the task again that still waits for this message, or hears an event that is believed by now. Returns the
-    /// task; nil when the letter is of no consequence any more. Throws `invalidArgument` for one that is too large.
-    private func makeUp(for letter: Messaging.Message) async throws -> String? {
+    /// Sends the task again that still waits for this letter, or hears an event that is believed by now; of a dry run, looks
+    /// what that would come to. One that is too large to be read is kept.
+    private func deal(
+        with letter: Messaging.Message, as request: ReplayDeadLettersRequest
+    ) async throws -> LetterOutcome {
+        var outcome = LetterOutcome.with {
+            $0.messageID = letter.messageID
+            $0.queue = letter.headers[Message.Death.queue]?.string ?? ""
+            $0.taskID = letter.correlationID
+        }
+        do {
+            (outcome.fate, outcome.reason) = try await fate(of: letter, request)
+        } catch let error as MigrationError where error.code == .invalidArgument {
+            (outcome.fate, outcome.reason) = (.kept, error.message)
+        }
+        return outcome
+    }
+
+    private func fate(
+        of letter: Messaging.Message, _ request: ReplayDeadLettersRequest
+    ) async throws -> (LetterOutcome.Fate, reason: String) {
+        if request.discard { return (.discarded, "") }
         try letter.requireSize()
         if let events = try? verified(letter) {
-            try await handle([events])
-            return nil
+            if !request.dryRun { try await handle([events]) }
+            return (.heard, "")
         }
         let id = letter.correlationID
-        return try await decide { transitions in
-            guard let task = try transitions.store.task(id: id), task.machine.state == .sent else { return nil }
-            let back = try transitions.apply(.orphaned, to: task)
-            _ = try transitions.apply(.dispatch, to: back)
-            return task.id
+        guard !id.isEmpty else { return (.withoutEffect, "it is about no task, and from nobody who is believed") }
+        return try await decide { transitions -> (LetterOutcome.Fate, reason: String) in
+            guard let task = try transitions.store.task(id: id) else {
+                return (.withoutEffect, "there is no task \(id)")
+            }
+            guard task.machine.state == .sent else {
+                return (.withoutEffect, "task \(id) does not wait for it: it is \(task.machine.state.name)")
+            }
+            if !request.dryRun {
+                let back = try transitions.apply(.orphaned, to: task)
+                _ = try transitions.apply(.dispatch, to: back)
+            }
+            return (.sentAgain, "")
         }
     }
 }

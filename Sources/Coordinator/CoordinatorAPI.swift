@@ -123,8 +123,7 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
     package func replayDeadLetters(
         request: ReplayDeadLettersRequest, context: ServerContext
     ) async throws -> ReplayDeadLettersResponse {
-        try await coordinator.replayDeadLetters(
-            request.messageIds.isEmpty ? nil : Set(request.messageIds), discards: request.discard)
+        try await coordinator.replayDeadLetters(request)
     }
 
     package func applyPlan(request: ApplyPlanRequest, context: ServerContext) async throws -> ApplyPlanResponse {

@@ -56,18 +56,23 @@ extension Migration {
                 $0.taskID = task.id
                 $0.host = task.host
                 $0.attempt = task.machine.attempt
-                $0.state =
-                    switch task.machine.state {
-                    case .waiting: "waiting"
-                    case .sent: "sent"
-                    case .running: "running"
-                    case .succeeded: "succeeded"
-                    case .failed: "failed"
-                    case .cancelled: "cancelled"
-                    }
+                $0.state = task.machine.state.name
                 if let started = task.startedAt { $0.startedAt = started.timestamp }
                 if let ended = task.endedAt { $0.endedAt = ended.timestamp }
             }
+        }
+    }
+}
+
+extension TaskMachine.State {
+    var name: String {
+        switch self {
+        case .waiting: "waiting"
+        case .sent: "sent"
+        case .running: "running"
+        case .succeeded: "succeeded"
+        case .failed: "failed"
+        case .cancelled: "cancelled"
         }
     }
 }

@@ -171,6 +171,14 @@ struct FakeWorker {
 
     func deadLetterConsumers() async throws -> Int { try await bus.depth(of: names.dead).consumers }
 
+    /// Refuses the next task of the queue.
+    mutating func reject() async throws -> TaskCall {
+        let next = await tasks.next(isolation: #isolation)
+        let delivery = try #require(next)
+        await delivery.settle(.reject(reason: "a test"))
+        return try TaskCall(decoding: delivery.message, audience: member.name)
+    }
+
     /// The next task of the queue, settled.
     mutating func take() async throws -> TaskCall {
         let next = await tasks.next(isolation: #isolation)

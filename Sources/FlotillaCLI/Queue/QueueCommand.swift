@@ -76,19 +76,54 @@ struct QueueCommand: AsyncParsableCommand {
         @Argument(help: ArgumentHelp("Message ids, as queue dead shows them.", valueName: "message")) var ids:
             [String] = []
         @Flag(help: "All dead letters.") var all = false
+        @Flag(help: "Change nothing; say what would become of each letter.") var dryRun = false
+        @Flag(help: "Print JSON.") var json = false
 
         func validate() throws {
             if ids.isEmpty != all { throw ValidationError("Name messages, or --all") }
         }
 
         func take(_ fleet: FleetOptions, discards: Bool) async throws {
-            let response = try await fleet.connect { [ids] in
-                try await $0.replayDeadLetters(.with { ($0.messageIds, $0.discard) = (ids, discards) })
+            let letters = try await fleet.connect { [ids, dryRun] in
+                try await $0.replayDeadLetters(
+                    .with { ($0.messageIds, $0.discard, $0.dryRun) = (ids, discards, dryRun) })
+            }.letters
+            if json {
+                Console.line(try ReplayDeadLettersResponse.with { $0.letters = letters }.jsonString())
+            } else {
+                show(letters)
             }
-            for task in response.taskIds { Console.line("sent again: \(task)") }
-            Console.line("\(response.removed) letters removed\(discards ? "" : " without effect")")
-            for letter in response.kept { Console.complain("not touched: \(letter.messageID): \(letter.reason)") }
-            if !response.kept.isEmpty { throw ExitCode(Exit.failed.rawValue) }
+            if letters.contains(where: \.isLeft) { throw ExitCode(Exit.failed.rawValue) }
+        }
+
+        private func show(_ letters: [LetterOutcome]) {
+            let taken = letters.filter { !$0.isLeft }
+            for letter in taken { Console.line("\(letter.name): \(letter.told(isDryRun: dryRun))") }
+            Console.line(
+                dryRun
+                    ? "nothing was changed; letters that would be removed: \(taken.count)"
+                    : "letters removed: \(taken.count)")
+            for letter in letters where letter.isLeft {
+                Console.complain("not touched: \(letter.name): \(letter.reason)")
+            }
+        }
+    }
+}
+
+extension LetterOutcome {
+    fileprivate var name: String { messageID.isEmpty ? "-" : messageID }
+
+    /// It stays, or never was there.
+    fileprivate var isLeft: Bool { fate == .kept || fate == .missing }
+
+    fileprivate func told(isDryRun: Bool) -> String {
+        let will = isDryRun ? "would be " : ""
+        return switch fate {
+        case .sentAgain: "task \(taskID) \(isDryRun ? "would be" : "is") sent again"
+        case .heard: "\(will)heard now"
+        case .withoutEffect: "\(will)removed without effect: \(reason)"
+        case .discarded: "\(will)thrown away"
+        case .kept, .missing, .unspecified, .UNRECOGNIZED: reason
         }
     }
 }

@@ -466,7 +466,7 @@ extension CoordinatorService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters.
+        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters. Answers what became of each.
         ///
         /// - Parameters:
         ///   - request: A streaming request of `ReplayDeadLettersRequest` messages.
@@ -723,7 +723,7 @@ extension CoordinatorService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters.
+        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters. Answers what became of each.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `ReplayDeadLettersRequest` message.
@@ -979,7 +979,7 @@ extension CoordinatorService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters.
+        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters. Answers what became of each.
         ///
         /// - Parameters:
         ///   - request: A `ReplayDeadLettersRequest` message.
@@ -1877,7 +1877,7 @@ extension CoordinatorService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters.
+        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters. Answers what became of each.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `ReplayDeadLettersRequest` message.
@@ -2352,7 +2352,7 @@ extension CoordinatorService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters.
+        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters. Answers what became of each.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `ReplayDeadLettersRequest` message.
@@ -2799,7 +2799,7 @@ extension CoordinatorService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters.
+    /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters. Answers what became of each.
     ///
     /// - Parameters:
     ///   - request: A request containing a single `ReplayDeadLettersRequest` message.
@@ -3273,7 +3273,7 @@ extension CoordinatorService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters.
+    /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters. Answers what became of each.
     ///
     /// - Parameters:
     ///   - message: request message to send.

@@ -735,6 +735,9 @@ package nonisolated struct ReplayDeadLettersRequest: Sendable {
   /// Throw them away instead.
   package var discard: Bool = false
 
+  /// Change nothing: answer with what would become of those that are there now.
+  package var dryRun: Bool = false
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -745,30 +748,99 @@ package nonisolated struct ReplayDeadLettersResponse: Sendable {
   // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
   // methods supported on all messages.
 
-  /// Tasks that are sent again.
-  package var taskIds: [String] = []
-
-  /// Letters that were removed without effect: their task has moved on, or they never were tasks of this store.
-  package var removed: UInt32 = 0
-
-  /// Those that stay, and those that were named and don't exist.
-  package var kept: [KeptLetter] = []
+  /// Every letter that was taken or named, those that don't exist last.
+  package var letters: [LetterOutcome] = []
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
 }
 
-package nonisolated struct KeptLetter: Sendable {
+/// What became of a dead letter or, of a dry run, what would.
+package nonisolated struct LetterOutcome: Sendable {
   // SwiftProtobuf.Message conformance is added in an extension below. See the
   // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
   // methods supported on all messages.
 
   package var messageID: String = String()
 
+  /// The queue it came from.
+  package var queue: String = String()
+
+  /// The task it was about; empty for other messages.
+  package var taskID: String = String()
+
+  package var fate: LetterOutcome.Fate = .unspecified
+
   package var reason: String = String()
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
+
+  package nonisolated enum Fate: SwiftProtobuf.Enum, Swift.CaseIterable {
+    package typealias RawValue = Int
+    case unspecified // = 0
+
+    /// Removed; its task is sent again, as a new attempt.
+    case sentAgain // = 1
+
+    /// Removed; it was a worker's word that was not believed before, and was heard now.
+    case heard // = 2
+
+    /// Removed without effect, for `reason`.
+    case withoutEffect // = 3
+
+    /// Removed unread.
+    case discarded // = 4
+
+    /// Stays, for `reason`.
+    case kept // = 5
+
+    /// Was named, but is not among the dead letters.
+    case missing // = 6
+    case UNRECOGNIZED(Int)
+
+    package init() {
+      self = .unspecified
+    }
+
+    package init?(rawValue: Int) {
+      switch rawValue {
+      case 0: self = .unspecified
+      case 1: self = .sentAgain
+      case 2: self = .heard
+      case 3: self = .withoutEffect
+      case 4: self = .discarded
+      case 5: self = .kept
+      case 6: self = .missing
+      default: self = .UNRECOGNIZED(rawValue)
+      }
+    }
+
+    package var rawValue: Int {
+      switch self {
+      case .unspecified: return 0
+      case .sentAgain: return 1
+      case .heard: return 2
+      case .withoutEffect: return 3
+      case .discarded: return 4
+      case .kept: return 5
+      case .missing: return 6
+      case .UNRECOGNIZED(let i): return i
+      }
+    }
+
+    // The compiler won't synthesize support with the UNRECOGNIZED case.
+    package static let allCases: [LetterOutcome.Fate] = [
+      .unspecified,
+      .sentAgain,
+      .heard,
+      .withoutEffect,
+      .discarded,
+      .kept,
+      .missing,
+    ]
+
+  }
 
   package init() {}
 }
@@ -2023,7 +2095,7 @@ nonisolated extension DeadLetter: SwiftProtobuf.Message, SwiftProtobuf._MessageI
 
 nonisolated extension ReplayDeadLettersRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".ReplayDeadLettersRequest"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}message_ids\0\u{1}discard\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}message_ids\0\u{1}discard\0\u{3}dry_run\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -2033,6 +2105,7 @@ nonisolated extension ReplayDeadLettersRequest: SwiftProtobuf.Message, SwiftProt
       switch fieldNumber {
       case 1: try { try decoder.decodeRepeatedStringField(value: &self.messageIds) }()
       case 2: try { try decoder.decodeSingularBoolField(value: &self.discard) }()
+      case 3: try { try decoder.decodeSingularBoolField(value: &self.dryRun) }()
       default: break
       }
     }
@@ -2045,12 +2118,16 @@ nonisolated extension ReplayDeadLettersRequest: SwiftProtobuf.Message, SwiftProt
     if self.discard != false {
       try visitor.visitSingularBoolField(value: self.discard, fieldNumber: 2)
     }
+    if self.dryRun != false {
+      try visitor.visitSingularBoolField(value: self.dryRun, fieldNumber: 3)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
   package static func ==(lhs: ReplayDeadLettersRequest, rhs: ReplayDeadLettersRequest) -> Bool {
     if lhs.messageIds != rhs.messageIds {return false}
     if lhs.discard != rhs.discard {return false}
+    if lhs.dryRun != rhs.dryRun {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -2058,7 +2135,7 @@ nonisolated extension ReplayDeadLettersRequest: SwiftProtobuf.Message, SwiftProt
 
 nonisolated extension ReplayDeadLettersResponse: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".ReplayDeadLettersResponse"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}task_ids\0\u{1}removed\0\u{1}kept\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\u{4}letters\0\u{c}\u{1}\u{3}")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -2066,39 +2143,29 @@ nonisolated extension ReplayDeadLettersResponse: SwiftProtobuf.Message, SwiftPro
       // allocates stack space for every case branch when no optimizations are
       // enabled. https://github.com/apple/swift-protobuf/issues/1034
       switch fieldNumber {
-      case 1: try { try decoder.decodeRepeatedStringField(value: &self.taskIds) }()
-      case 2: try { try decoder.decodeSingularUInt32Field(value: &self.removed) }()
-      case 3: try { try decoder.decodeRepeatedMessageField(value: &self.kept) }()
+      case 4: try { try decoder.decodeRepeatedMessageField(value: &self.letters) }()
       default: break
       }
     }
   }
 
   package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
-    if !self.taskIds.isEmpty {
-      try visitor.visitRepeatedStringField(value: self.taskIds, fieldNumber: 1)
-    }
-    if self.removed != 0 {
-      try visitor.visitSingularUInt32Field(value: self.removed, fieldNumber: 2)
-    }
-    if !self.kept.isEmpty {
-      try visitor.visitRepeatedMessageField(value: self.kept, fieldNumber: 3)
+    if !self.letters.isEmpty {
+      try visitor.visitRepeatedMessageField(value: self.letters, fieldNumber: 4)
     }
     try unknownFields.traverse(visitor: &visitor)
   }
 
   package static func ==(lhs: ReplayDeadLettersResponse, rhs: ReplayDeadLettersResponse) -> Bool {
-    if lhs.taskIds != rhs.taskIds {return false}
-    if lhs.removed != rhs.removed {return false}
-    if lhs.kept != rhs.kept {return false}
+    if lhs.letters != rhs.letters {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
 }
 
-nonisolated extension KeptLetter: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
-  package static let protoMessageName: String = _protobuf_package + ".KeptLetter"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}message_id\0\u{1}reason\0")
+nonisolated extension LetterOutcome: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
+  package static let protoMessageName: String = _protobuf_package + ".LetterOutcome"
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}message_id\0\u{1}queue\0\u{3}task_id\0\u{1}fate\0\u{1}reason\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -2107,7 +2174,10 @@ nonisolated extension KeptLetter: SwiftProtobuf.Message, SwiftProtobuf._MessageI
       // enabled. https://github.com/apple/swift-protobuf/issues/1034
       switch fieldNumber {
       case 1: try { try decoder.decodeSingularStringField(value: &self.messageID) }()
-      case 2: try { try decoder.decodeSingularStringField(value: &self.reason) }()
+      case 2: try { try decoder.decodeSingularStringField(value: &self.queue) }()
+      case 3: try { try decoder.decodeSingularStringField(value: &self.taskID) }()
+      case 4: try { try decoder.decodeSingularEnumField(value: &self.fate) }()
+      case 5: try { try decoder.decodeSingularStringField(value: &self.reason) }()
       default: break
       }
     }
@@ -2117,18 +2187,34 @@ nonisolated extension KeptLetter: SwiftProtobuf.Message, SwiftProtobuf._MessageI
     if !self.messageID.isEmpty {
       try visitor.visitSingularStringField(value: self.messageID, fieldNumber: 1)
     }
+    if !self.queue.isEmpty {
+      try visitor.visitSingularStringField(value: self.queue, fieldNumber: 2)
+    }
+    if !self.taskID.isEmpty {
+      try visitor.visitSingularStringField(value: self.taskID, fieldNumber: 3)
+    }
+    if self.fate != .unspecified {
+      try visitor.visitSingularEnumField(value: self.fate, fieldNumber: 4)
+    }
     if !self.reason.isEmpty {
-      try visitor.visitSingularStringField(value: self.reason, fieldNumber: 2)
+      try visitor.visitSingularStringField(value: self.reason, fieldNumber: 5)
     }
     try unknownFields.traverse(visitor: &visitor)
   }
 
-  package static func ==(lhs: KeptLetter, rhs: KeptLetter) -> Bool {
+  package static func ==(lhs: LetterOutcome, rhs: LetterOutcome) -> Bool {
     if lhs.messageID != rhs.messageID {return false}
+    if lhs.queue != rhs.queue {return false}
+    if lhs.taskID != rhs.taskID {return false}
+    if lhs.fate != rhs.fate {return false}
     if lhs.reason != rhs.reason {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
+}
+
+nonisolated extension LetterOutcome.Fate: SwiftProtobuf._ProtoNameProviding {
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{2}\0FATE_UNSPECIFIED\0\u{1}SENT_AGAIN\0\u{1}HEARD\0\u{1}WITHOUT_EFFECT\0\u{1}DISCARDED\0\u{1}KEPT\0\u{1}MISSING\0")
 }
 
 nonisolated extension ApplyPlanRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {

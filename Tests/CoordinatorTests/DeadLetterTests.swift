@@ -1,0 +1,71 @@
+import FlotillaProtocol
+import GRPCCore
+import Messaging
+import MigrationModel
+import SwiftProtobuf
+import TestKit
+import Testing
+
+/// What becomes of dead letters, told of each.
+@Suite(.timeLimit(.minutes(1))) struct DeadLetterTests {
+    /// A lost task, and a forged word about it: a dry run foresees for both what the replay then does.
+    @Test func replayDoesWhatItsDryRunSaid() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let migration = try await client.submitMigration(Rig.request)
+            let lost = try await worker.reject()
+            let foreseen = try await client.replay(isDry: true)
+            #expect(foreseen.letters.map(\.fate) == [.sentAgain])
+            #expect(foreseen.letters.map(\.taskID) == [lost.identity.task])
+            #expect(foreseen.letters.map(\.queue) == ["flotilla.tasks.\(Rig.host)"])
+            #expect(try await client.attempt(of: migration.id) == 1)
+            #expect(try await client.listDeadLetters(.init()).letters.count == 1)
+
+            #expect(try await client.replay() == foreseen)
+            let again = try await worker.take()
+            #expect(again.identity.task == lost.identity.task && again.identity.attempt == 2)
+            #expect(try await client.listDeadLetters(.init()).letters.isEmpty)
+
+            try await worker.accept(again)
+            #expect(try await eventually { try await client.stage(of: migration.id) == "running" ? true : nil } == true)
+            try await worker.forge(.ended(.with { $0.code = 15 }), of: again)
+            #expect(try await eventually { try await client.listDeadLetters(.init()).letters.first } != nil)
+            let useless = try await client.replay(isDry: true)
+            #expect(useless.letters.map(\.fate) == [.withoutEffect] && useless.letters[0].reason.isEmpty == false)
+            #expect(try await client.replay() == useless)
+            #expect(try await client.stage(of: migration.id) == "running")
+            #expect(try await client.attempt(of: migration.id) == 2)
+            #expect(try await client.listDeadLetters(.init()).letters.isEmpty)
+        }
+    }
+
+    @Test func dryDiscardLeavesAll() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let migration = try await client.submitMigration(Rig.request)
+            _ = try await worker.reject()
+            let id = try await client.listDeadLetters(.init()).letters[0].messageID
+            let foreseen = try await client.replay([id, "no-such"], discards: true, isDry: true)
+            #expect(foreseen.letters.map(\.messageID) == [id, "no-such"])
+            #expect(foreseen.letters.map(\.fate) == [.discarded, .missing])
+            #expect(try await client.listDeadLetters(.init()).letters.map(\.messageID) == [id])
+            #expect(try await client.replay([id], discards: true).letters.map(\.fate) == [.discarded])
+            #expect(try await client.listDeadLetters(.init()).letters.isEmpty)
+            #expect(try await client.attempt(of: migration.id) == 1)
+        }
+    }
+}
+
+extension Rig.Client {
+    /// All of them without ids.
+    fileprivate func replay(
+        _ ids: [String] = [], discards: Bool = false, isDry: Bool = false
+    ) async throws -> ReplayDeadLettersResponse {
+        try await replayDeadLetters(.with { ($0.messageIds, $0.discard, $0.dryRun) = (ids, discards, isDry) })
+    }
+
+    /// State of its first one.
+    fileprivate func stage(of id: String) async throws -> String {
+        try await getMigration(.with { $0.id = id }).stages[0].state
+    }
+}
