@@ -47,13 +47,7 @@ struct HostCommand: AsyncParsableCommand {
         @Argument(help: "The host's name.") var name: String
 
         func run() async throws {
-            let hosts = try await fleet.connect { try await $0.listHosts(.init()) }.hosts
-            guard let host = hosts.first(where: { $0.profile.name == name }) else {
-                throw MigrationError(
-                    .notFound, "no worker of a host \(name) has been heard of",
-                    hint: "flotilla host list shows those that have")
-            }
-            Console.line(try host.jsonString())
+            Console.line(try await fleet.host(name).jsonString())
         }
     }
 
@@ -62,11 +56,11 @@ struct HostCommand: AsyncParsableCommand {
             abstract: "Gives a host no new tasks; those it has go on.")
 
         @OptionGroup var fleet: FleetOptions
-        @Argument(help: "The host's name.") var name: String
+        @OptionGroup var change: Change
 
         func run() async throws {
-            let host = try await fleet.connect { try await $0.drainHost(.with { $0.name = name }) }
-            Console.line("\(name) is drained; \(host.tasks) of its tasks go on")
+            let host = try await change.make(fleet, undrain: false)
+            Console.line("\(change.name) \(change.verb) drained; \(host.tasks) of its tasks go on")
         }
     }
 
@@ -74,18 +68,40 @@ struct HostCommand: AsyncParsableCommand {
         static let configuration = CommandConfiguration(abstract: "Gives a drained host tasks again.")
 
         @OptionGroup var fleet: FleetOptions
-        @Argument(help: "The host's name.") var name: String
+        @OptionGroup var change: Change
 
         func run() async throws {
-            _ = try await fleet.connect {
-                try await $0.drainHost(
-                    .with {
-                        $0.name = name
-                        $0.undrain = true
-                    })
-            }
-            Console.line("\(name) is open")
+            _ = try await change.make(fleet, undrain: true)
+            Console.line("\(change.name) \(change.verb) open")
         }
+    }
+
+    struct Change: ParsableArguments {
+        @Argument(help: "The host's name.") var name: String
+        @Flag(help: "Change nothing; say what would be.") var dryRun = false
+
+        var verb: String { dryRun ? "would be" : "is" }
+
+        /// The host as it is then or, of a dry run, now.
+        func make(_ fleet: FleetOptions, undrain: Bool) async throws -> Host {
+            if dryRun { return try await fleet.host(name) }
+            return try await fleet.connect { [name] in
+                try await $0.drainHost(.with { ($0.name, $0.undrain) = (name, undrain) })
+            }
+        }
+    }
+}
+
+extension FleetOptions {
+    /// Throws `notFound` for one that the coordinator does not know.
+    fileprivate func host(_ name: String) async throws -> Host {
+        let hosts = try await connect { try await $0.listHosts(.init()) }.hosts
+        guard let host = hosts.first(where: { $0.profile.name == name }) else {
+            throw MigrationError(
+                .notFound, "no worker of a host \(name) has been heard of",
+                hint: "flotilla host list shows those that have")
+        }
+        return host
     }
 }
 
