@@ -12,6 +12,12 @@ package struct QEMUImage: Sendable {
     package let path: String
     package let format: Format
 
+    /// Where qemu-img lies; nil when `PATH` leads to none.
+    package static var program: String? {
+        let path = getenv("PATH").map { String(cString: $0) } ?? "/bin:/usr/bin"
+        return Program.find("qemu-img", in: path.split(separator: ":").map(String.init))
+    }
+
     package init(path: String, format: Format) {
         self.path = path
         self.format = format

@@ -8,8 +8,10 @@ extension Integration {
     @Suite struct Doctor {
         private struct Finding: Decodable { let verdict, subject, found: String; let remedy: String? }
 
-        private func examine(_ arguments: String...) throws -> (status: Int32, findings: [String: Finding]) {
-            let outcome = try run(Environment.flotilla(), ["doctor", "--json"] + arguments)
+        private func examine(
+            _ arguments: String..., environment: [String: String] = [:]
+        ) throws -> (status: Int32, findings: [String: Finding]) {
+            let outcome = try run(Environment.flotilla(), ["doctor", "--json"] + arguments, environment: environment)
             let findings = try outcome.output.split(separator: "\n").map {
                 try JSONDecoder().decode(Finding.self, from: Data($0.utf8))
             }
@@ -26,9 +28,32 @@ extension Integration {
             #expect(findings.values.allSatisfy { $0.verdict == "pass" || $0.remedy != nil })
         }
 
+        /// A program that is missing is a warning that says what can't be done without it.
+        @Test func programs() throws {
+            let (_, there) = try examine("--libvirt", "test:///default")
+            #expect(there["qemu-img"]?.verdict == "pass")
+            #expect(there["swtpm"]?.verdict == (Files.exists("/usr/bin/swtpm") ? "pass" : "warn"))
+            let (status, without) = try examine("--libvirt", "test:///default", environment: ["PATH": "/nowhere"])
+            #expect(status == 0 && without["qemu-img"]?.verdict == "warn")
+            #expect(without["qemu-img"]?.remedy == "install qemu-utils")
+        }
+
+        /// It is said of the file, not of libvirt, and the rest of the host is looked at.
+        @Test(arguments: [("ledger.json", "reserved devices"), ("vgpus.json", "vGPUs made here")])
+        func damagedRecords(_ file: String, _ subject: String) throws {
+            let folder = try TemporaryFolder()
+            try Files.writeAtomically(Array("{".utf8), to: "\(folder.path)/\(file)")
+            let (status, findings) = try examine("--libvirt", "test:///default", "--gpu-records", folder.path)
+            #expect(status == 1 && findings[subject]?.verdict == "fail")
+            #expect(findings[subject]?.found.contains("\(folder.path)/\(file), is damaged") == true)
+            #expect(findings[subject]?.remedy?.contains("move it away") == true)
+            #expect(findings["libvirt"]?.verdict == "pass" && findings["IOMMU"] != nil)
+            #expect(findings.values.filter { $0.verdict == "fail" }.count == 1)
+        }
+
         @Test func libvirtThatIsNotThereFails() throws {
             let (status, findings) = try examine("--libvirt", "qemu+unix:///system?socket=/nowhere")
-            #expect(status == 1 && findings["libvirt"]?.verdict == "fail")
+            #expect(status == 1 && findings["libvirt"]?.verdict == "fail" && findings["qemu-img"] != nil)
         }
 
         /// Its key may be read by all, its broker isn't there: both are said at once.

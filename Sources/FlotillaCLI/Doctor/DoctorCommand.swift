@@ -1,11 +1,13 @@
 import ArgumentParser
 import CLinux
+import Convert
 import Deploy
 import FlotillaProtocol
 import Glibc
 import HostKit
 import Messaging
 import MigrationModel
+import Passthrough
 import SwiftProtobuf
 import Worker
 
@@ -13,7 +15,8 @@ struct DoctorCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "doctor", abstract: "Looks whether this host has what it needs, and says what to do where not.",
         discussion: """
-            Without a configuration: libvirt, KVM, IOMMU and programs of this host. With a worker's: also its keys and \
+            Without a configuration: libvirt, KVM, IOMMU of this host, the programs its work needs and what was noted of \
+            its devices. With a worker's: also its keys and \
             certificate, its broker and what it may do there, and pools. With the coordinator's: also its keys, \
             certificate and broker, and, of each host, whether it was heard of and its clock is right. Changes nothing \
             but for a probe file without a name in each pool. Exits 1 if something fails.
@@ -25,6 +28,7 @@ struct DoctorCommand: AsyncParsableCommand {
     var coordinator: String?
     @Option(help: ArgumentHelp("libvirt's URI, without a configuration.", valueName: "uri"))
     var libvirt = "qemu:///system"
+    @Option(help: .hidden) var gpuRecords = GPULedger.folder
     @Flag(help: "Print JSON.") var json = false
 
     func validate() throws {
@@ -32,7 +36,7 @@ struct DoctorCommand: AsyncParsableCommand {
     }
 
     func run() async throws {
-        var examination = Examination()
+        var examination = Examination(devices: DeviceHost(folder: gpuRecords))
         if let coordinator {
             await examination.examine(coordinator: coordinator)
         } else if let worker {
@@ -54,6 +58,10 @@ struct DoctorCommand: AsyncParsableCommand {
 
 /// What was looked at and found.
 struct Examination {
+    let devices: DeviceHost
+
+    init(devices: DeviceHost) { self.devices = devices }
+
     enum Verdict: String, Encodable {
         case pass, warn, fail
         /// Can't be seen from here; the remedy says how to look.
@@ -105,9 +113,16 @@ struct Examination {
 
     mutating func examineHost(libvirt uri: String, pools: [PoolFolder]) async {
         examineClock()
+        examinePrograms()
+        // Where they are damaged, the host is looked at as one that has none.
+        let devices = examineRecords() ? devices : DeviceHost(folder: "\(devices.folder)/none")
+        let connection: LibvirtConnection
+        do { connection = try await blocking("doctor") { try LibvirtConnection(uri: uri) } } catch {
+            return note("libvirt", error)
+        }
         do {
             let profile = try await blocking("doctor") {
-                try hostProfile(name: "this host", connection: LibvirtConnection(uri: uri), pools: pools)
+                try hostProfile(name: "this host", connection: connection, pools: pools, devices: devices)
             }
             note(
                 "libvirt", .pass,
@@ -134,7 +149,39 @@ struct Examination {
                     "IOMMU", .warn, "off: no GPU can be passed through",
                     "enable VT-d or AMD-Vi in the firmware, and intel_iommu=on on the kernel's command line")
             }
-        } catch { note("libvirt", error) }
+        } catch { note("host", error) }
+    }
+
+    private mutating func examinePrograms() {
+        note(
+            "qemu-img", QEMUImage.program, without: "disks in formats of others (qcow2, VHD, VHDX, VDI) can't be read",
+            remedy: "install qemu-utils")
+        note(
+            "swtpm", tpmEmulatorInstalled() ? "there" : nil, without: "VMs with a TPM are defined without it",
+            remedy: "install swtpm and swtpm-tools")
+        for program in devices.vgpus.neededPrograms() {
+            note(program.name, program.path, without: program.without, remedy: program.remedy)
+        }
+    }
+
+    private mutating func note(_ program: String, _ place: String?, without: String, remedy: String) {
+        if let place {
+            note(program, .pass, place)
+        } else {
+            note(program, .warn, "not there: \(without)", remedy)
+        }
+    }
+
+    /// What flotilla has noted of this host's devices. Returns whether it can be read.
+    private mutating func examineRecords() -> Bool {
+        let failed = findings.count { $0.verdict == .fail }
+        do { note("reserved devices", .pass, "\(try devices.ledger.reservations().count)") } catch {
+            note("reserved devices", error)
+        }
+        do { note("vGPUs made here", .pass, "\(try devices.vgpus.records().count)") } catch {
+            note("vGPUs made here", error)
+        }
+        return findings.count { $0.verdict == .fail } == failed
     }
 
     private mutating func examine(_ pools: [Pool]) {
