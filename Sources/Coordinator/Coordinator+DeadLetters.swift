@@ -83,8 +83,10 @@ extension Coordinator {
     private func takeDeadLetters(
         _ ids: Set<String>?, count: Int, _ deal: (Messaging.Message) async throws -> LetterOutcome
     ) async throws -> [LetterOutcome] {
-        // Besides those that are there, some that come back from other hands.
-        let letters = try await bus.subscribe(settings.names.dead, prefetch: count + 64)
+        // Besides those that are there, some that come back from other hands. Letters that are passed over go by at
+        // once; of those that are made up for, which takes its time, only so many are held in memory.
+        let prefetch = ids == nil ? min(count + 64, 256) : count + 64
+        let letters = try await bus.subscribe(settings.names.dead, prefetch: prefetch)
         @Sendable func stop(in time: Duration) -> Task<Void, any Error> {
             Task {
                 try await Task.sleep(for: time)
@@ -114,6 +116,12 @@ extension Coordinator {
                 if outcome.fate != .kept { await letter.settle(.ack) }
             }
             if missing.isEmpty, ids != nil || seen == count { break }
+            // Each that is kept takes one's place.
+            if ids == nil, outcomes.count(where: { $0.fate == .kept }) == prefetch {
+                let reason = "\(count - seen) more are behind these: discard these by their ids first"
+                outcomes.append(.with { ($0.fate, $0.reason) = (.kept, reason) })
+                break
+            }
             if seen == count { lookOnForAWhile() }
         }
         return outcomes

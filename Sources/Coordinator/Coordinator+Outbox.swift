@@ -22,8 +22,8 @@ extension Coordinator {
                 }
                 if !sent.isEmpty { Failpoint.coordinatorTaskSent.hit() }
                 for (host, rows) in Dictionary(grouping: rows, by: \.host) {
-                    sending.begin(host)
-                    group.addTask { await self.send(rows, to: host, sending) }
+                    let portion = Array(rows.prefix(sending.begin(host)))
+                    group.addTask { await self.send(portion, to: host, sending) }
                 }
                 // Behind these may wait those of other hosts.
                 if rows.count == limit { outboxContinuation.yield() }
@@ -89,13 +89,25 @@ extension Coordinator {
 private typealias Outcome = (row: OutboxRecord, error: MigrationError?)
 
 /// The hosts to which something is on its way, and what has come of it since this was last asked.
+///
+/// All that is on its way shares the bus's window of unconfirmed messages, and what a queue doesn't take stays there for
+/// long. So a host's portion starts small, doubles with each that is taken, and is a single task after one that isn't.
 private final class Sending: Sendable {
     private let state = Mutex<(hosts: Set<String>, outcomes: [Outcome])>(([], []))
+    private let portions = Mutex<[String: Int]>([:])
 
-    func begin(_ host: String) { state.withLock { _ = $0.hosts.insert(host) } }
+    /// Returns how many may be sent.
+    func begin(_ host: String) -> Int {
+        state.withLock { _ = $0.hosts.insert(host) }
+        return portions.withLock { $0[host, default: 32] }
+    }
 
     /// - Parameter host: to which nothing is on its way any more.
     func note(_ outcomes: [Outcome], endOf host: String?) {
+        for (host, outcomes) in Dictionary(grouping: outcomes, by: \.row.host) {
+            let isTaken = outcomes.allSatisfy { $0.error == nil }
+            portions.withLock { $0[host] = isTaken ? min($0[host, default: 32] * 2, 256) : 1 }
+        }
         state.withLock { state in
             state.outcomes += outcomes
             if let host { state.hosts.remove(host) }

@@ -82,8 +82,11 @@ extension Coordinator {
         }
     }
 
-    /// Tells other programs what they are to know, each thing at least once.
+    /// Tells other programs what they are to know, each thing at least once, but for a listener whose queue takes it
+    /// in none of several tries: nobody else may wait for that for ever.
     func publishNotifications() async throws {
+        let patience = 3
+        var tries = (id: "", count: 0)
         notificationContinuation.yield()
         for await _ in notificationSignal {
             while true {
@@ -96,20 +99,29 @@ extension Coordinator {
                     message.messageID = row.id
                     message.contentType = "application/cloudevents+json; charset=utf-8"
                     do { try await bus.publish(message) } catch let error as MigrationError {
-                        if error.code == .unavailable {
+                        // While there is no broker no listener is to blame.
+                        if tries.id != row.id { tries = (row.id, 0) }
+                        if error.code != .unavailable || isConnected { tries.count += 1 }
+                        if [.unavailable, .resourceExhausted].contains(error.code), tries.count < patience {
                             logger.warning("notification not sent yet", metadata: ["error": "\(error)"])
                             try await Task.sleep(for: settings.tick)
                             break
                         }
                         // Nobody listens, or one who does takes no more: neither may hold up the others.
                         if error.code != .notFound {
-                            logger.warning("notification refused", metadata: ["error": "\(error)"])
+                            logger.error(
+                                "notification given up",
+                                metadata: ["id": "\(row.id)", "type": "\(row.routingKey)", "error": "\(error)"])
                         }
                     }
                     try await store.write { try $0.removeNotification(row.id) }
                 }
             }
         }
+    }
+
+    private var isConnected: Bool {
+        bus.status.connections.allSatisfy { if case .connected = $0.state { true } else { false } }
     }
 }
 

@@ -56,6 +56,7 @@ package final class Coordinator: Sendable {
     let logger: Logger
     let notificationSignal: AsyncStream<Void>
     let notificationContinuation: AsyncStream<Void>.Continuation
+    let control = ControlOutbox()
     let outboxSignal: AsyncStream<Void>
     let outboxContinuation: AsyncStream<Void>.Continuation
 
@@ -86,6 +87,7 @@ package final class Coordinator: Sendable {
         try await withThrowingTaskGroup(of: Void.self) { group in
             group.addTask { try await self.consume(events) }
             group.addTask { try await self.publishOutbox() }
+            group.addTask { await self.publishControl() }
             group.addTask { try await self.watchTime() }
             group.addTask { try await self.welcome(hosts) }
             if let requests {
@@ -154,28 +156,8 @@ package final class Coordinator: Sendable {
             Failpoint.coordinatorTaskStored.hit()
             outboxContinuation.yield()
         }
-        await withDiscardingTaskGroup { group in
-            for (host, messages) in effects.control { group.addTask { await self.tell(host, messages) } }
-        }
+        if !effects.control.isEmpty { await tell(effects.control) }
         for migration in effects.changed { watchers.publish(migration) }
-    }
-
-    private func tell(_ host: String, _ messages: [ControlMessage]) async {
-        // A few hundred small messages stay far below a message's limit.
-        for start in stride(from: 0, to: messages.count, by: 512) {
-            do {
-                let part = ControlMessages.with { $0.messages = Array(messages[start...].prefix(512)) }
-                var message = Message(
-                    exchange: settings.names.control, routingKey: host, body: try part.serializedBytes())
-                message.type = "flotilla.v1.ControlMessages"
-                message.messageID = UUID().uuidString.lowercased()
-                member.sign(&message, for: host, validity: settings.controlValidity)
-                try await bus.publish(message)
-            } catch {
-                // Whoever waits for it asks again: heartbeats, permits and results are all repeated.
-                logger.warning("control message not sent", metadata: ["host": "\(host)", "error": "\(error)"])
-            }
-        }
     }
 
     // MARK: - Loops

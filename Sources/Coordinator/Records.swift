@@ -101,4 +101,8 @@ package struct NotificationRecord: Sendable {
     package var routingKey: String
     /// A CloudEvent in its JSON format.
     package var body: [UInt8]
+
+    package init(id: String, routingKey: String, body: [UInt8]) {
+        (self.id, self.routingKey, self.body) = (id, routingKey, body)
+    }
 }

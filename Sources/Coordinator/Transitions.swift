@@ -112,7 +112,11 @@ struct Transitions {
                 CallIdentity(task: task.id, attempt: record.machine.attempt, fence: record.machine.fence))
         }
         if case .running = task.machine.state, task.startedAt == nil { task.startedAt = now }
-        if task.machine.isEnded, !record.machine.isEnded { task.endedAt = now }
+        if task.machine.isEnded, !record.machine.isEnded {
+            task.endedAt = now
+            // A host whose queue took nothing must not begin it when it's over.
+            try store.discardUnsent(task: task.id)
+        }
         if task.machine != record.machine { try store.save(task) }
         for action in actions {
             switch action {

@@ -7,7 +7,6 @@ import Logging
 import Messaging
 import MigrationModel
 import SwiftProtobuf
-import Synchronization
 import TestKit
 import Testing
 
@@ -251,52 +250,5 @@ import Testing
         await #expect(throws: (any Error).self) {
             try await rig.process { client, _ in _ = try await client.drainHost(.with { $0.name = "nobody" }) }
         }
-    }
-}
-
-/// Counts what is declared, keeps who publishes to one key waiting, and fares as it is told.
-private final class WatchedBus: MessageBus {
-    private let bus = InProcessBus()
-    private let stalled: String?
-    private let declared = Mutex<[String]>([])
-
-    private let told = Mutex<(status: BusStatus, looks: Int)?>(nil)
-
-    var isDurable: Bool { told.withLock { $0 } != nil }
-    var status: BusStatus {
-        told.withLock { told in
-            told?.looks += 1
-            return told?.status
-        } ?? bus.status
-    }
-
-    /// How often somebody has looked at the status since it was set.
-    var looks: Int { told.withLock { $0?.looks ?? 0 } }
-
-    /// Outlives, from now on, the process as a broker does.
-    func set(_ status: BusStatus) { told.withLock { $0 = (status, 0) } }
-
-    func declarations(of queue: String) -> Int { declared.withLock { $0.count(where: { $0 == queue }) } }
-
-    func declare(_ topology: Topology) async throws {
-        declared.withLock { $0 += topology.queues.map(\.name) }
-        try await bus.declare(topology)
-    }
-
-    init(stalled: String? = nil) { self.stalled = stalled }
-
-    func publish(_ message: Messaging.Message) async throws {
-        if message.routingKey == stalled { try await Task.sleep(for: .seconds(3600)) }
-        try await bus.publish(message)
-    }
-
-    func subscribe(_ queue: String, prefetch: Int) async throws -> Subscription {
-        try await bus.subscribe(queue, prefetch: prefetch)
-    }
-
-    func depths(of queues: [String]) async throws -> [String: QueueDepth] { try await bus.depths(of: queues) }
-
-    func peek(_ queue: String, limit: Int) async throws -> [Messaging.Message] {
-        try await bus.peek(queue, limit: limit)
     }
 }

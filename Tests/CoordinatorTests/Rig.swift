@@ -29,8 +29,9 @@ struct Rig {
     }
 
     /// One coordinator process: runs around `body` with a bus of its own, and ends as abruptly as a task can.
-    func process(_ body: (Client, inout FakeWorker) async throws -> Void) async throws {
-        let bus = InProcessBus()
+    func process(
+        on bus: any MessageBus = InProcessBus(), _ body: (Client, inout FakeWorker) async throws -> Void
+    ) async throws {
         let names = Names()
         var settings = Coordinator.Settings(
             names: names, policy: policy, tick: .milliseconds(10), startsOnlySubmitted: startsOnlySubmitted)
@@ -110,7 +111,7 @@ struct Rig {
 struct FakeWorker {
     private let names: Names
     private let member: FleetMember
-    private let bus: InProcessBus
+    private let bus: any MessageBus
     private let events: EventPublisher
     private var tasks: AsyncStream<Delivery>.Iterator
     private var control: AsyncStream<Delivery>.Iterator
@@ -118,7 +119,7 @@ struct FakeWorker {
     private var sequence: UInt64 = 0
     var profile: HostProfile
 
-    init(_ bus: InProcessBus, _ names: Names, _ member: FleetMember) async throws {
+    init(_ bus: any MessageBus, _ names: Names, _ member: FleetMember) async throws {
         (self.names, self.member, self.bus) = (names, member, bus)
         let host = member.name
         events = EventPublisher(bus: bus, names: names, member: member)

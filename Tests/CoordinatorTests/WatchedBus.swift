@@ -1,0 +1,74 @@
+import Messaging
+import MigrationModel
+import Synchronization
+
+/// Counts what is declared, keeps who publishes to one key waiting, and fares as it is told.
+final class WatchedBus: MessageBus {
+    private let bus = InProcessBus()
+    private let stalled: String?
+    private let refusal: Mutex<(key: String, code: MigrationError.Code)?>
+    private let seen = Mutex<[(key: String, id: String)]>([])
+    private let subscribed = Mutex<[(queue: String, prefetch: Int)]>([])
+    private let declared = Mutex<[String]>([])
+
+    private let told = Mutex<(status: BusStatus, looks: Int)?>(nil)
+
+    var isDurable: Bool { told.withLock { $0 } != nil }
+    var status: BusStatus {
+        told.withLock { told in
+            told?.looks += 1
+            return told?.status
+        } ?? bus.status
+    }
+
+    /// How often somebody has looked at the status since it was set.
+    var looks: Int { told.withLock { $0?.looks ?? 0 } }
+
+    /// Outlives, from now on, the process as a broker does.
+    func set(_ status: BusStatus) { told.withLock { $0 = (status, 0) } }
+
+    func declarations(of queue: String) -> Int { declared.withLock { $0.count(where: { $0 == queue }) } }
+
+    func declare(_ topology: Topology) async throws {
+        declared.withLock { $0 += topology.queues.map(\.name) }
+        try await bus.declare(topology)
+    }
+
+    /// - Parameters:
+    ///   - stalled: publishing with this routing key never ends.
+    ///   - refused: publishing with this one fails at once, until `accept` is called.
+    init(stalled: String? = nil, refused: (key: String, code: MigrationError.Code)? = nil) {
+        self.stalled = stalled
+        refusal = Mutex(refused)
+    }
+
+    /// The ids of what was published with this key, whatever came of it.
+    func published(_ key: String) -> [String] { seen.withLock { $0.filter { $0.key == key }.map(\.id) } }
+
+    func accept() { refusal.withLock { $0 = nil } }
+
+    /// Of a queue's subscriptions.
+    func prefetches(of queue: String) -> [Int] {
+        subscribed.withLock { $0.filter { $0.queue == queue }.map(\.prefetch) }
+    }
+
+    func publish(_ message: Messaging.Message) async throws {
+        seen.withLock { $0.append((message.routingKey, message.messageID)) }
+        if message.routingKey == stalled { try await Task.sleep(for: .seconds(3600)) }
+        if let refusal = refusal.withLock({ $0 }), refusal.key == message.routingKey {
+            throw MigrationError(refusal.code, "refused")
+        }
+        try await bus.publish(message)
+    }
+
+    func subscribe(_ queue: String, prefetch: Int) async throws -> Subscription {
+        subscribed.withLock { $0.append((queue, prefetch)) }
+        return try await bus.subscribe(queue, prefetch: prefetch)
+    }
+
+    func depths(of queues: [String]) async throws -> [String: QueueDepth] { try await bus.depths(of: queues) }
+
+    func peek(_ queue: String, limit: Int) async throws -> [Messaging.Message] {
+        try await bus.peek(queue, limit: limit)
+    }
+}
