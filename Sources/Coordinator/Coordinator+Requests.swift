@@ -136,5 +136,37 @@ extension SubmitMigrationRequest {
         guard !sourceURL.isEmpty, !host.isEmpty, !pool.isEmpty, ["qcow2", "raw"].contains(format) else {
             throw MigrationError(.invalidArgument, "a migration needs source_url, host, pool, and format qcow2 or raw")
         }
+        guard !sourceURL.holdsPassword else {
+            throw MigrationError(
+                .invalidArgument, "source_url holds a password, which everybody would see who may see the migration",
+                hint: "leave it out: workers read it from the 'password-file' of the server in their configuration")
+        }
+        // Others can't be told of in protobuf's JSON.
+        guard !hasDeadline || deadline.isInRange else {
+            throw MigrationError(
+                .invalidArgument, "the deadline, \(deadline.seconds) s and \(deadline.nanos) ns, is out of range",
+                hint: "it has to be in the years 1 to 9999, with 0 to 999999999 ns")
+        }
+    }
+}
+
+extension String {
+    /// Whether this URL names a user with a password or, where workers take no user's name, a user. One that can't be
+    /// read for sure, as with a `/` in the password, counts as well.
+    fileprivate var holdsPassword: Bool {
+        guard let separator = firstRange(of: "://") else { return false }
+        let rest = self[separator.upperBound...]
+        let authority = rest.prefix { !"/?#".contains($0) }
+        if let at = authority.lastIndex(of: "@") {
+            return authority[..<at].contains(":") || !self[..<separator.lowerBound].lowercased().hasPrefix("vsphere")
+        }
+        guard let colon = authority.lastIndex(of: ":"), !authority.hasSuffix("]") else { return false }
+        return !authority[authority.index(after: colon)...].allSatisfy(\.isNumber) && rest.contains("@")
+    }
+}
+
+extension Google_Protobuf_Timestamp {
+    fileprivate var isInRange: Bool {
+        (-62_135_596_800...253_402_300_799).contains(seconds) && (0...999_999_999).contains(nanos)
     }
 }

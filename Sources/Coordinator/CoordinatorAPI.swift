@@ -83,6 +83,7 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
             }
             var again = record.request.withoutDeadline
             if request.hasDeadline { again.deadline = request.deadline }
+            try again.validate()
             return try transitions.submit(again)
         }
     }

@@ -111,6 +111,29 @@ import Testing
         }
     }
 
+    /// The store would keep what no notification can say.
+    @Test(arguments: [(Int64(1) << 40, Int32(0)), (253_402_300_799, 1_000_000_000), (253_402_300_799, -1)])
+    func deadlineOutOfRangeIsRefused(_ seconds: Int64, _ nanos: Int32) async throws {
+        let rig = try Rig()
+        let deadline = Google_Protobuf_Timestamp.with { ($0.seconds, $0.nanos) = (seconds, nanos) }
+        var request = Rig.request
+        request.deadline = deadline
+        try await rig.process { [request] client, worker in
+            await #expect { _ = try await client.submitMigration(request) } throws: {
+                ($0 as? RPCError)?.code == .invalidArgument
+            }
+            let migration = try await client.submitMigration(Rig.request)
+            let export = try await worker.take()
+            try await worker.accept(export)
+            try await worker.fail(export, .invalidArgument, "there is no such source")
+            _ = try await client.end(migration.id)
+            await #expect {
+                _ = try await client.retryMigration(.with { ($0.id, $0.deadline) = (migration.id, deadline) })
+            } throws: { ($0 as? RPCError)?.code == .invalidArgument }
+            #expect(try await client.getMigration(.with { $0.id = migration.id }).state == .failed)
+        }
+    }
+
     @Test func momentsOfOutsideStayWithinTheirBounds() {
         for (seconds, year) in [(Int64.max, "9999-12-31T23:59:59Z"), (.min, "0001-01-01T00:00:00Z")] {
             #expect(Google_Protobuf_Timestamp.with { $0.seconds = seconds }.moment.timestamp.text == year)

@@ -129,4 +129,31 @@ import Testing
             #expect(bus.prefetches(of: Names().dead) == [256])
         }
     }
+
+    @Test(arguments: [
+        "vsphere://root:secret@vc.example/DC", "vsphere://root:sec/ret@vc.example", "vsphere://a:sec@ret@vc.example",
+        "ova:https://secret@files.example/web.ova",
+    ])
+    func passwordInTheSourceIsRefused(_ url: String) async throws {
+        var request = Rig.request
+        request.sourceURL = url
+        try await rig.process { [request] client, _ in
+            await #expect { _ = try await client.submitMigration(request) } throws: { error in
+                let error = error as? RPCError
+                return error?.code == .invalidArgument && error?.message.contains("sec") == false
+            }
+            let left = try await client.listMigrations(.init()).migrations
+            #expect(left.isEmpty)
+        }
+    }
+
+    @Test(arguments: ["vsphere://root@vc.example:443/DC", "vsphere://a%40b@vc.example", "ova:/images/a:b@c.ova"])
+    func sourceWithoutPasswordIsTaken(_ url: String) async throws {
+        var request = Rig.request
+        request.sourceURL = url
+        try await rig.process { [request] client, _ in
+            let migration = try await client.submitMigration(request)
+            #expect(migration.state == .exporting)
+        }
+    }
 }
