@@ -69,12 +69,12 @@ package final class LibvirtDomain: Sendable {
     }
 
     /// Cuts the power.
-    func destroy() throws {
+    package func destroy() throws {
         guard virDomainDestroy(pointer) == 0 else { throw libvirtError("stop domain \(name)") }
     }
 
     /// Removes the definition with its NVRAM file, saved state and snapshot records; disks stay.
-    func undefine() throws {
+    package func undefine() throws {
         let basic = VIR_DOMAIN_UNDEFINE_MANAGED_SAVE.rawValue | VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA.rawValue
         let all =
             basic | VIR_DOMAIN_UNDEFINE_NVRAM.rawValue | VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA.rawValue

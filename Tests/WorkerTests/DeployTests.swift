@@ -137,7 +137,8 @@ import Testing
         if !isDefined { try domain.undefine() }
         let request = try rig.request(name, [a100]) {
             ($0.manifest.vm.biosUuid, $0.options.keepUuid) = ("4dea22b3-1d52-d8f3-2516-782e98ab3fa1", true)
-            $0.manifest.vm.memory.bytes = 0
+            // More than libvirt can count.
+            $0.manifest.vm.memory.bytes = 1 << 63
         }
         let refused = await failure { try await rig.handler().run(request, fence: 2) }
         let message = refused?.message ?? ""
