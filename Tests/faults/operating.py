@@ -59,7 +59,7 @@ def hosts(fleet):
 
 def letters(fleet):
     """Two messages that nobody could take: one replayed, which has no effect, and one thrown away."""
-    say(fleet, r"^\d+ letters removed$", "queue", "discard", "--all")  # of the cases before this one
+    say(fleet, r"^letters removed: \d+$", "queue", "discard", "--all")  # of the cases before this one
     for name in HOSTS:
         say(fleet, rf"^ *flotilla\.tasks\.{name} +0 +1$", "queue", "status")
     say(fleet, r"^ *flotilla\.dead +0 +0$", "queue", "status")
@@ -75,13 +75,14 @@ def letters(fleet):
     say(fleet, r"^ *flotilla\.dead +3 +0$", "queue", "status")
     if len(json.loads(say(fleet, r"^\{", "queue", "dead", "--json", "--limit", "2"))["letters"]) != 2:
         raise Violation("queue dead --limit 2 has not two letters")
-    say(fleet, "^1 letters removed without effect$", "queue", "replay", "letter-1")
-    say(fleet, "^1 letters removed$", "queue", "discard", "letter-2")
+    say(fleet, "^letter-1: removed without effect: ", "queue", "replay", "letter-1")
+    say(fleet, "^letter-2: would be thrown away$", "queue", "discard", "letter-2", "--dry-run")
+    say(fleet, "^letter-2: thrown away$", "queue", "discard", "letter-2")
     say(fleet, "^not touched: letter-2: it is not among the dead letters$", "queue", "discard", "letter-2", code=1)
     for verb in ("replay", "discard"):
         say(fleet, "Name messages, or --all", "queue", verb, code=2)
         say(fleet, "Name messages, or --all", "queue", verb, "letter-3", "--all", code=2)
-    say(fleet, "^1 letters removed$", "queue", "discard", "--all")
+    say(fleet, "^letters removed: 1$", "queue", "discard", "--all")
     say(fleet, "^no dead letters$", "queue", "dead")
     print("  dead letters: listed with their reasons, replayed, thrown away", flush=True)
 
@@ -105,7 +106,7 @@ def lost_task(fleet):
     wait(30, f"{message} among the dead letters", lambda: message in fleet.api("queue", "dead").stdout)
     connection.close()
     say(fleet, rf"^ *{message} +flotilla\.tasks\.kvm3 +- +rejected$", "queue", "dead")
-    say(fleet, f"^sent again: {task}$", "queue", "replay", message)
+    say(fleet, f"^{message}: task {task} is sent again$", "queue", "replay", message)
     fleet.begin("kvm3")
     fleet.wait_ended()
     attempts = fleet.migrations()[fleet.names[-1][0]]["stages"][0]["attempt"]
