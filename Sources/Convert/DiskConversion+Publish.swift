@@ -48,6 +48,26 @@ extension DiskConversion {
         }
     }
 
+    /// Removes the images that conversions of this folder published in `folder`, for when nobody wants them any more. What
+    /// was written to after it was complete is somebody's, and stays.
+    package static func removePublished(workDirectory: String, from folder: String) throws {
+        let suffix = ".checkpoint"
+        for name in try Files.list(workDirectory) where name.hasSuffix(suffix) {
+            let path = "\(workDirectory)/\(name)"
+            let log = try CheckpointLog(path)
+            defer { log.unlock() }
+            guard let finished = try log.read()?.finished else { continue }
+            let completed = try FileIdentity(path: path).modifiedNanoseconds
+            let images = try Files.list(folder).filter { $0.contains("-\(name.dropLast(suffix.count)).") }
+            for image in images.map({ "\(folder)/\($0)" }) where Files.isRegular(image) {
+                let identity = try FileIdentity(path: image)
+                guard finished.isImage(identity), identity.modifiedNanoseconds <= completed else { continue }
+                try Files.remove(image)
+                try Files.synchronizeDirectory(of: image)
+            }
+        }
+    }
+
     /// The file that proves what was published: the image, or what a volume begins with.
     private var evidencePath: String { volume == nil ? finalPath : partialPath }
 

@@ -68,6 +68,17 @@ extension Transitions {
         }
     }
 
+    /// Of a convert that had ended well when its worker heard that it was cancelled: the next run goes on with its images.
+    func keepDisks(of task: TaskRecord, _ ended: TaskEnded) throws {
+        guard task.stage == .convert, var migration = try store.migration(id: task.migrationID),
+            let last = try? ConvertUpdate(serializedBytes: ended.result), case .result(let result) = last.update,
+            let manifest = migration.manifest, try manifest.source.fingerprint == task.convertedFingerprint,
+            result.disks.count == manifest.disks.count
+        else { return }
+        migration.manifest?.disks = result.disks
+        try store.save(migration)
+    }
+
     private func decode<Update: SwiftProtobuf.Message>(_ result: Data, _ stage: Stage) throws -> Update {
         do { return try Update(serializedBytes: result) } catch { throw resultMissing(stage) }
     }
@@ -86,8 +97,10 @@ extension Transitions {
                 .unavailable, "host \(request.host) has not told of itself yet", hint: "is its worker running?")
         }
         let earlier = migration.manifest
-        let wasConverted =
-            try store.task(id: Stage.convert.taskID(ofMigration: migration.id))?.machine.state == .succeeded
+        let convert = try store.task(id: Stage.convert.taskID(ofMigration: migration.id))
+        let wasConverted = convert?.machine.state == .succeeded
+        // Of the source that the disks were made from. What was captured since, for a dry run or before a refusal, is not.
+        let converted = try wasConverted ? convert?.convertedFingerprint ?? "" : ""
         let isDeployed = migration.result != nil && host.domains.contains { $0.migrationID == migration.id }
         var manifest = captured
         manifest.migrationID = migration.id
@@ -100,7 +113,7 @@ extension Transitions {
 
         if wasConverted, isDeployed, let earlier {
             // A domain is in use that was made from the source as it was: a changed one must not pass for done.
-            guard earlier.source.fingerprint == captured.source.fingerprint else {
+            guard converted == captured.source.fingerprint else {
                 throw MigrationError(
                     .failedPrecondition, "\(request.sourceURL) changed since \(earlier.vm.name) was migrated from it",
                     hint: "undefine domain \(options.domainName) and remove its disks, then run the same command again "
@@ -129,7 +142,7 @@ extension Transitions {
             .convert, of: migration,
             ConvertRequest.with {
                 $0.manifest = manifest
-                $0.convertedFingerprint = earlier?.source.fingerprint ?? ""
+                $0.convertedFingerprint = converted
                 $0.pool = request.pool
                 $0.format = request.format
                 $0.domainName = options.domainName
@@ -222,6 +235,11 @@ extension MigrationRecord {
 }
 
 extension TaskRecord {
+    /// The fingerprint of the source that a convert was asked for.
+    var convertedFingerprint: String {
+        get throws { try ConvertRequest(serializedBytes: request).manifest.source.fingerprint }
+    }
+
     /// What is said of an end that no worker reported: nothing of a cancelled task.
     var unspokenEnd: TaskEnded {
         guard case .failed(let code) = machine.state else { return TaskEnded() }

@@ -25,38 +25,12 @@ extension BusServerTransport {
             return await reject(delivery, from: names.control(of: member.name), "\(error)")
         }
         await delivery.settle(.ack)
-        await withDiscardingTaskGroup { group in
-            for message in messages {
-                // What the ledger writes at once, so that it can write it together.
-                switch message.kind {
-                case .stored: group.addTask { await self.forget(message.taskID, message.fence) }
-                case .cancel(let cancel) where !cancel.revoked && state.withLock { $0.calls[message.taskID] == nil }:
-                    group.addTask { await self.discard(message.taskID, message.fence, cancel.reason) }
-                default: obey(message)
-                }
+        for message in messages {
+            switch message.kind {
+            case .stored: _ = sweep(message)
+            case .cancel(let cancel) where !cancel.revoked && sweep(message): break
+            default: obey(message)
             }
-        }
-    }
-
-    private func forget(_ task: String, _ fence: UInt64) async {
-        do { try await ledger.acknowledge(task: task, fence: fence) } catch {
-            logger.error("ledger", metadata: ["task": "\(task)", "error": "\(error)"])
-        }
-    }
-
-    /// The coordinator says it again until it is told that nothing is left.
-    private func discard(_ task: String, _ fence: UInt64, _ reason: String) async {
-        do {
-            guard try await ledger.discard(task: task, fence: fence) else { return }
-            // Which attempt it was is known to the coordinator: the fence names it.
-            let call = CallIdentity(task: task, attempt: 0, fence: fence)
-            let ended = TaskEnded.with {
-                $0.code = Int32(MigrationError.Code.cancelled.rawValue)
-                $0.message = reason
-            }
-            try await events.publish(TaskEvent(call, sequence: Self.discardSequence, .ended(ended)))
-        } catch {
-            logger.error("not cleaned up after", metadata: ["task": "\(task)", "error": "\(error)"])
         }
     }
 
@@ -125,7 +99,7 @@ extension BusServerTransport {
 
     /// Far above what one process counts to: how far the one that is gone had come is not known.
     private static let releaseSequence: UInt64 = 1 << 40
-    private static let discardSequence = releaseSequence + 1
+    static let discardSequence = releaseSequence + 1
 
     /// Says what ended and was never confirmed, where its turn has come. Called at start as well.
     package func republish() async {

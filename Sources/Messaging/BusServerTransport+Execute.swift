@@ -31,14 +31,12 @@ extension BusServerTransport {
         }
         // Handlers listen to task cancellation: gRPC's own handle would only flip a flag.
         running.onStop { work.cancel() }
-        let timer = deadlineTimer(call.deadline, running)
         await work.value
-        timer?.cancel()
         let (status, metadata, last) = writer.outcome
         return report(status.map { ($0, metadata) }, running.stopReason, last: last)
     }
 
-    private func deadlineTimer(_ deadline: Moment?, _ running: RunningCall) -> Task<Void, Never>? {
+    func deadlineTimer(_ deadline: Moment?, _ running: RunningCall) -> Task<Void, Never>? {
         guard let deadline else { return nil }
         let wait = Duration.milliseconds(deadline.milliseconds - Moment.now.milliseconds)
         return Task {

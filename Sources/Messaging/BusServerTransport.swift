@@ -50,6 +50,8 @@ package final class BusServerTransport: ServerTransport {
     struct State {
         var methods: [String: MethodDescriptor] = [:]
         var calls: [String: RunningCall] = [:]
+        /// Tasks that are being cleaned up after, and who waits for the end of that.
+        var sweeps: [String: [CheckedContinuation<Void, Never>]] = [:]
         var subscription: Subscription?
         var isShuttingDown = false
         var isStopping = false
@@ -242,10 +244,14 @@ package final class BusServerTransport: ServerTransport {
     ) async throws {
         let running = RunningCall(call.identity, lease: settings.leaseDuration)
         // An older attempt on this host must be out of the way before the new one touches its files.
-        while let other = enter(running) {
-            guard other.identity.fence < call.identity.fence else { return await settleCopy(delivery, of: call) }
-            other.stop(.lostOwnership("attempt \(call.identity.attempt) was issued"))
-            await other.waitForEnd()
+        while let obstacle = enter(running) {
+            switch obstacle {
+            case .sweep: await sweepEnded(of: call.identity.task)
+            case .call(let other):
+                guard other.identity.fence < call.identity.fence else { return await settleCopy(delivery, of: call) }
+                other.stop(.lostOwnership("attempt \(call.identity.attempt) was issued"))
+                await other.waitForEnd()
+            }
         }
         defer {
             state.withLock { if $0.calls[call.identity.task] === running { $0.calls[call.identity.task] = nil } }
@@ -267,6 +273,9 @@ package final class BusServerTransport: ServerTransport {
         case .stale: return
         case .ended(let ended): await end(running, ended)
         case .run:
+            // It passes while the task waits for its turn, too.
+            let timer = deadlineTimer(call.deadline, running)
+            defer { timer?.cancel() }
             let ticket = slots.ticket()
             running.onStop { [slots] in slots.abandon(ticket) }
             let isIn = await slots.enter(ticket)
@@ -310,15 +319,22 @@ package final class BusServerTransport: ServerTransport {
         }
     }
 
-    /// Makes `call` its task's only one here, or returns the one that is. After a shutdown began it enters stopped.
-    private func enter(_ call: RunningCall) -> RunningCall? {
-        let (other, isStopping) = state.withLock { state in
-            if let other = state.calls[call.identity.task] { return (RunningCall?.some(other), state.isStopping) }
-            state.calls[call.identity.task] = call
+    private enum Obstacle {
+        case call(RunningCall)
+        case sweep
+    }
+
+    /// Makes `call` its task's only one here, or returns what is in the way. After a shutdown began it enters stopped.
+    private func enter(_ call: RunningCall) -> Obstacle? {
+        let (obstacle, isStopping) = state.withLock { state -> (Obstacle?, Bool) in
+            let task = call.identity.task
+            if let other = state.calls[task] { return (.call(other), state.isStopping) }
+            if state.sweeps[task] != nil { return (.sweep, state.isStopping) }
+            state.calls[task] = call
             return (nil, state.isStopping)
         }
         if isStopping { call.stop(.shutdown) }
-        return other
+        return obstacle
     }
 
     /// Journals and publishes the end. A publish that fails is made up for by the heartbeat.

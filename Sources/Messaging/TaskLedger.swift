@@ -10,11 +10,12 @@ package protocol TaskLedger: Sendable {
     func recordEnd(of call: CallIdentity, _ event: TaskEvent) async throws
 
     /// The coordinator has the result: clean up after the task and forget it.
-    /// Does nothing unless this fence's end is what the ledger holds.
+    /// Does nothing unless this fence's end is what the ledger holds. The caller admits no attempt of the task meanwhile.
     func acknowledge(task: String, fence: UInt64) async throws
 
     /// The task was cancelled under this fence, and nobody works on it here: clean up after it.
-    /// Does nothing while the ledger holds a later attempt, or an end that is to be confirmed; returns false then.
+    /// Does nothing while the ledger holds a later attempt, or an end that is to be confirmed; returns false then. The
+    /// caller admits no attempt of the task meanwhile.
     func discard(task: String, fence: UInt64) async throws -> Bool
 
     /// Ends that the coordinator has not confirmed.

@@ -48,17 +48,18 @@ package final class Journal: TaskLedger {
     private let file: JournalFile
     private let logger: Logger
     private let state: Mutex<State>
-    private let cleanUp: @Sendable (String) throws -> Void
+    private let sweeper: Sweeper
     private let answers: @Sendable (String) -> Bool
 
     /// - Parameters:
     ///   - answers: whether a stored success of this gRPC method may answer a later attempt. Only for work that is
     ///     expensive and whose result can't have changed since.
-    ///   - cleanUp: removes what a task left on disk besides its result; called before it is forgotten.
+    ///   - cleanUp: removes what a task left on disk, before it is forgotten; its result, too, where that is of no use
+    ///     to anybody. See `Sweeper`.
     ///   - growth: bytes of history that its file may hold beside as much as is of use.
     package init(
         path: String, answers: @escaping @Sendable (String) -> Bool, growth: UInt64 = 4 << 20, logger: Logger,
-        cleanUp: @escaping @Sendable (String) throws -> Void
+        cleanUp: @escaping Sweeper.CleanUp
     ) throws {
         var state = State()
         for entry in try JournalFile.read(path) { Self.apply(entry, to: &state) }
@@ -66,7 +67,7 @@ package final class Journal: TaskLedger {
         file = try JournalFile(path, entries, growth: growth)
         interrupted = entries.filter { $0.ended == nil && !$0.forgotten }.map(\.identity)
         self.state = Mutex(state)
-        self.cleanUp = cleanUp
+        sweeper = Sweeper(cleanUp)
         self.answers = answers
         self.logger = logger
     }
@@ -104,36 +105,38 @@ package final class Journal: TaskLedger {
     }
 
     package func acknowledge(task: String, fence: UInt64) async throws {
-        let isForgotten = try await change(task) { [self] earlier in
-            guard var entry = earlier, entry.fence == fence, let data = entry.ended else { return (false, nil) }
-            // What failed may be tried again and goes on from its checkpoint; only an end for good is swept. An attempt
-            // that is admitted meanwhile waits for this change: it must not work in a folder that is going.
-            let ended = try TaskEvent(serializedBytes: data).ended
-            if ended.code == 0 || ended.code == MigrationError.Code.cancelled.rawValue {
-                do { try cleanUp(task) } catch {
-                    let watchers = state.withLock { state in
-                        state.unswept.insert(task)
-                        return state.watchers
-                    }
-                    for watcher in watchers { watcher.yield() }
-                    throw error
+        let known = state.withLock { $0.entries[task]?.entry }
+        guard let known, known.fence == fence, let data = known.ended else { return }
+        // What failed may be tried again and goes on from its checkpoint; only an end for good is swept.
+        let ended = try TaskEvent(serializedBytes: data).ended
+        if ended.code == 0 || ended.code == MigrationError.Code.cancelled.rawValue {
+            do { try await sweeper.sweep(task, keepsResult: ended.code == 0) } catch {
+                let watchers = state.withLock { state in
+                    state.unswept.insert(task)
+                    return state.watchers
                 }
+                for watcher in watchers { watcher.yield() }
+                throw error
             }
-            entry.ended = nil
-            entry.forgotten = true
-            return (true, entry)
         }
-        guard isForgotten else { return }
+        try await forget(task) { $0.fence == fence && $0.ended != nil }
         for watcher in state.withLock({ $0.watchers }) { watcher.yield() }
     }
 
     package func discard(task: String, fence: UInt64) async throws -> Bool {
-        try await change(task) { [cleanUp] earlier in
-            if let earlier, earlier.fence > fence || earlier.ended != nil { return (false, nil) }
-            try cleanUp(task)
-            guard var entry = earlier else { return (true, nil) }
+        let known = state.withLock { $0.entries[task]?.entry }
+        if let known, known.fence > fence || known.ended != nil { return false }
+        try await sweeper.sweep(task, keepsResult: false)
+        try await forget(task) { $0.fence <= fence && $0.ended == nil }
+        return true
+    }
+
+    private func forget(_ task: String, if isMeant: @escaping @Sendable (JournalEntry) -> Bool) async throws {
+        try await change(task) { earlier in
+            guard var entry = earlier, isMeant(entry) else { return ((), nil) }
+            entry.ended = nil
             entry.forgotten = true
-            return (true, entry)
+            return ((), entry)
         }
     }
 

@@ -1,3 +1,4 @@
+import Convert
 import HostKit
 import Messaging
 import MigrationModel
@@ -37,10 +38,16 @@ struct WorkDirectory: Sendable {
         return folder
     }
 
-    func remove() throws {
+    /// - Parameter keepsResult: whether the images that its conversions published stay.
+    func remove(keepsResult: Bool = true) throws {
         // "..", or nothing, would be far more than a task's folder.
         guard TaskCall.isIdentifier(task) else { throw MigrationError(.invalidArgument, "'\(task)' is no task id") }
         guard Files.exists(root) else { return }
+        if !keepsResult, Files.exists(path) {
+            for fence in try Files.list(path) where UInt64(fence) != nil {
+                try DiskConversion.removePublished(workDirectory: "\(path)/\(fence)", from: pool)
+            }
+        }
         try Files.remove(path)
         // Stays while other tasks have folders in it.
         try Files.removeDirectoryIfEmpty(root)

@@ -26,8 +26,8 @@ package final class Worker: Sendable {
         self.logger = logger
         let pools = configuration.pools
         let convert = ConvertService.Method.Convert.descriptor.fullyQualifiedMethod
-        journal = try Journal(path: configuration.journalPath, answers: { $0 == convert }, logger: logger) { task in
-            for pool in pools { try WorkDirectory(pool: pool.path, task: task).remove() }
+        journal = try Journal(path: configuration.journalPath, answers: { $0 == convert }, logger: logger) {
+            for pool in pools { try WorkDirectory(pool: pool.path, task: $0).remove(keepsResult: $1) }
         }
         var settings = configuration.transport
         settings.requireRequest = requireRequest

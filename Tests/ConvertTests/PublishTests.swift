@@ -134,4 +134,25 @@ struct Scene {
         #expect(result.notice == .resumed)
         try scene.judge(result)
     }
+
+    /// Of a task that was cancelled after its images had their names. What somebody wrote to since is theirs.
+    @Test(arguments: [true, false]) func whatNobodyWantsIsRemovedUnlessItWasWrittenTo(_ isInUse: Bool) throws {
+        let scene = try Scene()
+        let conversion = DiskConversion(
+            source: scene.conversion.source, sourceFormat: .vmdk, targetFormat: .qcow2,
+            workDirectory: scene.folder.file("work"), name: "disk0", finalPath: scene.folder.file("web-disk0.qcow2"))
+        _ = try conversion.run()
+        try run("cp", "-a", conversion.finalPath, scene.folder.file("other-disk0.qcow2"))
+        if isInUse {
+            let file = try File(conversion.finalPath, O_RDWR)
+            try file.write(try file.readExactly(at: 0, count: 1), at: 0)
+        }
+        for _ in 1...2 {
+            try DiskConversion.removePublished(
+                workDirectory: scene.folder.file("work"), from: Files.parent(of: conversion.finalPath))
+        }
+        #expect(Files.exists(conversion.finalPath) == isInUse)
+        #expect(Files.exists(scene.folder.file("other-disk0.qcow2")))
+        #expect(Files.exists(conversion.source.path))
+    }
 }

@@ -86,10 +86,10 @@ final class TransportRig: Sendable {
         try await bus.publish(message)
     }
 
-    func cancel(fence: UInt64, _ reason: String) async throws {
+    func cancel(_ task: String = "m-convert", fence: UInt64, _ reason: String) async throws {
         try await tell(
             .with {
-                $0.taskID = "m-convert"
+                $0.taskID = task
                 $0.fence = fence
                 $0.cancel.reason = reason
             })

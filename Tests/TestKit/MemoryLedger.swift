@@ -12,6 +12,8 @@ package final class MemoryLedger: TaskLedger {
         var ended: [String: TaskEvent] = [:]
         var answers: [String: Admission] = [:]
         var discarded: [String] = []
+        var held: Set<String> = []
+        var waiting: [CheckedContinuation<Void, Never>] = []
     }
 
     private let state = Mutex(State())
@@ -24,6 +26,20 @@ package final class MemoryLedger: TaskLedger {
 
     /// What the next admission of this task is answered with.
     package func answer(_ task: String, _ admission: Admission) { state.withLock { $0.answers[task] = admission } }
+
+    /// Lets what is to be discarded of this task wait, as a disk that does not answer would.
+    package func hold(_ task: String) { state.withLock { _ = $0.held.insert(task) } }
+
+    /// What is to be discarded and has to wait.
+    package var waiting: Int { state.withLock { $0.waiting.count } }
+
+    package func letGo() {
+        let waiting = state.withLock { state in
+            defer { (state.held, state.waiting) = ([], []) }
+            return state.waiting
+        }
+        for continuation in waiting { continuation.resume() }
+    }
 
     package func admit(_ call: TaskCall) async throws -> Admission {
         state.withLock { state in
@@ -44,7 +60,14 @@ package final class MemoryLedger: TaskLedger {
     }
 
     package func discard(task: String, fence: UInt64) async throws -> Bool {
-        state.withLock { state in
+        await withCheckedContinuation { continuation in
+            let isHeld = state.withLock { state in
+                if state.held.contains(task) { state.waiting.append(continuation) }
+                return state.held.contains(task)
+            }
+            if !isHeld { continuation.resume() }
+        }
+        return state.withLock { state in
             if state.fences[task] ?? 0 > fence || state.ended[task] != nil { return false }
             state.discarded.append(task)
             return true

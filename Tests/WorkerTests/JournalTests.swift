@@ -19,7 +19,7 @@ import Testing
     private var path: String { "\(folder.path)/worker.journal" }
 
     private func open(
-        growth: UInt64 = 4 << 20, _ cleanUp: @escaping @Sendable (String) throws -> Void = { _ in }
+        growth: UInt64 = 4 << 20, _ cleanUp: @escaping Sweeper.CleanUp = { _, _ in }
     ) throws -> Journal {
         try Journal(
             path: path, answers: { $0 == "Convert" }, growth: growth,
@@ -120,7 +120,10 @@ import Testing
     }
 
     @Test func acknowledgedTaskIsSweptAndItsLateCopyNotRun() async throws {
-        let journal = try open { [folder] in try Files.writeAtomically([], to: "\(folder.path)/swept-\($0)") }
+        let journal = try open { [folder] task, keepsResult in
+            #expect(keepsResult)
+            try Files.writeAtomically([], to: "\(folder.path)/swept-\(task)")
+        }
         let first = call("t", fence: 1)
         _ = try await journal.admit(first)
         try await journal.recordEnd(of: first.identity, end(first))
@@ -134,7 +137,7 @@ import Testing
     }
 
     @Test func whatFailsToSweepStaysUnacknowledged() async throws {
-        let journal = try open { _ in throw MigrationError(.internal, "no") }
+        let journal = try open { _, _ in throw MigrationError(.internal, "no") }
         let first = call("t", fence: 1)
         _ = try await journal.admit(first)
         try await journal.recordEnd(of: first.identity, end(first))
@@ -145,7 +148,10 @@ import Testing
     }
 
     @Test func whatIsCancelledBetweenAttemptsIsSwept() async throws {
-        let journal = try open { [folder] in try Files.writeAtomically([], to: "\(folder.path)/swept-\($0)") }
+        let journal = try open { [folder] task, keepsResult in
+            #expect(!keepsResult)
+            try Files.writeAtomically([], to: "\(folder.path)/swept-\(task)")
+        }
         for (task, code) in [("waiting", 14), ("unconfirmed", nil), ("released", nil)] as [(String, Int32?)] {
             let first = call(task, fence: 1)
             _ = try await journal.admit(first)
@@ -166,7 +172,7 @@ import Testing
     }
 
     @Test func acknowledgementOfAnOlderFenceKeepsTheResult() async throws {
-        let journal = try open { _ in Issue.record("nothing may be swept") }
+        let journal = try open { _, _ in Issue.record("nothing may be swept") }
         let first = call("t", fence: 1)
         _ = try await journal.admit(first)
         try await journal.recordEnd(of: first.identity, end(first))
@@ -281,7 +287,7 @@ import Testing
     private static func open(_ path: String) throws -> Journal {
         try Journal(
             path: path, answers: { _ in true }, growth: 2000,
-            logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() }, cleanUp: { _ in })
+            logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() }, cleanUp: { _, _ in })
     }
 
     private static func call(_ task: String, fence: UInt64 = 1) -> TaskCall {

@@ -283,7 +283,7 @@ package nonisolated struct PermitRequest: Sendable {
   // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
   // methods supported on all messages.
 
-  /// "publish-disks", "define-domain".
+  /// "publish-disks", "define-domain", "undefine-domain".
   package var step: String = String()
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()

@@ -19,7 +19,7 @@ struct WorkerProcess: AsyncParsableCommand {
         let bus = try place.bus(user: NoOp.host)
         let logger = place.logger("worker")
         let journal = try Journal(
-            path: "\(place.dir)/worker.journal", answers: { _ in false }, logger: logger, cleanUp: { _ in })
+            path: "\(place.dir)/worker.journal", answers: { _ in false }, logger: logger, cleanUp: { _, _ in })
         let transport = BusServerTransport(
             bus: bus, names: Names(), member: try place.member(NoOp.host), settings: .init(slots: slots),
             ledger: journal, logger: logger)

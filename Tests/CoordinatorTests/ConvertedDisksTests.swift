@@ -1,0 +1,72 @@
+import FlotillaProtocol
+import GRPCCore
+import Messaging
+import MigrationModel
+import SwiftProtobuf
+import TestKit
+import Testing
+
+/// What a later run of a migration makes of images that an earlier one converted.
+@Suite struct ConvertedDisksTests {
+    /// The images were there before the worker heard of the cancel.
+    @Test func convertThatEndsWellAfterItsCancelIsOfUse() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let id = try await client.submitMigration(Rig.request).id
+            try await worker.work(.export)
+            let convert = try await worker.take()
+            try await worker.accept(convert)
+            _ = try await client.cancelMigration(.with { $0.id = id })
+            let isCancel = { (control: ControlMessage) -> Bool? in if case .cancel = control.kind { true } else { nil } }
+            _ = try await worker.told(isCancel)
+            var disks = try ConvertRequest(serializedBytes: convert.body).manifest.disks
+            disks[0].target.path = "/pool/web-disk0.qcow2"
+            try await worker.succeed(convert, ConvertUpdate.with { [disks] in $0.result.disks = disks })
+            _ = try await worker.told { if case .stored = $0.kind { true } else { nil } }
+            #expect(try await client.end(id).state == .cancelled)
+
+            _ = try await client.submitMigration(Rig.request)
+            try await worker.work(.export)
+            let again = try ConvertRequest(serializedBytes: try await worker.work(.convert).body)
+            #expect(again.manifest.disks.map(\.target.path) == ["/pool/web-disk0.qcow2"])
+            #expect(again.convertedFingerprint == "f1")
+            try await worker.work(.deploy)
+            #expect(try await client.end(id).state == .done)
+        }
+    }
+
+    /// A capture of the changed source, for a dry run or before a refusal, does not make the images of the old one its own.
+    @Test(arguments: [true, false]) func imagesBelongToTheSourceTheyWereMadeFrom(_ isDryRun: Bool) async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let id = try await client.submitMigration(Rig.request).id
+            try await worker.work(.export)
+            try await worker.work(.convert)
+            let deploy = try await worker.take()
+            try await worker.accept(deploy)
+            try await worker.fail(deploy, .failedPrecondition, "no")
+            #expect(try await client.end(id).state == .failed)
+
+            var changed = Rig.manifest
+            changed.source.fingerprint = "f2"
+            var request = Rig.request
+            if isDryRun {
+                request.dryRun = true
+            } else {
+                changed.nics[0].network = "elsewhere"
+            }
+            _ = try await client.submitMigration(request)
+            try await worker.work(.export, manifest: changed)
+            if isDryRun { try await worker.work(.deploy) }
+            #expect(try await client.end(id).state == (isDryRun ? .ready : .preflightBlocked))
+
+            changed.nics = Rig.manifest.nics
+            _ = try await client.submitMigration(Rig.request)
+            try await worker.work(.export, manifest: changed)
+            // The worker refuses images of another fingerprint than the request's.
+            let convert = try ConvertRequest(serializedBytes: try await worker.take().body)
+            #expect(convert.manifest.source.fingerprint == "f2")
+            #expect(convert.convertedFingerprint == "f1")
+        }
+    }
+}
