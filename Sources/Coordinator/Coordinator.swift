@@ -77,7 +77,7 @@ package final class Coordinator: Sendable {
     /// that were out when the last process ended are taken back first if the bus forgot them with it.
     @concurrent
     package func run(hosts: @escaping @Sendable () throws -> [String]) async throws {
-        try await bus.declare(settings.names.topology(hosts: hosts()))
+        try await declare(hosts())
         if !bus.isDurable { try await takeBackOrphans() }
         let events = try await bus.subscribe(settings.names.coordinatorEvents, prefetch: 256)
         defer { events.cancel() }
@@ -120,13 +120,25 @@ package final class Coordinator: Sendable {
                 if present != known || declared + settings.queueInterval <= .now {
                     // Not tried, nor complained of, more often while the broker is away.
                     declared = .now
-                    try await bus.declare(settings.names.topology(hosts: present.sorted()))
+                    try await declare(present.sorted())
                 }
                 known = present
             } catch let error as MigrationError {
                 logger.error("hosts not looked after", metadata: ["error": "\(error)"])
             }
             try await Task.sleep(for: settings.hostInterval)
+        }
+    }
+
+    /// One host's queue that the broker refuses, say because somebody else made it, is nobody else's trouble.
+    private func declare(_ hosts: [String]) async throws {
+        do { return try await bus.declare(settings.names.topology(hosts: hosts)) } catch {
+            try await bus.declare(settings.names.topology(hosts: []))
+        }
+        for host in hosts {
+            do { try await bus.declare(settings.names.topology(hosts: [host])) } catch {
+                logger.error("host has no queues", metadata: ["host": "\(host)", "error": "\(error)"])
+            }
         }
     }
 
@@ -310,7 +322,8 @@ package final class Coordinator: Sendable {
     /// What workers said, in one transaction. Safe to call twice with the same events.
     func handle(_ batch: [WorkerEvents]) async throws {
         // Signs of life are worth something for as long as a lease lasts: old ones must not keep a dead worker alive.
-        let horizon = Moment.now - settings.policy.leaseDuration
+        // A host's clock may be as wrong as its signatures may.
+        let horizon = Moment.now - settings.policy.leaseDuration - FleetMember.clockTolerance
         let patience = settings.acceptanceTimeout
         for events in batch {
             for case .task(let task)? in events.events.map(\.event) {

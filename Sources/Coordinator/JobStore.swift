@@ -51,8 +51,8 @@ package protocol JobTransaction {
     /// Notes an event for the record. False when it was noted before.
     func note(_ event: TaskEvent, kind: String, at: Moment) throws -> Bool
 
-    /// Whether this step of the task was permitted under a larger fence.
-    func wasPermitted(_ task: String, _ step: String, after fence: UInt64) throws -> Bool
+    /// Whether an event of the task was noted under a fence between the two.
+    func wasNoted(_ kind: String, of task: String, after: UInt64, before: UInt64) throws -> Bool
 
     /// Why a message went to the dead letters, and by whose decision.
     func note(_ rejected: MessageRejected, by member: String, at: Moment) throws

@@ -257,10 +257,10 @@ struct SQLiteTransaction: JobTransaction {
         return database.changesCount > 0
     }
 
-    func wasPermitted(_ task: String, _ step: String, after fence: UInt64) throws -> Bool {
+    func wasNoted(_ kind: String, of task: String, after: UInt64, before: UInt64) throws -> Bool {
         try first(
-            "SELECT EXISTS (SELECT 1 FROM event WHERE task_id = ? AND fence > ? AND kind = ?)",
-            [task, Int64(clamping: fence), "permit:\(step)"]
+            "SELECT EXISTS (SELECT 1 FROM event WHERE task_id = ? AND fence > ? AND fence < ? AND kind = ?)",
+            [task, Int64(clamping: after), Int64(clamping: before), kind]
         ) { $0[0] } ?? false
     }
 

@@ -15,7 +15,7 @@ extension Transitions {
             var ended = spoken ?? task.unspokenEnd
             if ended.code == 0 { ended.code = Int32(code) }
             if task.stage == .undeploy { return try finishTakingBack(&migration, failure: ended) }
-            if !isReplaced, mayBeLeft(task, spoken), try takeBack(&migration, because: ended) { return }
+            if !isReplaced, try mayBeLeft(task, spoken), try takeBack(&migration, because: ended) { return }
             migration.state = ended.finalState
             migration.error = ended
             try save(migration)
@@ -50,8 +50,9 @@ extension Transitions {
             let last: DeployUpdate = try decode(ended.result, stage)
             guard case .result(let result) = last.update else { throw resultMissing(stage) }
             // A check tells how the domain is now; how it was made and proved stays.
-            let isCheck = try DeployRequest(serializedBytes: task.request).mode == .check
-            if isCheck, migration.result?.domainUuid == result.domainUuid {
+            let mode = try DeployRequest(serializedBytes: task.request).mode
+            if mode == .deploy { try noteDone(task) }
+            if mode == .check, migration.result?.domainUuid == result.domainUuid {
                 migration.result?.domainState = result.domainState
             } else {
                 migration.result = result
@@ -70,13 +71,16 @@ extension Transitions {
 
     /// Of a convert that had ended well when its worker heard that it was cancelled: the next run goes on with its images.
     func keepDisks(of task: TaskRecord, _ ended: TaskEnded) throws {
-        guard task.stage == .convert, var migration = try store.migration(id: task.migrationID),
+        guard task.stage == .convert, ended.code == 0, var migration = try store.migration(id: task.migrationID),
             let last = try? ConvertUpdate(serializedBytes: ended.result), case .result(let result) = last.update,
             let manifest = migration.manifest, try manifest.source.fingerprint == task.convertedFingerprint,
             result.disks.count == manifest.disks.count
         else { return }
         migration.manifest?.disks = result.disks
         try store.save(migration)
+        var task = task
+        task.machine.countAsDone()
+        try store.save(task)
     }
 
     private func decode<Update: SwiftProtobuf.Message>(_ result: Data, _ stage: Stage) throws -> Update {

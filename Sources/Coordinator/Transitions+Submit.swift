@@ -18,6 +18,12 @@ extension Transitions {
         var record: MigrationRecord
         if let earlier = try store.migration(key: key) {
             record = earlier
+            // One that ends by itself is of a run that failed; this one somebody asked for.
+            guard record.state != .rollingBack || record.error != nil else {
+                throw MigrationError(
+                    .failedPrecondition, "migration \(record.id) is being rolled back",
+                    hint: "repeat the rollback's command to see its end, then migrate it again")
+            }
             activate(record.id)
             // What is under way keeps its deadline: the worker was told, and would have to begin anew.
             let isOther = record.request.withoutDeadline != request.withoutDeadline
@@ -36,8 +42,8 @@ extension Transitions {
             }
             if record.state.isFinal {
                 record.findings = []
-                // What a dry run said it would do is not done.
-                if record.request.dryRun { record.result = nil }
+                // What a dry run said it would do is not done. Only that has the domain's XML in it.
+                if record.result?.domainXml.isEmpty == false { record.result = nil }
                 if record.state != .done {
                     record.request = request
                 } else {
@@ -88,9 +94,7 @@ extension Transitions {
                 .failedPrecondition, "migration \(record.id) is still \(record.state.word)",
                 hint: "cancel it: that takes back what it made")
         }
-        guard record.manifest != nil, !record.request.dryRun,
-            try store.task(id: Stage.deploy.taskID(ofMigration: record.id)) != nil
-        else {
+        guard record.manifest != nil, try wasDeployed(record.id) else {
             throw MigrationError(
                 .failedPrecondition, "migration \(record.id) never defined a domain: there is nothing to take back")
         }

@@ -1,4 +1,5 @@
 import FlotillaProtocol
+import Messaging
 import MigrationModel
 import SwiftProtobuf
 
@@ -6,27 +7,53 @@ import SwiftProtobuf
 /// an attempt takes that back itself. One that was lost, or that was to be tried again, can't: the host is asked for an
 /// undeploy then, and the migration is over only after that.
 extension Transitions {
-    /// The worker did not take it back: it was to be tried again, or nobody knows how far it came.
+    private static let permitted = "permit:define-domain"
+    private static let done = "done"
+
+    /// The worker did not take it back: it was to be tried again, nobody knows how far it came, or an earlier attempt came
+    /// further than the one that ended.
     ///
     /// - Parameter spoken: what the worker said of the end; nil when it said nothing.
-    func mayBeLeft(_ task: TaskRecord, _ spoken: TaskEnded?) -> Bool {
+    func mayBeLeft(_ task: TaskRecord, _ spoken: TaskEnded?) throws -> Bool {
         guard task.stage == .deploy, let spoken else { return true }
-        return MigrationError.Code(rawValue: Int(spoken.code))?.isRetryable ?? false
+        if MigrationError.Code(rawValue: Int(spoken.code))?.isRetryable ?? false { return true }
+        return try hasSinceTakingBack(Self.permitted, task.migrationID, before: task.machine.fence)
     }
 
-    /// Whether a deploy was permitted to change the host since one was last taken back: without a permit it changes nothing.
-    private func deployIsLeft(_ migration: String) throws -> Bool {
+    /// What is in use from now on is nobody's to take back but a person's.
+    func noteDone(_ deploy: TaskRecord) throws {
+        let call = CallIdentity(task: deploy.id, attempt: deploy.machine.attempt, fence: deploy.machine.fence)
+        _ = try store.note(TaskEvent(call, sequence: 0, .ended(TaskEnded())), kind: Self.done, at: now)
+    }
+
+    /// Whether a deploy ever changed the host: without a permit it changes nothing.
+    func wasDeployed(_ migration: String) throws -> Bool {
+        let deploy = Stage.deploy.taskID(ofMigration: migration)
+        return try [Self.permitted, Self.done].contains { try store.wasNoted($0, of: deploy, after: 0, before: .max) }
+    }
+
+    private func hasSinceTakingBack(_ kind: String, _ migration: String, before fence: UInt64 = .max) throws -> Bool {
         let undeploy = try store.task(id: Stage.undeploy.taskID(ofMigration: migration))?.machine
         let taken = undeploy?.state == .succeeded ? undeploy?.fence ?? 0 : 0
-        return try store.wasPermitted(Stage.deploy.taskID(ofMigration: migration), "define-domain", after: taken)
+        return try store.wasNoted(kind, of: Stage.deploy.taskID(ofMigration: migration), after: taken, before: fence)
     }
 
     /// Asks for it, unless a deploy can't have left anything. Returns false then.
     ///
     /// - Parameter error: what the migration ends with, afterwards.
     mutating func takeBack(_ migration: inout MigrationRecord, because error: TaskEnded) throws -> Bool {
-        // What was done once is in use.
-        guard migration.result == nil, try deployIsLeft(migration.id) else { return false }
+        guard migration.result == nil, try hasSinceTakingBack(Self.permitted, migration.id) else { return false }
+        // What was done once is in use, whatever a host tells of its domains now.
+        if try hasSinceTakingBack(Self.done, migration.id) {
+            migration.findings.append(
+                .with {
+                    $0.severity = .warning
+                    $0.subject = Stage.deploy.rawValue
+                    $0.message = "what it did on \(migration.request.host) is not taken back: it was done once before"
+                    $0.remedy = "look at the domain there; to take it back: flotilla migration rollback \(migration.id)"
+                })
+            return false
+        }
         migration.state = .rollingBack
         migration.error = error
         try save(migration)

@@ -77,9 +77,7 @@ struct Transitions {
             _ = try store.note(event, kind: "ended", at: now)
             let outcome: TaskMachine.Outcome = ended.code == 0 ? .success : .failure(code: Int(ended.code))
             let after = try apply(.ended(fence: event.fence, outcome: outcome), to: task, ended: ended)
-            if case .cancelled = task.machine.state, after.machine.state == .succeeded {
-                try keepDisks(of: after, ended)
-            }
+            if task.machine.state == .cancelled, event.fence == task.machine.fence { try keepDisks(of: after, ended) }
             // An older fence's result of a task that is still open is kept by its worker: it answers the next attempt.
             if after.machine != task.machine || after.machine.isEnded {
                 tell(host, event.identity, .stored(ResultStored()))

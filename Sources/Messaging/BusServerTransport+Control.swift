@@ -58,7 +58,7 @@ extension BusServerTransport {
     /// Until cancelled: renews leases, repeats unanswered questions. What is said together travels together.
     func heartbeat() async {
         while (try? await Task.sleep(for: settings.heartbeat)) != nil {
-            let calls = state.withLock { Array($0.calls.values) }
+            let (calls, takesMore) = state.withLock { (Array($0.calls.values), !$0.isShuttingDown) }
             await withDiscardingTaskGroup { group in
                 for call in calls {
                     let event = TaskEvent(
@@ -66,6 +66,8 @@ extension BusServerTransport {
                     group.addTask { try? await self.events.publish(event) }
                     for step in call.pendingPermits { group.addTask { await self.ask(step, call) } }
                 }
+                // It means that tasks are taken on as they come.
+                guard takesMore else { return }
                 group.addTask { try? await self.events.publish(.heartbeat(.with { $0.tasks = UInt32(calls.count) })) }
             }
         }

@@ -8,6 +8,8 @@ package final class KeyRing: Sendable {
     private struct State {
         var keys: [String: [String: PublicKey]]
         var readAt: ContinuousClock.Instant?
+        /// Why an owner's keys, or with an empty name the folder, could not be read again.
+        var failures: [String: any Error] = [:]
     }
 
     private let folder: String?
@@ -26,44 +28,60 @@ package final class KeyRing: Sendable {
     /// Throws when the folder can't be read, a file in it is no public key, or others than its owner may write to it.
     package init(folder: String) throws {
         self.folder = folder
-        state = Mutex(State(keys: try Self.read(folder), readAt: .now))
+        var state = State(keys: [:], readAt: .now)
+        try Self.read(folder, &state)
+        if let failure = state.failures.values.first { throw failure }
+        self.state = Mutex(state)
     }
 
+    /// What can't be read any more keeps nobody from being believed who was; throws for a key that is not known then.
     package func key(_ id: String, of owner: String) throws -> PublicKey? {
         try state.withLock { state in
-            try refresh(&state, isUrgent: state.keys[owner]?[id] == nil)
-            return state.keys[owner]?[id]
+            refresh(&state, isUrgent: state.keys[owner]?[id] == nil)
+            if let key = state.keys[owner]?[id] { return key }
+            if let failure = state.failures[owner] ?? state.failures[""] { throw failure }
+            return nil
         }
     }
 
     /// Those who have a key.
     package func owners() throws -> [String] {
         try state.withLock { state in
-            try refresh(&state, isUrgent: true)
+            refresh(&state, isUrgent: true)
+            if let failure = state.failures[""] { throw failure }
             return state.keys.filter { !$0.value.isEmpty }.keys.sorted()
         }
     }
 
-    private func refresh(_ state: inout State, isUrgent: Bool) throws {
+    private func refresh(_ state: inout State, isUrgent: Bool) {
         guard let folder, let readAt = state.readAt,
             ContinuousClock.now - readAt > (isUrgent ? Self.minimumAge : Self.maximumAge)
         else { return }
-        state.keys = try Self.read(folder)
         state.readAt = .now
+        do { try Self.read(folder, &state) } catch { state.failures[""] = error }
     }
 
     private static func byID(_ keys: [PublicKey]) -> [String: PublicKey] {
         Dictionary(keys.map { ($0.id, $0) }, uniquingKeysWith: { first, _ in first })
     }
 
-    private static func read(_ folder: String) throws -> [String: [String: PublicKey]] {
+    /// An owner whose keys can't be read keeps those that are known.
+    private static func read(_ folder: String, _ state: inout State) throws {
         try Files.requireProtected(folder)
-        var keys: [String: [String: PublicKey]] = [:]
-        for owner in try Files.list(folder) where Files.isDirectory("\(folder)/\(owner)") {
-            try Files.requireProtected("\(folder)/\(owner)")
-            let files = try Files.list("\(folder)/\(owner)").filter { $0.hasSuffix(".pem") }
-            keys[owner] = byID(try files.map { try PublicKey(path: "\(folder)/\(owner)/\($0)") })
+        let known = state.keys
+        let owners = try Files.list(folder).filter { Files.isDirectory("\(folder)/\($0)") }
+        (state.keys, state.failures) = ([:], [:])
+        for owner in owners {
+            do { state.keys[owner] = try read("\(folder)/\(owner)") } catch {
+                state.keys[owner] = known[owner]
+                state.failures[owner] = error
+            }
         }
-        return keys
+    }
+
+    private static func read(_ folder: String) throws -> [String: PublicKey] {
+        try Files.requireProtected(folder)
+        let files = try Files.list(folder).filter { $0.hasSuffix(".pem") }
+        return byID(try files.map { try PublicKey(path: "\(folder)/\($0)") })
     }
 }

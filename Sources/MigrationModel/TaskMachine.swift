@@ -6,7 +6,7 @@
 ///     ^                    |                 |   ended, retryable / lease expired or released
 ///     +--------------------+-----------------+--------------------------+
 ///                                            |   ended, final; lost too often; expired --> failed
-///                                            |   cancel        --> cancelled, or succeeded: it was done by then
+///                                            |   cancel        --> cancelled
 /// ```
 /// Every dispatch raises `attempt` and `fence`. What carries an older fence changes nothing: its worker may still
 /// be running, but it no longer owns the task.
@@ -115,6 +115,11 @@ package struct TaskMachine: Hashable, Sendable {
     /// Its next fence will be larger than any of `other`, whose work it takes back or does again.
     package mutating func outrank(_ other: TaskMachine) { fence = max(fence, other.fence) }
 
+    /// It was cancelled, and had been done before its worker heard of that: what it made is there, and known.
+    package mutating func countAsDone() {
+        if state == .cancelled { state = .succeeded }
+    }
+
     package var isEnded: Bool {
         switch state {
         case .succeeded, .failed, .cancelled: true
@@ -140,15 +145,11 @@ package struct TaskMachine: Hashable, Sendable {
         case (.alive, .cancelled) where isUnswept:
             return [.cancel(fence: fence)]
 
-        // It was done before its worker heard of the cancel: what it made is there, and known.
-        case (.ended(let from, .success), .cancelled) where from == fence:
-            isUnswept = false
-            state = .succeeded
-            return []
-
         // After any other end its work stays on the host, for another attempt.
-        case (.ended(let from, .failure(code: MigrationError.Code.cancelled.rawValue)), .cancelled) where from == fence:
-            isUnswept = false
+        case (.ended(let from, let outcome), .cancelled) where from == fence:
+            if outcome == .success || outcome == .failure(code: MigrationError.Code.cancelled.rawValue) {
+                isUnswept = false
+            }
             return []
 
         case (.accepted(let from), _), (.heartbeat(let from), _):

@@ -7,9 +7,6 @@ import MigrationModel
 import VSphere
 
 extension WorkerConfiguration {
-    /// Records of exports that may have left something on a server.
-    var exportFolder: String { "\(stateDirectory)/exports" }
-
     /// Captures the VM that a vsphere:// source names. Blocking.
     func capture(_ text: String, vmName: String?, stop: StopFlag) throws -> Manifest {
         var url = try VSphereURL(parsing: text)

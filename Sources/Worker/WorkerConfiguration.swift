@@ -19,6 +19,9 @@ package struct WorkerConfiguration: Sendable {
     package var stateDirectory: String
     package var names: Names
     package var transport: BusServerTransport.Settings
+    /// Records of exports that may have left something on a server: of this process alone. What is there when it starts
+    /// is of one that is gone.
+    package var exportFolder: String
     /// How often the coordinator is told what the host is like.
     package var inventoryInterval = Duration.seconds(60)
     package var devices = DeviceHost()
@@ -40,6 +43,7 @@ package struct WorkerConfiguration: Sendable {
         self.pools = pools
         self.sourceFolders = sourceFolders
         self.stateDirectory = stateDirectory
+        exportFolder = "\(stateDirectory)/exports"
         self.names = names
         self.transport = transport
     }

@@ -73,6 +73,24 @@ import Testing
         #expect(try ring.owners() == ["coordinator"])
     }
 
+    /// A file that is no key is in the way of its owner's new keys, of nothing that was believed before.
+    @Test func damagedFileKeepsWhatIsKnown() async throws {
+        let folder = try TemporaryFolder("coordinator")
+        try Files.createDirectories("\(folder.path)/kvm1")
+        let (key, other, new) = (SigningKey(), SigningKey(), SigningKey())
+        try Files.writeAtomically(key.publicKey.pem, to: "\(folder.path)/kvm1/a.pem", mode: 0o644)
+        try Files.writeAtomically(other.publicKey.pem, to: "\(folder.path)/coordinator/a.pem", mode: 0o644)
+        let ring = try KeyRing(folder: folder.path)
+        try Files.writeAtomically([1, 2, 3], to: "\(folder.path)/kvm1/b.pem", mode: 0o644)
+        try Files.writeAtomically(new.publicKey.pem, to: "\(folder.path)/coordinator/b.pem", mode: 0o644)
+        let isRead = try await eventually { try ring.key(new.publicKey.id, of: "coordinator") }
+        #expect(isRead != nil)
+        #expect(try ring.key(key.publicKey.id, of: "kvm1") != nil)
+        let error = try #require(failure { _ = try ring.key(new.publicKey.id, of: "kvm1") })
+        #expect(error.message.contains("kvm1/b.pem"))
+        #expect(failure { _ = try KeyRing(folder: folder.path) } != nil)
+    }
+
     @Test(arguments: [
         ("kvm1", true), ("kvm-1.example.org", true), ("7", true), ("", false), ("coordinator", false), ("-a", false),
         ("a.", false), ("a/b", false), ("a b", false), ("*", false), ("#", false), ("ä", false),

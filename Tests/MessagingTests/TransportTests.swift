@@ -246,4 +246,24 @@ import Testing
             #expect(forgotten == true)
         }
     }
+
+    /// The coordinator gives tasks up that a living worker does not take on.
+    @Test func whoDrainsKeepsItsTasksAndDoesNotCountAsAlive() async throws {
+        let rig = TransportRig(heartbeat: .milliseconds(30))
+        try await rig.run { events in
+            try await rig.send("wait")
+            try await events.update()
+            rig.transport.beginGracefulShutdown()
+            var (beats, isAlive) = (0, false)
+            // The first may have been under way.
+            while beats < 4 {
+                switch try await events.any().event {
+                case .task(let event) where event.kind == .heartbeat(TaskHeartbeat()): beats += 1
+                case .heartbeat: isAlive = isAlive || beats > 2
+                default: break
+                }
+            }
+            #expect(!isAlive)
+        }
+    }
 }

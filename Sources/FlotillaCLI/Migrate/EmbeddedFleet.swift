@@ -52,6 +52,8 @@ struct EmbeddedFleet {
             sourceFolders: ["/"], stateDirectory: stateDirectory, names: names,
             transport: .init(slots: slots))
         configuration.rateLimit = rateLimit
+        // The host's worker may use the same folder, and exports of its own.
+        configuration.exportFolder = "\(stateDirectory)/exports-migrate"
         configuration.vsphere = VSphereSources(vsphere)
         configuration.recoversDevices = recoversDevices
         let worker = try Worker(configuration, bus: bus, member: members.worker, logger: logger)

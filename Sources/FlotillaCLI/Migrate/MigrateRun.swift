@@ -56,10 +56,13 @@ struct MigrateRun {
 
 extension Exit {
     /// The worst of several: what failed for good before what may go on, before what never began.
-    init(_ migrations: [Migration]) {
+    ///
+    /// - Parameter isRollback: whether it was asked for that they be taken back.
+    init(_ migrations: [Migration], isRollback: Bool = false) {
         let exits = migrations.map { migration -> Exit in
             switch migration.state {
-            case .done, .ready, .rolledBack: .done
+            case .done, .ready: .done
+            case .rolledBack: isRollback ? .done : .cancelled
             case .preflightBlocked: .blocked
             case .cancelled: .cancelled
             default:

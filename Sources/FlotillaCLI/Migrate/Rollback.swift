@@ -46,7 +46,7 @@ func showRollback(
         return
     }
     view.finish(migrations)
-    let exit = Exit(migrations)
+    let exit = Exit(migrations, isRollback: true)
     if exit != .done { throw ExitCode(exit.rawValue) }
 }
 

@@ -59,14 +59,14 @@ struct MigrationCommand: AsyncParsableCommand {
             let view = OutputStyle(json: json).view()
             let migrations = try await fleet.connect { client in
                 guard detach else { return try await follow(requests, client, view) }
-                var submitted: [Migration] = []
-                for request in requests { submitted.append(try await client.submitMigration(request)) }
-                return submitted
+                for request in requests {
+                    // Said at once: what comes next may be refused.
+                    let migration = try await client.submitMigration(request)
+                    Console.line(json ? try migration.jsonString() : migration.id)
+                }
+                return []
             }
-            if detach {
-                for migration in migrations { Console.line(json ? try migration.jsonString() : migration.id) }
-                return
-            }
+            if detach { return }
             view.finish(migrations)
             let exit = Exit(migrations)
             if exit != .done { throw ExitCode(exit.rawValue) }
@@ -115,12 +115,13 @@ struct MigrationCommand: AsyncParsableCommand {
 
         func run() async throws {
             let view = OutputStyle(json: json).view()
-            let migration = try await fleet.connect { client in
+            let (migration, isRollback) = try await fleet.connect { client in
                 let present = try await client.getMigration(.with { $0.id = id })
-                return try await watch(present, client, view)
+                let isRollback = [.rollingBack, .rolledBack].contains(present.state)
+                return (try await watch(present, client, view), isRollback)
             }
             view.finish([migration])
-            let exit = Exit([migration])
+            let exit = Exit([migration], isRollback: isRollback)
             if exit != .done { throw ExitCode(exit.rawValue) }
         }
     }
