@@ -17,7 +17,8 @@ import Testing
             let convert = try await worker.take()
             try await worker.accept(convert)
             _ = try await client.cancelMigration(.with { $0.id = id })
-            let isCancel = { (control: ControlMessage) -> Bool? in if case .cancel = control.kind { true } else { nil } }
+            let isCancel = { (control: ControlMessage) -> Bool? in if case .cancel = control.kind { true } else { nil }
+            }
             _ = try await worker.told(isCancel)
             var disks = try ConvertRequest(serializedBytes: convert.body).manifest.disks
             disks[0].target.path = "/pool/web-disk0.qcow2"

@@ -149,11 +149,11 @@ def drained_in_deploy(fleet):
 def cancelled(fleet):
     """cancelled when no worker has the task and its folder waits for the next, with kills just then: nothing stays"""
     for what in ("worker", "worker, killed again as it begins", "worker, after another attempt was sent", "coordinator",
-                 "coordinator, while the broker is away"):
+                 "coordinator, while the broker is away", "worker, when an image had its name"):
         fleet.kill("kvm1")
-        fleet.begin("kvm1", "convert.checkpoint")
+        fleet.begin("kvm1", "convert.disk-published" if "image" in what else "convert.checkpoint")
         fleet.submit(["kvm1"])
-        name, _ = fleet.names.pop()
+        name, host = fleet.names.pop()
         wait(60, "kvm1 to die in a conversion", lambda: fleet.pid("kvm1") is None)
         migration = fleet.migrations()[name]["id"]
         if not folders(fleet):
@@ -181,6 +181,10 @@ def cancelled(fleet):
         fleet.wait_api()
         if fleet.migrations()[name]["state"] != "CANCELLED":
             raise Violation(f"{name} is {fleet.migrations()[name]['state']}")
+        if images := [*fleet.dir.glob(f"pool/kvm1/{name}-*")]:
+            raise Violation(f"{images} stayed ({what})")
+        fleet.ask(name, host)
+        fleet.names.append((name, host))
     fleet.submit()
     fleet.wait_ended()
 
