@@ -14,8 +14,16 @@ extension Coordinator {
             let message = delivery.message
             do {
                 let wanted = try await accept(message)
+                let mark = hex(
+                    Digest.hash(.sha256, Array("\(message.userID)\0\(message.messageID)\0".utf8) + message.body))
+                let isCopy = delivery.redeliveries > 0
                 try await decide { transitions in
-                    let ids = try wanted.map { try transitions.submit($0).id }
+                    // The broker's copy of what was heard before must not begin anew what somebody cancelled since.
+                    var ids = isCopy ? try transitions.store.migrations(ofRequest: mark) ?? [] : []
+                    if ids.isEmpty {
+                        ids = try wanted.map { try transitions.submit($0).id }
+                        try transitions.store.note(request: mark, ids)
+                    }
                     try transitions.notify(.answer(to: message.messageID, .success(ids), at: transitions.now))
                 }
                 await delivery.settle(.ack)

@@ -54,6 +54,11 @@ package protocol JobTransaction {
     /// Whether an event of the task was noted under a fence between the two.
     func wasNoted(_ kind: String, of task: String, after: UInt64, before: UInt64) throws -> Bool
 
+    /// Remembers what a message on the bus asked for; the last ten thousand are.
+    func note(request mark: String, _ migrations: [String]) throws
+    /// nil for a message that is not remembered.
+    func migrations(ofRequest mark: String) throws -> [String]?
+
     /// Why a message went to the dead letters, and by whose decision.
     func note(_ rejected: MessageRejected, by member: String, at: Moment) throws
     /// Newest first.

@@ -125,6 +125,13 @@ package final class SQLiteStore: JobStore {
                     CREATE INDEX task_deadline ON task(deadline) WHERE deadline IS NOT NULL AND ended_at IS NULL;
                     """)
         }
+        migrator.registerMigration("6") { database in
+            try database.execute(
+                sql: """
+                    CREATE TABLE request (number INTEGER PRIMARY KEY, mark TEXT NOT NULL UNIQUE, migrations TEXT NOT NULL)
+                    STRICT;
+                    """)
+        }
         return migrator
     }
 }

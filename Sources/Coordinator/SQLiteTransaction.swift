@@ -264,6 +264,19 @@ struct SQLiteTransaction: JobTransaction {
         ) { $0[0] } ?? false
     }
 
+    func note(request mark: String, _ migrations: [String]) throws {
+        try execute(
+            "INSERT OR REPLACE INTO request (mark, migrations) VALUES (?, ?)",
+            [mark, migrations.joined(separator: "\n")])
+        try execute("DELETE FROM request WHERE number <= ?", [database.lastInsertedRowID - 10_000])
+    }
+
+    func migrations(ofRequest mark: String) throws -> [String]? {
+        try first("SELECT migrations FROM request WHERE mark = ?", [mark]) { row in
+            (row[0] as String).split(separator: "\n").map(String.init)
+        }
+    }
+
     func note(_ rejected: MessageRejected, by member: String, at: Moment) throws {
         try execute(
             "INSERT INTO rejection (member, rejected, at) VALUES (?, ?, ?)",

@@ -49,6 +49,20 @@ import Testing
         #expect(isDeclared == true)
     }
 
+    @Test func aQueueThatSomebodyElseMadeIsItsHostsTroubleAlone() async throws {
+        let rig = try Rig()
+        let names = Names()
+        let bus = WatchedBus(strange: names.tasks(of: "kvm0"))
+        let coordinator = Coordinator(
+            store: try SQLiteStore(path: "\(rig.folder.path)/store.sqlite"), bus: bus, member: rig.members.coordinator,
+            settings: .init(names: names), logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() })
+        let running = Task { try await coordinator.run { ["kvm0", Rig.host] } }
+        let isDeclared = try await eventually { bus.declarations(of: names.tasks(of: Rig.host)) > 1 ? true : nil }
+        running.cancel()
+        _ = await running.result
+        #expect(isDeclared == true)
+    }
+
     @Test func forgedEventsReachTheDeadLettersAndChangeNothing() async throws {
         let rig = try Rig()
         try await rig.process { client, worker in

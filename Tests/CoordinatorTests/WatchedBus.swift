@@ -6,6 +6,7 @@ import Synchronization
 final class WatchedBus: MessageBus {
     private let bus = InProcessBus()
     private let stalled: String?
+    private let strange: String?
     private let refusal: Mutex<(key: String, code: MigrationError.Code)?>
     private let seen = Mutex<[(key: String, id: String)]>([])
     private let subscribed = Mutex<[(queue: String, prefetch: Int)]>([])
@@ -30,6 +31,9 @@ final class WatchedBus: MessageBus {
     func declarations(of queue: String) -> Int { declared.withLock { $0.count(where: { $0 == queue }) } }
 
     func declare(_ topology: Topology) async throws {
+        if let strange, topology.queues.contains(where: { $0.name == strange }) {
+            throw MigrationError(.failedPrecondition, "queue \(strange) is there with other arguments")
+        }
         declared.withLock { $0 += topology.queues.map(\.name) }
         try await bus.declare(topology)
     }
@@ -37,8 +41,11 @@ final class WatchedBus: MessageBus {
     /// - Parameters:
     ///   - stalled: publishing with this routing key never ends.
     ///   - refused: publishing with this one fails at once, until `accept` is called.
-    init(stalled: String? = nil, refused: (key: String, code: MigrationError.Code)? = nil) {
-        self.stalled = stalled
+    ///   - strange: a queue that somebody else made.
+    init(
+        stalled: String? = nil, refused: (key: String, code: MigrationError.Code)? = nil, strange: String? = nil
+    ) {
+        (self.stalled, self.strange) = (stalled, strange)
         refusal = Mutex(refused)
     }
 
