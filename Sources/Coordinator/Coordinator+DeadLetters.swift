@@ -156,12 +156,18 @@ extension Coordinator {
         }
         let id = letter.correlationID
         guard !id.isEmpty else { return (.withoutEffect, "it is about no task, and from nobody who is believed") }
+        let lost = (try? TaskCall(decoding: letter, audience: letter.routingKey))?.identity
         return try await decide { transitions -> (LetterOutcome.Fate, reason: String) in
             guard let task = try transitions.store.task(id: id) else {
                 return (.withoutEffect, "there is no task \(id)")
             }
             guard task.machine.state == .sent else {
                 return (.withoutEffect, "task \(id) does not wait for it: it is \(task.machine.state.name)")
+            }
+            guard let lost else { return (.withoutEffect, "it is no attempt of task \(id)") }
+            guard lost.fence == task.machine.fence else {
+                let sent = "attempt \(task.machine.attempt) of task \(id) has been sent since"
+                return (.withoutEffect, "it is attempt \(lost.attempt): \(sent)")
             }
             if !request.dryRun {
                 let back = try transitions.apply(.orphaned, to: task)

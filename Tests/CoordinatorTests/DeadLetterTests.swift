@@ -39,6 +39,32 @@ import Testing
         }
     }
 
+    /// The task waits, but for a later attempt than the letter's; and no worker's word is an attempt.
+    @Test func letterOfAnOlderAttemptDisturbsNoNewerOne() async throws {
+        let rig = try Rig()
+        let bus = InProcessBus()
+        try await rig.process(on: bus) { client, worker in
+            let migration = try await client.submitMigration(Rig.request)
+            let lost = try await worker.reject()
+            #expect(try await client.replay().letters.map(\.fate) == [.sentAgain])
+            var old = lost.message(Names(), messageID: "old", from: rig.members.coordinator, validity: .seconds(60))
+            old.exchange = Names().dead
+            var word = Messaging.Message(exchange: Names().dead, routingKey: "", body: [1])
+            (word.messageID, word.type, word.correlationID) = ("word", EventPublisher.messageType, lost.identity.task)
+            for letter in [old, word] { try await bus.publish(letter) }
+
+            let useless = try await client.replay(isDry: true)
+            #expect(useless.letters.map(\.fate) == [.withoutEffect, .withoutEffect])
+            #expect(useless.letters.first?.reason.contains("attempt 2") == true)
+            #expect(try await client.replay() == useless)
+            let current = try await worker.take()
+            #expect(current.identity.attempt == 2)
+            try await worker.accept(current)
+            #expect(try await eventually { try await client.stage(of: migration.id) == "running" ? true : nil } == true)
+            #expect(try await client.attempt(of: migration.id) == 2)
+        }
+    }
+
     @Test func dryDiscardLeavesAll() async throws {
         let rig = try Rig()
         try await rig.process { client, worker in
