@@ -3,6 +3,7 @@ import HostKit
 import Messaging
 import MigrationModel
 import SwiftProtobuf
+import Synchronization
 
 /// The queues as people see them, and what becomes of messages that nobody could take.
 extension Coordinator {
@@ -24,15 +25,15 @@ extension Coordinator {
 
     /// Oldest first. They stay where they are.
     func deadLetters(limit: Int) async throws -> [DeadLetter] {
-        let letters = try await bus.peek(settings.names.dead, limit: limit)
         let rejections = try await store.write { try $0.rejections(limit: 10_000) }
         let byMessage = Dictionary(
             rejections.map { (Key($0.rejected.queue, $0.rejected.messageID, $0.rejected.type), $0) },
             uniquingKeysWith: { newest, _ in newest })
-        return letters.map { letter in
+        let letters = Mutex<[DeadLetter]>([])
+        try await bus.look(through: settings.names.dead, limit: limit) { letter in
             let queue = letter.headers[Message.Death.queue]?.string ?? ""
             let rejection = byMessage[Key(queue, letter.messageID, letter.type)]
-            return .with {
+            let listed = DeadLetter.with {
                 $0.messageID = letter.messageID
                 $0.queue = queue
                 $0.type = letter.type
@@ -46,7 +47,10 @@ extension Coordinator {
                     $0.reason = letter.headers[Message.Death.reason]?.string ?? "unknown"
                 }
             }
+            letters.withLock { $0.append(listed) }
+            return .leave
         }
+        return letters.withLock { $0 }
     }
 
     private struct Key: Hashable {
@@ -60,71 +64,34 @@ extension Coordinator {
     /// Takes letters out of the queue and makes up for them, unless they are only to be thrown away. What can't be made up for
     /// stays; a dry run leaves all.
     func replayDeadLetters(_ request: ReplayDeadLettersRequest) async throws -> ReplayDeadLettersResponse {
-        let ids = request.messageIds.isEmpty ? nil : Set(request.messageIds)
-        let count = try await bus.depth(of: settings.names.dead).ready
-        var outcomes: [LetterOutcome] = []
-        if request.dryRun {
-            for letter in try await bus.peek(settings.names.dead, limit: count)
-            where ids?.contains(letter.messageID) ?? true {
-                outcomes.append(try await deal(with: letter, as: request))
-            }
-        } else if count > 0 || ids != nil {
-            outcomes = try await takeDeadLetters(ids, count: count) { try await deal(with: $0, as: request) }
-        }
-        let missing = (ids ?? []).subtracting(outcomes.map(\.messageID))
-        outcomes += missing.sorted().map { id in
-            .with { ($0.messageID, $0.fate, $0.reason) = (id, .missing, "it is not among the dead letters") }
-        }
-        return .with { [outcomes] in $0.letters = outcomes }
-    }
-
-    /// Goes through the letters with these message ids, nil: all of the `count` that are there now. Those that `deal` keeps go
-    /// back to their place.
-    private func takeDeadLetters(
-        _ ids: Set<String>?, count: Int, _ deal: (Messaging.Message) async throws -> LetterOutcome
-    ) async throws -> [LetterOutcome] {
-        // Besides those that are there, some that come back from other hands. Letters that are passed over go by at
-        // once; of those that are made up for, which takes its time, only so many are held in memory.
-        let prefetch = ids == nil ? min(count + 64, 256) : count + 64
-        let letters = try await bus.subscribe(settings.names.dead, prefetch: prefetch)
-        @Sendable func stop(in time: Duration) -> Task<Void, any Error> {
-            Task {
-                try await Task.sleep(for: time)
-                letters.cancel()
-            }
-        }
-        // Somebody else may empty the queue meanwhile: what was not taken goes back.
-        var timers = [stop(in: .seconds(10))]
-        defer {
-            for timer in timers { timer.cancel() }
-            letters.cancel()
-        }
+        let found = Mutex<(outcomes: [LetterOutcome], missing: Set<String>)>(([], Set(request.messageIds)))
+        let isAll = request.messageIds.isEmpty
         // Who looks at letters takes them for a moment: one that is missing may come back.
-        func lookOnForAWhile() { timers.append(stop(in: .seconds(2))) }
-        if count == 0 { lookOnForAWhile() }
-        var outcomes: [LetterOutcome] = []
-        var seen = 0
-        var missing = ids ?? []
-        for await letter in letters.deliveries {
-            seen += 1
-            let id = letter.message.messageID
-            if ids?.contains(id) ?? true {
-                missing.remove(id)
-                let outcome = try await deal(letter.message)
-                outcomes.append(outcome)
-                // Not settled: it goes back to its place when this subscription ends.
-                if outcome.fate != .kept { await letter.settle(.ack) }
+        var looks = isAll || request.dryRun ? 1 : 8
+        while true {
+            let count = try await bus.depth(of: settings.names.dead).ready
+            try await bus.look(through: settings.names.dead, limit: count) { letter in
+                guard isAll || found.withLock({ $0.missing.contains(letter.messageID) }) else { return .leave }
+                let outcome = try await self.deal(with: letter, as: request)
+                return found.withLock { found in
+                    found.outcomes.append(outcome)
+                    found.missing.remove(letter.messageID)
+                    if request.dryRun || outcome.fate == .kept { return .leave }
+                    return !isAll && found.missing.isEmpty ? .takeAsLast : .take
+                }
             }
-            if missing.isEmpty, ids != nil || seen == count { break }
-            // Each that is kept takes one's place.
-            if ids == nil, outcomes.count(where: { $0.fate == .kept }) == prefetch {
-                let reason = "\(count - seen) more are behind these: discard these by their ids first"
-                outcomes.append(.with { ($0.fate, $0.reason) = (.kept, reason) })
-                break
-            }
-            if seen == count { lookOnForAWhile() }
+            looks -= 1
+            if looks == 0 || found.withLock({ $0.missing.isEmpty }) { break }
+            try await Task.sleep(for: .milliseconds(250))
         }
-        return outcomes
+        let (outcomes, missing) = found.withLock { $0 }
+        return .with {
+            $0.letters =
+                outcomes
+                + missing.sorted().map { id in
+                    .with { ($0.messageID, $0.fate, $0.reason) = (id, .missing, "it is not among the dead letters") }
+                }
+        }
     }
 
     /// Sends the task again that still waits for this letter, or hears an event that is believed by now; of a dry run, looks

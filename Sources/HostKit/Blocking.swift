@@ -1,5 +1,7 @@
 import CLinux
+import Dispatch
 import Glibc
+import Synchronization
 
 /// Runs blocking work (disk, libvirt, zlib) on a thread of its own, never on the cooperative pool: a blocked pool
 /// thread delays every heartbeat in the process. Meant for work of milliseconds and more; one call per disk or
@@ -12,6 +14,20 @@ package func blocking<Value: Sendable>(
     try await withCheckedThrowingContinuation { continuation in
         spawnThread(name) { continuation.resume(with: Result { try body() }) }
     }
+}
+
+/// Blocks this thread, which must be of its own and not of the cooperative pool, until what runs there has ended.
+package func waiting<Value: Sendable>(_ body: @escaping @Sendable () async throws -> Value) throws -> Value {
+    let result = Mutex<Result<Value, any Error>>(.failure(CancellationError()))
+    let ended = DispatchSemaphore(value: 0)
+    Task {
+        let outcome: Result<Value, any Error>
+        do { outcome = .success(try await body()) } catch { outcome = .failure(error) }
+        result.withLock { $0 = outcome }
+        ended.signal()
+    }
+    ended.wait()
+    return try result.withLock { $0 }.get()
 }
 
 private final class ThreadBody: Sendable {

@@ -102,11 +102,29 @@ package final class InProcessBus: MessageBus {
         }
     }
 
-    package func peek(_ queue: String, limit: Int) async throws -> [Message] {
-        guard let found = state.withLock({ $0.queues[queue] }) else {
-            throw MigrationError(.notFound, "queue \(queue) does not exist")
+    package func look(
+        through queue: String, limit: Int, _ body: @escaping @Sendable (Message) async throws -> Verdict
+    ) async throws {
+        var ahead = try state.withLock { state in
+            guard let ready = state.queues[queue]?.ready else {
+                throw MigrationError(.notFound, "queue \(queue) does not exist")
+            }
+            state.queues[queue]?.ready.removeFirst(min(limit, ready.count))
+            return ready.prefix(limit)
         }
-        return found.ready.prefix(limit).map(\.message)
+        var left: [Stored] = []
+        defer {
+            state.withLock { state in
+                state.queues[queue]?.ready.insert(contentsOf: left + ahead, at: 0)
+                dispatch(queue, &state)
+            }
+        }
+        while let next = ahead.first {
+            let verdict = try await body(next.message)
+            ahead.removeFirst()
+            if verdict == .leave { left.append(next) }
+            if verdict == .takeAsLast { break }
+        }
     }
 
     private func cancel(consumer id: Int, of queue: String) {

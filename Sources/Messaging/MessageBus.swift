@@ -1,4 +1,5 @@
 package import MigrationModel
+import Synchronization
 
 /// A message as AMQP 0-9-1 knows it, with the properties this project uses. `protocol/amqp.md` says what goes where.
 package struct Message: Sendable, Equatable {
@@ -133,9 +134,22 @@ package protocol MessageBus: Sendable {
     /// connected to for each call.
     func depths(of queues: [String]) async throws -> [String: QueueDepth]
 
-    /// The first messages of a queue, which stay there; those counted as unsettled with a consumer are not seen. For
-    /// people who look at dead letters: it counts as a delivery, so not for queues with a low delivery limit.
-    func peek(_ queue: String, limit: Int) async throws -> [Message]
+    /// Shows a queue's first messages to `body`, oldest first, and holds one at a time; those counted as unsettled with a
+    /// consumer are not seen. What `body` leaves stays in the queue, and so does the one for which it throws; a broker may put
+    /// it behind others. For people who look at dead letters: it counts as a delivery, so not for queues with a low
+    /// delivery limit.
+    ///
+    /// After an error a message that `body` has taken may be there all the same.
+    func look(
+        through queue: String, limit: Int, _ body: @escaping @Sendable (Message) async throws -> Verdict
+    ) async throws
+}
+
+/// What becomes of a message that somebody looks at, and of those behind it.
+package enum Verdict: Sendable {
+    case leave, take
+    /// And looks no further.
+    case takeAsLast
 }
 
 extension MessageBus {
@@ -145,5 +159,15 @@ extension MessageBus {
             throw MigrationError(.notFound, "queue \(queue) does not exist")
         }
         return depth
+    }
+
+    /// The first messages of a queue, all at once.
+    package func peek(_ queue: String, limit: Int) async throws -> [Message] {
+        let messages = Mutex<[Message]>([])
+        try await look(through: queue, limit: limit) { message in
+            messages.withLock { $0.append(message) }
+            return .leave
+        }
+        return messages.withLock { $0 }
     }
 }

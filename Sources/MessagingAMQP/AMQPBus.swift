@@ -76,9 +76,16 @@ package final class AMQPBus: MessageBus {
         try await administer { try $0.depths(of: queues) }
     }
 
-    package func peek(_ queue: String, limit: Int) async throws -> [Message] {
-        try await administer { [timeout = configuration.requestTimeout] in
-            try $0.peek(queue, limit: limit, within: timeout)
+    package func look(
+        through queue: String, limit: Int, _ body: @escaping @Sendable (Message) async throws -> Verdict
+    ) async throws {
+        let stop = StopFlag()
+        try await withTaskCancellationHandler {
+            try await administer { [timeout = configuration.requestTimeout] in
+                try $0.look(through: queue, limit: limit, within: timeout, stop, body)
+            }
+        } onCancel: {
+            stop.set()
         }
     }
 

@@ -76,39 +76,50 @@ struct Administration {
         }
     }
 
-    /// Gets them without an ack: the end of the connection puts them back where they were.
-    func peek(_ queue: String, limit: Int, within timeout: Duration) throws -> [Message] {
+    /// Gets them one by one, and acknowledges none but those that `body` takes: the end of the connection puts the others
+    /// back.
+    func look(
+        through queue: String, limit: Int, within timeout: Duration, _ stop: StopFlag,
+        _ body: @escaping @Sendable (Message) async throws -> Verdict
+    ) throws {
         guard try depth(of: queue) != nil else {
             throw MigrationError(.notFound, "queue \(queue) does not exist")
         }
-        var messages: [Message] = []
-        while messages.count < limit {
-            try connection.get(queue, channel: Self.channel)
-            var assembly = ContentAssembly()
-            let end = ContinuousClock.now + timeout
-            receiving: while true {
-                guard let frame = try connection.receive(within: max(end - .now, .zero)) else {
-                    throw MigrationError(.unavailable, "broker \(connection.broker) does not answer")
+        var verdict = Verdict.leave
+        for _ in 0..<limit where verdict != .takeAsLast {
+            try stop.check()
+            guard let (tag, message) = try next(of: queue, within: timeout) else { break }
+            verdict = try waiting { try await body(message) }
+            if verdict != .leave { try connection.acknowledge(tag, isMultiple: false, channel: Self.channel) }
+        }
+        // An answer on the same channel: the broker has read the acknowledgements.
+        _ = try depth(of: queue)
+    }
+
+    /// Nil of a queue with none.
+    private func next(of queue: String, within timeout: Duration) throws -> (tag: UInt64, message: Message)? {
+        try connection.get(queue, channel: Self.channel)
+        var assembly = ContentAssembly()
+        let end = ContinuousClock.now + timeout
+        while true {
+            guard let frame = try connection.receive(within: max(end - .now, .zero)) else {
+                throw MigrationError(.unavailable, "broker \(connection.broker) does not answer")
+            }
+            switch frame {
+            case .method(_, let method):
+                switch method {
+                case .got: assembly = ContentAssembly(method)
+                case .gotNothing: return nil
+                case .channelClose(let code, let text), .connectionClose(let code, let text):
+                    throw Connection.refusal(code: code, text: text)
+                default: break
                 }
-                switch frame {
-                case .method(_, let method):
-                    switch method {
-                    case .got: assembly = ContentAssembly(method)
-                    case .gotNothing: return messages
-                    case .channelClose(let code, let text), .connectionClose(let code, let text):
-                        throw Connection.refusal(code: code, text: text)
-                    default: break
-                    }
-                case .header, .body:
-                    guard let content = assembly.add(frame) else { continue }
-                    if case .got(_, _, let exchange, let key) = content.method {
-                        messages.append(Message(content, exchange: exchange, routingKey: key))
-                    }
-                    break receiving
-                }
+            case .header, .body:
+                guard let content = assembly.add(frame), case .got(let tag, _, let exchange, let key) = content.method
+                else { continue }
+                return (tag, Message(content, exchange: exchange, routingKey: key))
             }
         }
-        return messages
     }
 }
 

@@ -65,6 +65,27 @@ import Testing
         }
     }
 
+    /// A letter may have a megabyte, and there may be many of them before the one that is looked for.
+    @Test func lettersAreHeldOneAtATime() async throws {
+        let bus = WatchedBus()
+        try await Rig().process(on: bus) { client, _ in
+            for number in 0..<300 {
+                var letter = Messaging.Message(exchange: Names().dead, routingKey: "", body: [1])
+                letter.messageID = "\(number)"
+                try await bus.publish(letter)
+            }
+            for isDry in [true, false] {
+                let found = try await client.replay(["7", "299"], discards: true, isDry: isDry).letters
+                #expect(found.map(\.messageID) == ["7", "299"] && found.allSatisfy { $0.fate == .discarded })
+            }
+            let left = (0..<299).filter { $0 != 7 }.map(String.init)
+            #expect(try await client.listDeadLetters(.with { $0.limit = 1000 }).letters.map(\.messageID) == left)
+            #expect(try await client.replay(discards: true).letters.map(\.messageID) == left)
+            #expect(try await client.listDeadLetters(.init()).letters.isEmpty)
+            #expect(bus.prefetches(of: Names().dead) == [])
+        }
+    }
+
     @Test func dryDiscardLeavesAll() async throws {
         let rig = try Rig()
         try await rig.process { client, worker in

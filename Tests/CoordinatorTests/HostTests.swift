@@ -15,14 +15,14 @@ import Testing
     /// Whoever looks at dead letters takes them for a moment.
     @Test func letterInOtherHandsIsDiscardedOnceItIsBack() async throws {
         let rig = try Rig()
-        try await rig.process { client, worker in
+        let bus = WatchedBus()
+        try await rig.process(on: bus) { client, worker in
             _ = try await client.submitMigration(Rig.request)
             try await worker.forge(.ended(.with { $0.code = 15 }), of: try await worker.take())
             let (letter, hands) = try await worker.holdDeadLetter()
             async let discarded = client.replayDeadLetters(
                 .with { ($0.messageIds, $0.discard) = ([letter.messageID], true) })
-            let waiting = worker
-            #expect(try await eventually { try await waiting.deadLetterConsumers() == 2 ? true : nil } == true)
+            #expect(try await eventually { bus.looks(through: Names().dead) > 0 ? true : nil } == true)
             hands.cancel()
             #expect(try await discarded.letters.map(\.fate) == [.discarded])
             let missed = try await client.replayDeadLetters(.with { ($0.messageIds, $0.discard) = (["no-such"], true) })

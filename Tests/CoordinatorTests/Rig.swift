@@ -170,8 +170,6 @@ struct FakeWorker {
         return (try #require(delivery).message, hands)
     }
 
-    func deadLetterConsumers() async throws -> Int { try await bus.depth(of: names.dead).consumers }
-
     /// Refuses the next task of the queue.
     mutating func reject() async throws -> TaskCall {
         let next = await tasks.next(isolation: #isolation)

@@ -116,21 +116,6 @@ import Testing
         _ = await running.result
     }
 
-    /// A letter may have a megabyte.
-    @Test func manyDeadLettersAreNotHeldAtOnce() async throws {
-        let bus = WatchedBus()
-        try await rig.process(on: bus) { client, _ in
-            for number in 0..<300 {
-                var letter = Messaging.Message(exchange: Names().dead, routingKey: "", body: [1])
-                letter.messageID = "\(number)"
-                try await bus.publish(letter)
-            }
-            let gone = try await client.replayDeadLetters(.with { $0.discard = true }).letters
-            #expect(gone.count(where: { $0.fate == .discarded }) == 300)
-            #expect(bus.prefetches(of: Names().dead) == [256])
-        }
-    }
-
     @Test(arguments: [
         "vsphere://root:secret@vc.example/DC", "vsphere://root:sec/ret@vc.example", "vsphere://a:sec@ret@vc.example",
         "ova:https://secret@files.example/web.ova",

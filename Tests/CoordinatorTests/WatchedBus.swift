@@ -11,6 +11,7 @@ final class WatchedBus: MessageBus {
     private let seen = Mutex<[(key: String, id: String)]>([])
     private let subscribed = Mutex<[(queue: String, prefetch: Int)]>([])
     private let declared = Mutex<[String]>([])
+    private let looked = Mutex<[String]>([])
 
     private let told = Mutex<(status: BusStatus, looks: Int)?>(nil)
 
@@ -54,6 +55,9 @@ final class WatchedBus: MessageBus {
 
     func accept() { refusal.withLock { $0 = nil } }
 
+    /// How often somebody has looked through the queue to its end.
+    func looks(through queue: String) -> Int { looked.withLock { $0.count(where: { $0 == queue }) } }
+
     /// Of a queue's subscriptions.
     func prefetches(of queue: String) -> [Int] {
         subscribed.withLock { $0.filter { $0.queue == queue }.map(\.prefetch) }
@@ -75,7 +79,10 @@ final class WatchedBus: MessageBus {
 
     func depths(of queues: [String]) async throws -> [String: QueueDepth] { try await bus.depths(of: queues) }
 
-    func peek(_ queue: String, limit: Int) async throws -> [Messaging.Message] {
-        try await bus.peek(queue, limit: limit)
+    func look(
+        through queue: String, limit: Int, _ body: @escaping @Sendable (Messaging.Message) async throws -> Verdict
+    ) async throws {
+        try await bus.look(through: queue, limit: limit, body)
+        looked.withLock { $0.append(queue) }
     }
 }

@@ -2,6 +2,7 @@ import HostKit
 import Messaging
 import MessagingAMQP
 import MigrationModel
+import Synchronization
 import TestKit
 import Testing
 
@@ -249,6 +250,40 @@ extension RabbitMQ.Conformance {
             #expect(bus.status.consumers.map(\.queue) == [queue])
             subscription.cancel()
             #expect(bus.status.consumers == [])
+        }
+    }
+
+    /// What is left stays in the queue, also where looking ends by an error. A quorum queue puts what comes back behind what
+    /// came back before.
+    @Test(arguments: Kind.allCases) func lookingThroughAQueueTakesWhatIsWanted(_ kind: Kind) async throws {
+        try await with(kind) { bus, names in
+            let queue = names.tasks(of: "kvm1")
+            func look(limit: Int = 9, _ verdict: @escaping @Sendable (String) throws -> Verdict) async throws -> String
+            {
+                let seen = Mutex("")
+                try? await bus.look(through: queue, limit: limit) { message in
+                    seen.withLock { $0 += message.messageID }
+                    return try verdict(message.messageID)
+                }
+                return seen.withLock { $0 }
+            }
+            func left(_ count: Int) async throws -> String? {
+                _ = try await eventually { try await bus.depth(of: queue).ready == count ? true : nil }
+                return try await String(look { _ in .leave }.sorted())
+            }
+            for id in ["a", "b", "c", "d", "e"] { try await bus.publish(task(names, "kvm1", id)) }
+            let first = try await look(limit: 2) { _ in .leave }
+            #expect(first == "ab")
+            #expect(try await left(5) == "abcde")
+            let wanted = try await look { $0 == "b" ? .take : $0 == "d" ? .takeAsLast : .leave }
+            #expect(wanted == "abcd")
+            #expect(try await left(3) == "ace")
+            let last = try await look { id in
+                if id == "c" { throw MigrationError(.internal, "a test") }
+                return id == "a" ? .take : .leave
+            }
+            #expect(last.contains("a") && last.last == "c")
+            #expect(try await left(2) == "ce")
         }
     }
 

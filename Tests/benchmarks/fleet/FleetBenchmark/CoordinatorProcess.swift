@@ -118,7 +118,7 @@ private final class TimedBus: MessageBus {
         try await bus.subscribe(queue, prefetch: prefetch)
     }
     func depths(of queues: [String]) async throws -> [String: QueueDepth] { try await bus.depths(of: queues) }
-    func peek(_ queue: String, limit: Int) async throws -> [Messaging.Message] {
-        try await bus.peek(queue, limit: limit)
-    }
+    func look(
+        through queue: String, limit: Int, _ body: @escaping @Sendable (Messaging.Message) async throws -> Verdict
+    ) async throws { try await bus.look(through: queue, limit: limit, body) }
 }
