@@ -4,6 +4,7 @@ import Logging
 import Messaging
 import MigrationModel
 import SwiftProtobuf
+import Synchronization
 
 /// Other programs on the bus: what they ask for, and what they are told.
 extension Coordinator {
@@ -90,46 +91,92 @@ extension Coordinator {
         }
     }
 
-    /// Tells other programs what they are to know, each thing at least once, but for a listener whose queue takes it
-    /// in none of several tries: nobody else may wait for that for ever.
+    /// Tells other programs what they are to know in its order, each thing at least once, but for a listener whose queue
+    /// takes it in none of several tries: nobody else may wait for that for ever. From then on what is told under the same
+    /// key, as long as none of it is taken, is tried once and waited for by nobody.
     func publishNotifications() async throws {
         let patience = 3
+        let ended = EndedNotifications()
+        var sending: Set<String> = []
+        var stalled: Set<String> = []
         var tries = (id: "", count: 0)
         notificationContinuation.yield()
-        for await _ in notificationSignal {
-            while true {
-                let rows = try await store.write { try $0.notifications(limit: 256) }
-                if rows.isEmpty { break }
+        try await withThrowingDiscardingTaskGroup { group in
+            for await _ in notificationSignal {
+                var gone: [String] = []
+                var isPausing = false
+                for (row, error) in ended.takeAll() {
+                    sending.remove(row.id)
+                    // While there is no broker no listener is to blame.
+                    let isCut = error?.code == .unavailable && !isConnected
+                    if tries.id != row.id { tries = (row.id, 0) }
+                    if !isCut { tries.count += 1 }
+                    let isStalled = error.map { [.unavailable, .resourceExhausted].contains($0.code) } ?? false
+                    if let error, isStalled, isCut || tries.count < patience && !stalled.contains(row.routingKey) {
+                        logger.warning("notification not sent yet", metadata: ["error": "\(error)"])
+                        isPausing = true
+                        continue
+                    }
+                    gone.append(row.id)
+                    // Nobody listens, or one who does takes no more: neither may hold up the others.
+                    guard let error, error.code != .notFound else {
+                        stalled.remove(row.routingKey)
+                        continue
+                    }
+                    if isStalled { stalled.insert(row.routingKey) }
+                    logger.error(
+                        "notification given up",
+                        metadata: ["id": "\(row.id)", "type": "\(row.routingKey)", "error": "\(error)"])
+                }
+                if isPausing { try await Task.sleep(for: settings.tick) }
+                let rows = try await store.write { [gone, limit = stalled.isEmpty ? 1 : 256] store in
+                    for id in gone { try store.removeNotification(id) }
+                    return try store.notifications(limit: limit)
+                }
                 for row in rows {
-                    var message = Message(
-                        exchange: settings.names.notifications, routingKey: row.routingKey, body: row.body)
-                    message.type = "flotilla.\(row.routingKey)"
-                    message.messageID = row.id
-                    message.contentType = "application/cloudevents+json; charset=utf-8"
-                    do { try await bus.publish(message) } catch let error as MigrationError {
-                        // While there is no broker no listener is to blame.
-                        if tries.id != row.id { tries = (row.id, 0) }
-                        if error.code != .unavailable || isConnected { tries.count += 1 }
-                        if [.unavailable, .resourceExhausted].contains(error.code), tries.count < patience {
-                            logger.warning("notification not sent yet", metadata: ["error": "\(error)"])
-                            try await Task.sleep(for: settings.tick)
-                            break
-                        }
-                        // Nobody listens, or one who does takes no more: neither may hold up the others.
-                        if error.code != .notFound {
-                            logger.error(
-                                "notification given up",
-                                metadata: ["id": "\(row.id)", "type": "\(row.routingKey)", "error": "\(error)"])
+                    // Started at once, so that they reach the bus in this order.
+                    if sending.insert(row.id).inserted {
+                        group.addImmediateTask {
+                            ended.add(row, await self.send(row))
+                            self.notificationContinuation.yield()
                         }
                     }
-                    try await store.write { try $0.removeNotification(row.id) }
+                    if !stalled.contains(row.routingKey) { break }
                 }
             }
         }
     }
 
+    /// Returns the reason for which it could not be sent.
+    private func send(_ row: NotificationRecord) async -> MigrationError? {
+        var message = Message(exchange: settings.names.notifications, routingKey: row.routingKey, body: row.body)
+        message.type = "flotilla.\(row.routingKey)"
+        message.messageID = row.id
+        message.contentType = "application/cloudevents+json; charset=utf-8"
+        do {
+            try await bus.publish(message)
+            return nil
+        } catch {
+            return error as? MigrationError ?? MigrationError(.unavailable, "\(error)")
+        }
+    }
+
     private var isConnected: Bool {
         bus.status.connections.allSatisfy { if case .connected = $0.state { true } else { false } }
+    }
+}
+
+/// Those that are not on their way any more, and why not, where it is because they could not be sent.
+private final class EndedNotifications: Sendable {
+    private let state = Mutex<[(row: NotificationRecord, error: MigrationError?)]>([])
+
+    func add(_ row: NotificationRecord, _ error: MigrationError?) { state.withLock { $0.append((row, error)) } }
+
+    func takeAll() -> [(row: NotificationRecord, error: MigrationError?)] {
+        state.withLock { state in
+            defer { state = [] }
+            return state
+        }
     }
 }
 

@@ -116,6 +116,33 @@ import Testing
         _ = await running.result
     }
 
+    /// Who is stalled for one kind costs the others of that kind nothing, whatever else is taken between them.
+    @Test func stalledListenerIsWaitedForOnce() async throws {
+        try await store.write { store in
+            for number in 0..<3 {
+                for type in ["migration.exporting", "migration.done"] {
+                    try store.enqueue(NotificationRecord(id: "\(type)-\(number)", routingKey: type, body: [1]))
+                }
+            }
+        }
+        let bus = WatchedBus(refused: ("migration.exporting", .unavailable), after: .milliseconds(500))
+        let coordinator = self.coordinator(bus, requesters: ["client"])
+        let start = ContinuousClock.now
+        let running = Task { try await coordinator.run { [Rig.host] } }
+        #expect(try await eventually { bus.published("migration.done").count == 3 ? true : nil } == true)
+        #expect(start.duration(to: .now) < .milliseconds(2500))
+        #expect(
+            bus.published("migration.exporting")
+                == [0, 0, 0, 1, 2].map { "migration.exporting-\($0)" })
+        #expect(bus.published("migration.done") == (0..<3).map { "migration.done-\($0)" })
+        let isEmpty = try await eventually { [store] in
+            try await store.write { try $0.notifications(limit: 1).isEmpty } ? true : nil
+        }
+        #expect(isEmpty == true)
+        running.cancel()
+        _ = await running.result
+    }
+
     @Test(arguments: [
         "vsphere://root:secret@vc.example/DC", "vsphere://root:sec/ret@vc.example", "vsphere://a:sec@ret@vc.example",
         "ova:https://secret@files.example/web.ova",

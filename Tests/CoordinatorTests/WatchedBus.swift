@@ -7,6 +7,7 @@ final class WatchedBus: MessageBus {
     private let bus = InProcessBus()
     private let stalled: String?
     private let strange: String?
+    private let delay: Duration
     private let refusal: Mutex<(key: String, code: MigrationError.Code)?>
     private let seen = Mutex<[(key: String, id: String)]>([])
     private let subscribed = Mutex<[(queue: String, prefetch: Int)]>([])
@@ -41,12 +42,14 @@ final class WatchedBus: MessageBus {
 
     /// - Parameters:
     ///   - stalled: publishing with this routing key never ends.
-    ///   - refused: publishing with this one fails at once, until `accept` is called.
+    ///   - refused: publishing with this one fails, until `accept` is called.
+    ///   - delay: before it fails.
     ///   - strange: a queue that somebody else made.
     init(
-        stalled: String? = nil, refused: (key: String, code: MigrationError.Code)? = nil, strange: String? = nil
+        stalled: String? = nil, refused: (key: String, code: MigrationError.Code)? = nil,
+        after delay: Duration = .zero, strange: String? = nil
     ) {
-        (self.stalled, self.strange) = (stalled, strange)
+        (self.stalled, self.delay, self.strange) = (stalled, delay, strange)
         refusal = Mutex(refused)
     }
 
@@ -67,6 +70,7 @@ final class WatchedBus: MessageBus {
         seen.withLock { $0.append((message.routingKey, message.messageID)) }
         if message.routingKey == stalled { try await Task.sleep(for: .seconds(3600)) }
         if let refusal = refusal.withLock({ $0 }), refusal.key == message.routingKey {
+            try await Task.sleep(for: delay)
             throw MigrationError(refusal.code, "refused")
         }
         try await bus.publish(message)
