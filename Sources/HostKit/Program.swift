@@ -21,7 +21,7 @@ package enum Program {
 
     /// Runs a program to its end with empty standard input and a session of its own. Blocks.
     ///
-    /// - Throws: `deadlineExceeded` when it had to be killed, `notFound` when there is none.
+    /// - Throws: `deadlineExceeded` when it had to be killed, which one that the kernel holds may survive; `notFound` when there is none.
     package static func run(_ path: String, _ arguments: [String], limit: Duration = .seconds(60)) throws -> Outcome {
         let name = Files.name(of: path)
         var ends: [Int32] = [0, 0]
@@ -52,12 +52,13 @@ package enum Program {
         let output = Mutex<[UInt8]>([])
         let ended = DispatchSemaphore(value: 0)
         let status = Mutex<Int32>(0)
+        let isKilled = StopFlag()
         spawnThread(name) {
             var raw: Int32 = 0
             // Ends with the last writer, which may be a child that outlives the program: wait for the program first.
             _ = fcntl(reading, F_SETFL, O_NONBLOCK)
             var isOver = false
-            while true {
+            while !isKilled.isSet {
                 let piece = [UInt8](unsafeUninitializedCapacity: 4096) { buffer, count in
                     count = max(0, read(reading, buffer.baseAddress, 4096))
                 }
@@ -76,6 +77,8 @@ package enum Program {
                 }
             }
             close(reading)
+            // Reaped whenever it ends, though nobody may wait for it any more.
+            while !isOver { isOver = waitpid(child, &raw, 0) == child || errno != EINTR }
             status.withLock { $0 = raw }
             ended.signal()
         }
@@ -83,8 +86,14 @@ package enum Program {
         let deadline = DispatchTime.now() + .seconds(Int(seconds)) + .nanoseconds(Int(attoseconds / 1_000_000_000))
         if ended.wait(timeout: deadline) == .timedOut {
             kill(-child, SIGKILL)
-            ended.wait()
-            throw MigrationError(.deadlineExceeded, "\(path) did not end within \(seconds) s and was killed")
+            isKilled.set()
+            let message = "\(path) did not end within \(seconds) s and was killed"
+            guard ended.wait(timeout: .now() + .seconds(5)) == .timedOut else {
+                throw MigrationError(.deadlineExceeded, message)
+            }
+            throw MigrationError(
+                .deadlineExceeded, "\(message), but process \(child) lives on: the kernel holds it",
+                hint: "/proc/\(child)/stack and dmesg tell what it waits for, mostly a disk or a driver")
         }
         let raw = status.withLock { $0 }
         return Outcome(
