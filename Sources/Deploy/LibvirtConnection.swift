@@ -10,18 +10,25 @@ package final class LibvirtConnection: Sendable {
     // Owned: closed in deinit. libvirt's own lock guards it.
     nonisolated(unsafe) let pointer: OpaquePointer
 
-    /// Without a handler libvirt prints every error to stderr.
-    private static let silenced: Bool = {
+    /// Without a handler libvirt prints every error to stderr; without an event loop, which has to be there before the first
+    /// connection, nobody asks whether a daemon that is silent is still alive.
+    private static let prepared: Bool = {
         virInitialize()
         virSetErrorFunc(nil) { _, _ in }
+        if virEventRegisterDefaultImpl() == 0 {
+            spawnThread("libvirt events") { while virEventRunDefaultImpl() == 0 {} }
+        }
         return true
     }()
 
-    /// - Parameter uri: a local one: `qemu:///system`, `qemu:///system?socket=…`, `test:///default`.
+    /// - Parameters:
+    ///   - uri: a local one: `qemu:///system`, `qemu:///system?socket=…`, `test:///default`.
+    ///   - interval: in seconds. Calls on a daemon that doesn't so much as answer at six such intervals fail with
+    ///     `unavailable`, and so does the connection; one that is only busy does answer.
     /// - Throws: `failedPrecondition` for a URI that names a remote server, `unavailable` when no daemon answers.
-    package init(uri: String = "qemu:///system") throws {
+    package init(uri: String = "qemu:///system", keepAlive interval: Int32 = 10) throws {
         try Self.requireLocal(uri)
-        _ = Self.silenced
+        _ = Self.prepared
         guard let pointer = virConnectOpen(uri) else {
             var error = libvirtError("connect to \(uri)")
             if error.code != .unauthenticated && error.code != .permissionDenied { error.code = .unavailable }
@@ -32,6 +39,8 @@ package final class LibvirtConnection: Sendable {
         }
         self.uri = uri
         self.pointer = pointer
+        // Not known to the test driver, which is no daemon, nor to daemons of old.
+        _ = virConnectSetKeepAlive(pointer, interval, 6)
     }
 
     deinit { virConnectClose(pointer) }

@@ -5,6 +5,7 @@ import Glibc
 import HostKit
 import MigrationModel
 import Passthrough
+import Synchronization
 import TestKit
 import Testing
 
@@ -73,6 +74,23 @@ import Testing
                 try Files.remove("\(folder)/console.log")
             }
         }
+    }
+
+    /// A daemon that hangs keeps nobody waiting for ever.
+    @Test func silentDaemonIsGivenUp() async throws {
+        let connection = try LibvirtConnection(uri: PrivateLibvirt.uri, keepAlive: 1)
+        _ = try connection.node()
+        let told = Mutex<MigrationError?>(nil)
+        try await PrivateLibvirt.paused {
+            spawnThread("test") {
+                let error = failure { try connection.node() }
+                told.withLock { $0 = error }
+            }
+            let error = try await eventually(within: .seconds(20)) { told.withLock { $0 } }
+            #expect(error?.code == .unavailable)
+        }
+        #expect(!connection.isAlive)
+        _ = try LibvirtConnection(uri: PrivateLibvirt.uri).node()
     }
 
     @Test(arguments: [false, true]) func firmwareIsFound(_ secureBoot: Bool) throws {

@@ -20,9 +20,19 @@ package struct PrivateLibvirt: SuiteTrait, TestScoping {
 
     package init() {}
 
+    private static var folder: String { String(uri.dropFirst(prefix.count).dropLast(suffix.count)) }
+
+    /// Runs `body` while the suite's daemon takes connections and answers nothing.
+    package static func paused<Value>(_ body: () async throws -> Value) async throws -> Value {
+        let file = String(decoding: try Files.read("\(folder)/run/libvirtd.pid"), as: UTF8.self)
+        let pid = try #require(pid_t(file.trimmingCharacters(in: .whitespacesAndNewlines)))
+        try #require(kill(pid, SIGSTOP) == 0)
+        defer { kill(pid, SIGCONT) }
+        return try await body()
+    }
+
     /// Ends the suite's daemon and starts it again, with the domains that are defined.
     package static func restart() throws {
-        let folder = String(uri.dropFirst(prefix.count).dropLast(suffix.count))
         for action in ["stop", "start"] {
             let outcome = try Program.run(script, [action, "--dir", folder], limit: .seconds(120))
             try #require(outcome.status == 0, "libvirtd did not \(action): \(outcome.output)")
