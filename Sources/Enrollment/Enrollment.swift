@@ -62,13 +62,20 @@ package enum Enrollment {
         }
     }
 
-    /// A certificate and key for a broker node of this DNS name, in PEM.
+    /// Makes a certificate and key for a broker node of this DNS name: `target` with ".pem" and ".key". Throws
+    /// `alreadyExists` when one of them is there.
     package static func brokerCertificate(
-        _ name: String, in folder: FleetFolder
-    ) throws -> (certificate: [UInt8], key: [UInt8]) {
+        _ name: String, in folder: FleetFolder, to target: String
+    ) throws -> (certificate: String, key: String) {
+        let files = (certificate: "\(target).pem", key: "\(target).key")
+        for path in [files.certificate, files.key] where Files.exists(path) {
+            throw MigrationError(.alreadyExists, "\(path) exists", hint: "move it away first")
+        }
         let tls = P256.Signing.PrivateKey()
         let certificate = try Authority(folder).issue(name, .server, for: .init(tls.publicKey))
-        return (certificate, Array(tls.pemRepresentation.utf8) + [10])
+        try folder.write(Array(tls.pemRepresentation.utf8) + [10], to: files.key, mode: 0o600)
+        try folder.write(certificate, to: files.certificate, mode: 0o644)
+        return files
     }
 
     /// On the host: makes its keys if it has none, and the request. Returns the request as JSON and the id of its

@@ -80,10 +80,13 @@ import Testing
 
     @Test func brokersCertificateServes() throws {
         let rig = try Rig()
-        let (certificate, key) = try Enrollment.brokerCertificate("rabbit1.example.org", in: rig.coordinator)
-        let path = "\(rig.folder.path)/server.pem"
-        try Files.writeAtomically(certificate, to: path)
-        #expect(String(decoding: key, as: UTF8.self).hasPrefix("-----BEGIN PRIVATE KEY-----"))
+        let target = "\(rig.folder.path)/rabbit1.example.org"
+        let (path, key) = try Enrollment.brokerCertificate("rabbit1.example.org", in: rig.coordinator, to: target)
+        #expect(path == "\(target).pem" && key == "\(target).key")
+        let secret = String(decoding: try Files.readSecret(key), as: UTF8.self)
+        #expect(secret.hasPrefix("-----BEGIN PRIVATE KEY-----"))
+        let again = failure { try Enrollment.brokerCertificate("rabbit1.example.org", in: rig.coordinator, to: target) }
+        #expect(again?.code == .alreadyExists)
         let verified = try rig.openssl(
             "verify", "-purpose", "sslserver", "-verify_hostname", "rabbit1.example.org", "-CAfile",
             rig.coordinator.authority, path)

@@ -107,5 +107,8 @@ import Testing
         try same(rig.coordinator) { try Enrollment.grant(second.json, in: $0, replaces: true) }
         #expect(try same(rig.coordinator) { try $0.forget("kvm1") } == [second.keyID])
         try same(rig.coordinator) { try Enrollment.makeFleet(in: $0) }
+        try same(rig.coordinator) {
+            try Enrollment.brokerCertificate("rabbit1", in: $0, to: "\(rig.folder.path)/rabbit1")
+        }
     }
 }

@@ -2,7 +2,6 @@ import ArgumentParser
 import Enrollment
 import HostKit
 import Messaging
-import MigrationModel
 
 struct FleetCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
@@ -62,18 +61,14 @@ struct FleetCommand: AsyncParsableCommand {
         static let configuration = CommandConfiguration(
             abstract: "Makes a certificate and key for a broker node, NAME.pem and NAME.key in the present folder.")
 
-        @OptionGroup var place: Folder
+        @OptionGroup var folder: ChangedFolder
         @Argument(help: "The node's DNS name, as coordinator and workers call it.") var name: String
 
         func run() async throws {
             let target = try absolute(name)
-            for path in ["\(target).pem", "\(target).key"] where Files.exists(path) {
-                throw MigrationError(.alreadyExists, "\(path) exists", hint: "move it away first")
-            }
-            let (certificate, key) = try Enrollment.brokerCertificate(name, in: try place.folder)
-            try Files.writeAtomically(key, to: "\(target).key", mode: 0o600)
-            try Files.writeAtomically(certificate, to: "\(target).pem", mode: 0o644)
-            Console.line("\(target).pem and \(target).key: give the key to the broker's user alone")
+            let made = try folder.change { try Enrollment.brokerCertificate(name, in: $0, to: target) }
+            guard let made else { return }
+            Console.line("\(made.certificate) and \(made.key): give the key to the broker's user alone")
         }
     }
 
