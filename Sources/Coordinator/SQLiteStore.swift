@@ -13,6 +13,8 @@ package final class SQLiteStore: JobStore {
     package init(path: String) throws {
         var configuration = Configuration()
         configuration.journalMode = .wal
+        // Somebody may look at it with other programs.
+        configuration.busyMode = .timeout(5)
         configuration.prepareDatabase { database in
             try database.execute(
                 sql: "PRAGMA synchronous = FULL; PRAGMA cache_size = -32768; PRAGMA wal_autocheckpoint = 4000")
