@@ -56,13 +56,24 @@ package struct Deployment: Sendable {
                 }
                 return existing
             }
-            if try existing.uuid() != domain.uuid() { try existing.undefine() }
+            // In place where the UUID stays.
+            if try existing.uuid() != domain.uuid() { return try replace(existing, with: xml) }
         } else if let namesake = try connection.domain(uuid: domain.uuid()) {
             throw MigrationError(
                 .alreadyExists, "domain \(namesake.name) already has the UUID \(try domain.uuid()) of \(domain.name)",
                 hint: "deploy without keeping the UUID, or undefine that domain")
         }
         return try connection.define(xml, name: domain.name)
+    }
+
+    /// libvirt has no two domains of one name, so that the earlier one goes first; it comes back when the new one is refused.
+    private func replace(_ earlier: LibvirtDomain, with xml: String) throws -> LibvirtDomain {
+        let before = try earlier.xml(withSecrets: true)
+        try earlier.undefine()
+        do { return try connection.define(xml, name: earlier.name) } catch {
+            _ = try? connection.define(before, name: earlier.name)
+            throw error
+        }
     }
 
     /// Asks the guest of this migration's domain to end, and waits until it has.

@@ -34,8 +34,11 @@ package final class LibvirtDomain: Sendable {
     }
 
     /// The persistent definition.
-    package func xml() throws -> String {
-        guard let text = takeString(virDomainGetXMLDesc(pointer, UInt32(VIR_DOMAIN_XML_INACTIVE.rawValue))) else {
+    ///
+    /// - Parameter withSecrets: also what libvirt shows to nobody who may only look, such as a console's password.
+    package func xml(withSecrets: Bool = false) throws -> String {
+        let flags = VIR_DOMAIN_XML_INACTIVE.rawValue | (withSecrets ? VIR_DOMAIN_XML_SECURE.rawValue : 0)
+        guard let text = takeString(virDomainGetXMLDesc(pointer, UInt32(flags))) else {
             throw libvirtError("definition of domain \(name)")
         }
         return text

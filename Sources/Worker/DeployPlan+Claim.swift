@@ -83,7 +83,7 @@ extension DeployPlan {
         } catch {
             if takesDevices { try? giveBackUnused(owner) }
             guard isDefined, var failure = error as? MigrationError,
-                case .success(nil) = Result(catching: { try deployment.connection.domain(named: domain.name) })
+                case .success(nil) = Result(catching: { try deployment.find(domain.name) })
             else { throw error }
             failure.message += "; domain \(domain.name) as it was before was undefined for this one, its disks stay"
             throw failure

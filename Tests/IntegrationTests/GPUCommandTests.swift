@@ -67,6 +67,12 @@ extension Integration {
             let prepare = try gpu(
                 "prepare", "06:00.0", "--dry-run", "--root", "\(folder.path)/root", "--sysfs-root", tree)
             #expect(prepare.status == 0 && prepare.output.contains("+root=x intel_iommu=on iommu=pt"))
+            let json = try gpu(
+                "prepare", "06:00.0", "--dry-run", "--json", "--root", "\(folder.path)/root", "--sysfs-root", tree)
+            let report = try #require(
+                try JSONSerialization.jsonObject(with: Data(json.output.utf8)) as? [String: Any])
+            #expect((report["changes"] as? [[String: String]])?.first?["diff"]?.contains("intel_iommu=on") == true)
+            #expect(report["commands"] is [[String]] && report["needsReboot"] as? Bool == true)
             // One machine's devices, another's files: neither way.
             for mixed in [["--sysfs-root", tree, "--dry-run"], ["--root", "\(folder.path)/root"]] {
                 #expect(try run(Environment.flotilla(), ["gpu", "prepare"] + mixed).status == 2, "\(mixed)")

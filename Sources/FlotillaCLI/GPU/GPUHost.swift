@@ -53,6 +53,13 @@ struct GPUHost: ParsableArguments {
     }
 }
 
+extension VgpuHost {
+    /// A recorded tree, of which this host's programs and notes know nothing.
+    init(recorded sysfs: Sysfs) {
+        self.init(sysfs: sysfs, tools: VgpuTools(folders: []), folder: sysfs.path("flotilla"))
+    }
+}
+
 extension Sysfs {
     /// As a person writes it, with a slash at its end or without.
     init(folder: String) {

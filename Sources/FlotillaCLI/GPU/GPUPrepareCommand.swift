@@ -22,6 +22,7 @@ struct GPUPrepareCommand: AsyncParsableCommand {
     @Flag(name: .customLong("force-boot-vga"), help: "Also the display the host booted with.") var forceBootVGA = false
     @Flag(help: "Also a GPU that shows the kernel's console.") var forceConsole = false
     @Flag(help: "Also what processes and network interfaces that are up use.") var forceInUse = false
+    @Flag(help: "Print JSON.") var json = false
     @Option(
         help: ArgumentHelp(
             "Work on the files of another system below this folder; run no programs.", valueName: "folder"))
@@ -63,14 +64,48 @@ struct GPUPrepareCommand: AsyncParsableCommand {
         return folder
     }
 
-    private func work() throws {
-        let isOther = root != nil
-        let host =
-            isOther
-            ? PreparedHost(root: folder) { Console.line("to run there: \($0.joined(separator: " "))") }
-            : PreparedHost(root: "")
-        if revert { return try takeBack(host) }
+    /// What was done, or of a dry run would be.
+    private struct Report: Encodable {
+        struct Change: Encodable {
+            /// On the prepared system.
+            let path: String
+            /// Unified.
+            let diff: String
+        }
 
+        let changes: [Change]
+        var notes: [String] = []
+        /// Programs with their arguments; of another system's files: for somebody to run there.
+        var commands: [[String]] = []
+        var needsReboot = false
+
+        init(_ changes: [HostSetup.FileChange]) { self.changes = changes.map { Change(path: $0.path, diff: $0.diff) } }
+    }
+
+    private func work() throws {
+        // Programs of another system are for somebody to run there.
+        let host = root == nil ? PreparedHost(root: "") : PreparedHost(root: folder) { _ in }
+        let (report, apply) = try revert ? takeBack(host) : prepare(host)
+        if !json {
+            for change in report.changes { Console.out(change.diff) }
+            for note in report.notes { Console.line("note: \(note)") }
+        }
+        if !dryRun { try apply() }
+        if json { return Console.line(try jsonLine(report)) }
+        if report.changes.isEmpty && report.commands.isEmpty {
+            Console.line(revert ? "nothing to take back" : "prepared: nothing to change")
+        }
+        if dryRun || root != nil {
+            for command in report.commands {
+                Console.line("\(dryRun ? "would run" : "to run there"): \(command.joined(separator: " "))")
+            }
+        }
+        if report.needsReboot {
+            Console.line("A reboot is needed before it takes effect\(revert ? "." : "; then: flotilla gpu list")")
+        }
+    }
+
+    private func prepare(_ host: PreparedHost) throws -> (Report, apply: () throws -> Void) {
         let sysfs = Sysfs(folder: sysfsRoot ?? "/sys")
         let isHere = sysfs.root == Sysfs().root
         let around = isHere ? Surroundings(proc: "/proc", sysfs: sysfs) : Surroundings()
@@ -80,39 +115,28 @@ struct GPUPrepareCommand: AsyncParsableCommand {
         let setup = try HostSetup(
             root: folder, devices: devices, in: tree,
             amd: isAMD(sysfs, cpuinfo: cpuinfo.map { String(decoding: $0, as: UTF8.self) }))
-        let pending = try host.pending().filter { !setup.commands.contains($0) }
-        for change in setup.changes { Console.out(change.diff) }
-        for note in setup.notes { Console.line("note: \(note)") }
-        if setup.changes.isEmpty && pending.isEmpty {
-            Console.line("prepared: nothing to change")
-        } else if dryRun {
-            for command in pending + setup.commands { Console.line("would run: \(command.joined(separator: " "))") }
-        } else {
-            try host.apply(setup)
-        }
+        var report = Report(setup.changes)
+        report.notes = setup.notes
+        report.commands = try host.pending().filter { !setup.commands.contains($0) } + setup.commands
         let running = ((try? Files.read("/proc/cmdline")) ?? []).split { $0 == 0x20 || $0 == 0x0a }.map {
             String(decoding: $0, as: UTF8.self)
         }
-        if isOther || !setup.changes.isEmpty || !setup.parameters.allSatisfy(running.contains) {
-            Console.line("A reboot is needed before it takes effect; then: flotilla gpu list")
-        }
+        report.needsReboot =
+            root != nil || !setup.changes.isEmpty || !setup.parameters.allSatisfy(running.contains)
+        let isNothing = report.changes.isEmpty && report.commands.isEmpty
+        return (report, { if !isNothing { try host.apply(setup) } })
     }
 
-    private func takeBack(_ host: PreparedHost) throws {
+    private func takeBack(_ host: PreparedHost) throws -> (Report, apply: () throws -> Void) {
         let changes = try host.reverting()
-        for change in changes { Console.out(change.diff) }
-        for entry in try host.entriesOfOthers() {
-            Console.line(
-                "note: \(entry) has such words too, and not from here: take them out by hand if they are to go")
-        }
         // The same programs that carried it in carry it out.
         let commands = HostSetup.commands(root: folder, for: changes.map(\.path))
-        if changes.isEmpty { Console.line("nothing to take back") }
-        if dryRun {
-            for command in commands { Console.line("would run: \(command.joined(separator: " "))") }
-            return
+        var report = Report(changes)
+        report.notes = try host.entriesOfOthers().map {
+            "\($0) has such words too, and not from here: take them out by hand if they are to go"
         }
-        try host.revert(commands: commands)
-        if !changes.isEmpty { Console.line("A reboot is needed before it takes effect.") }
+        report.commands = commands
+        report.needsReboot = !changes.isEmpty
+        return (report, { try host.revert(commands: commands) })
     }
 }

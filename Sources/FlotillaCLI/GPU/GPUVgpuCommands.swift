@@ -53,7 +53,7 @@ struct GPUProfilesCommand: AsyncParsableCommand {
     }
 
     func run() async throws {
-        let vgpus = VgpuHost(sysfs: host.sysfs)
+        let vgpus = host.isLive ? VgpuHost() : VgpuHost(recorded: host.sysfs)
         let (host, enable, disable, isChange) = (host, enable, disable, isChange)
         let sizes = [(mixedSizes, true), (equalSizes, false)].compactMap { gpu, isMixed in gpu.map { ($0, isMixed) } }
         let modes = [(enableMig, true), (disableMig, false)].compactMap { gpu, isOn in gpu.map { ($0, isOn) } }
@@ -149,10 +149,8 @@ struct GPUCreateCommand: AsyncParsableCommand {
         let (profile, device, gpu) = (VgpuProfile(profile), device, gpu)
         let owner = GPUOwner(domain: domain, migration: "", fence: 0)
         if dryRun {
-            // What flotilla noted of this host says nothing of another.
-            let recorded = sysfsRoot.map { Sysfs(folder: $0) }
-            let vgpus = recorded.map { VgpuHost(sysfs: $0, folder: $0.path("flotilla")) } ?? VgpuHost()
-            if recorded == nil { try requireRoot() }
+            let vgpus = sysfsRoot.map { VgpuHost(recorded: Sysfs(folder: $0)) } ?? VgpuHost()
+            if sysfsRoot == nil { try requireRoot() }
             let plan = try await refusable { try vgpus.plan(create: profile, for: owner, device: device, on: gpu) }
             return show(plan, vgpus, nothing: "there already: nothing to do")
         }
