@@ -102,7 +102,9 @@ struct DeployHandler: DeployService.ServiceProtocol {
         try await blockingCancellable("deploy") { [configuration] stop in
             if try !domain.state().isActive {
                 let manifest = plan.domain.manifest
-                if manifest.source.kind == .vsphere { try configuration.requireUnchangedVM(manifest, stop: stop) }
+                if manifest.source.kind == .vsphere {
+                    try configuration.requireUnchangedVM(manifest, isOff: true, stop: stop)
+                }
                 // libvirt takes the devices from the host's drivers now.
                 try plan.requireUnused()
             }

@@ -27,8 +27,11 @@ extension WorkerConfiguration {
     }
 
     /// Throws `failedPrecondition` when a VM whose disks were converted before is no longer what was captured. Blocking.
-    func requireUnchangedVM(_ manifest: Manifest, stop: StopFlag) throws {
-        let url = try VSphereURL(parsing: manifest.source.url)
+    ///
+    /// - Parameter isOff: whether it must not run, however its disks were read.
+    func requireUnchangedVM(_ manifest: Manifest, isOff: Bool = false, stop: StopFlag) throws {
+        var url = try VSphereURL(parsing: manifest.source.url)
+        if isOff { url.snapshot = false }
         let client = try VIMClient(vsphere.source(of: url, host: host).server, stop: stop)
         defer { client.close() }
         try requireUnchanged(client, url, manifest, stop: stop)
