@@ -6,6 +6,7 @@ import FlotillaProtocol
 import HostKit
 import MigrationModel
 import SwiftProtobuf
+import VSphere
 
 /// Where a task's disks are made and go.
 struct DiskPlace {
@@ -130,6 +131,17 @@ extension Manifest {
 
 private func counted(_ count: Int, _ noun: String) -> String { "\(count) \(noun)\(count == 1 ? "" : "s")" }
 
+/// What a conversion's files are made from and for. Each snapshot is of another moment, which no fingerprint tells.
+func origin(of request: ConvertRequest) throws -> String {
+    let source = request.manifest.source
+    let parts = [source.fingerprint, request.format, request.domainName]
+    return (try isSnapshot(source) ? parts + ["\(UInt64.random(in: 0 ... .max))"] : parts).joined(separator: "\n")
+}
+
+private func isSnapshot(_ source: ManifestSource) throws -> Bool {
+    try source.kind == .vsphere && VSphereURL(parsing: source.url).snapshot
+}
+
 /// The disks of an earlier conversion when all of their images are there; nil when none is, so that they are to be
 /// converted. Anything between is for a person to decide. Blocking.
 func keptDisks(_ request: ConvertRequest, _ pool: PoolFolder, _ format: TargetFormat) throws -> [Disk]? {
@@ -144,6 +156,10 @@ func keptDisks(_ request: ConvertRequest, _ pool: PoolFolder, _ format: TargetFo
             .failedPrecondition,
             "of the converted disks \(gone.joined(separator: ", ")) is gone, \(first.target.path) is not",
             hint: again)
+    }
+    guard try !isSnapshot(request.manifest.source) else {
+        throw MigrationError(
+            .failedPrecondition, "\(first.target.path) was converted from an earlier snapshot of the VM", hint: again)
     }
     guard request.convertedFingerprint == request.manifest.source.fingerprint else {
         throw MigrationError(

@@ -93,7 +93,8 @@ struct ConvertHandler: ConvertService.ServiceProtocol {
             }
 
             let work = WorkDirectory(pool: pool.path, task: call.task)
-            let folder = try await blocking("convert") { try work.adopt(fence: call.fence) }
+            let origin = try origin(of: request)
+            let folder = try await blocking("convert") { try work.adopt(fence: call.fence, of: origin) }
             let export =
                 isRemote
                 ? try await blockingCancellable("export") { stop in

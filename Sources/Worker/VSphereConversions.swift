@@ -30,11 +30,10 @@ extension WorkerConfiguration {
     ///
     /// - Parameter isOff: whether it must not run, however its disks were read.
     func requireUnchangedVM(_ manifest: Manifest, isOff: Bool = false, stop: StopFlag) throws {
-        var url = try VSphereURL(parsing: manifest.source.url)
-        if isOff { url.snapshot = false }
+        let url = try VSphereURL(parsing: manifest.source.url)
         let client = try VIMClient(vsphere.source(of: url, host: host).server, stop: stop)
         defer { client.close() }
-        try requireUnchanged(client, url, manifest, stop: stop)
+        try requireUnchanged(client, url, manifest, isOff: isOff, stop: stop)
     }
 
     /// Takes away what exports of earlier processes left on servers. Blocking.

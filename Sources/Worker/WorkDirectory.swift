@@ -38,6 +38,18 @@ struct WorkDirectory: Sendable {
         return folder
     }
 
+    /// The fence's folder, for work on this very source. What was made from another goes first, images that were published
+    /// and never told of as well: nothing else would tell that they are of the past.
+    func adopt(fence: UInt64, of source: String) throws -> String {
+        let folder = try adopt(fence: fence)
+        let mark = "\(folder)/source"
+        if Files.exists(mark), try Files.read(mark) == Array(source.utf8) { return folder }
+        try DiskConversion.removePublished(workDirectory: folder, from: pool)
+        for name in try Files.list(folder) { try Files.remove("\(folder)/\(name)") }
+        try Files.writeAtomically(Array(source.utf8), to: mark)
+        return folder
+    }
+
     /// - Parameter keepsResult: whether the images that its conversions published stay.
     func remove(keepsResult: Bool = true) throws {
         // "..", or nothing, would be far more than a task's folder.

@@ -48,6 +48,12 @@ enum ForeignImage {
             }
             let footer = region.length - 512
             try require(Array("conectix".utf8), at: footer)
+            // 2 is fixed, 3 dynamic; 4 is a difference to another file, of which qemu-img says nothing.
+            guard try [2, 3].contains(bytes(footer + 60, 4).reduce(0) { $0 << 8 | UInt64($1) }) else {
+                throw MigrationError(
+                    .failedPrecondition, "\(owner): \(region.path) depends on another image (a differencing disk)",
+                    hint: "merge it with its parent on the machine that it comes from")
+            }
             capacity = try big(footer + 48)
         case "vhdx":
             try require(Array("vhdxfile".utf8), at: 0)
@@ -73,7 +79,8 @@ enum ForeignImage {
             for entry in 0..<min(try little(table + 8, 4), 2047) {
                 let at = table + 16 + entry * 32
                 guard try (little(at, 8), little(at + 8, 8)) == metadata else { continue }
-                let start = try little(at + 16, 8)
+                // Far beyond any file, and small enough to count on from.
+                let start = min(try little(at + 16, 8), 1 << 60)
                 for item in 0..<min(try little(start + 10, 2), 2047) {
                     let at = start + 32 + item * 32
                     guard try (little(at, 8), little(at + 8, 8)) == size else { continue }

@@ -19,7 +19,7 @@ extension VMCapture {
         var names: [String: String] = [:]
         for device in orderedDevices where device.type == "VirtualPCIPassthrough" {
             // Their keys count from 13000, the extra configuration's names from 0.
-            let index = Int(clamping: (device.number("key") ?? 13000) - 13000)
+            let index = Int(clamping: max(0, device.number("key") ?? 13000) - 13000)
             var keys = PassthroughKeys(label: "pciPassthru\(index)")
             describe(device, host, &keys)
             // What the running configuration says of the device itself is stated better above.

@@ -32,7 +32,7 @@ extension VMCapture {
                     manifest.vm.powerState == .poweredOn ? "connected" : "startConnected") ?? true
             nameNetwork(of: &nic, device["backing"])
             if let key = device.number("key") {
-                labels[key] = "ethernet\(max(0, key - 4000))"
+                labels[key] = "ethernet\(max(4000, key) - 4000)"
                 nic.addresses = addresses(of: key, mac: nic.mac)
             }
             if model == "sriov" {

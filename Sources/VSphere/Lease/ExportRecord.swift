@@ -56,6 +56,19 @@ struct ExportRecord: Sendable {
         try remove()
     }
 
+    /// Throws `failedPrecondition` when the VM has another snapshot than the one just made: the files that were captured are
+    /// not those that it wrote to until then.
+    func requireOnlySnapshot(_ client: VIMClient, vmName: String, stop: StopFlag) throws {
+        let object = ObjectReference("VirtualMachine", vm)
+        let tree = try client.properties(["snapshot"], of: object, stop: stop)["snapshot"]
+        let roots = tree?.all("rootSnapshotList") ?? []
+        guard roots.count == 1, roots[0].text("name").map(unescapedName) == snapshot else {
+            throw MigrationError(
+                .failedPrecondition, "VM \(vmName.printable) got a snapshot from somebody else since it was captured",
+                hint: "wait until that is gone (a backup?), then run the same command again")
+        }
+    }
+
     private static func snapshots(named name: String, _ trees: [VIMNode]) -> [ObjectReference] {
         trees.flatMap { tree in
             (tree.text("name").map(unescapedName) == name ? [tree.reference("snapshot")].compactMap { $0 } : [])

@@ -60,7 +60,7 @@ final class NFCLease: Sendable {
                 isDisk: node.flag("disk") ?? true)
         }
         // Well inside the timeout: two may be lost.
-        let timeout = max(3, info?.number("leaseTimeout") ?? 300)
+        let timeout = min(max(3, info?.number("leaseTimeout") ?? 300), 86_400)
         let interval = Duration.milliseconds(min(30_000, timeout * 250))
         spawnThread("nfc-lease") { [self] in keepAlive(every: interval) }
     }

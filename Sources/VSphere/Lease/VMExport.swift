@@ -57,6 +57,9 @@ package final class VMExport: Sendable {
                         description: "Made by flotilla for a migration; removed after it",
                         quiesce: manifest.vm.tools.status == "toolsOk" && manifest.vm.powerState == .poweredOn,
                         stop: stop)
+                    if source.transfer == .datastore {
+                        try record.requireOnlySnapshot(client, vmName: manifest.vm.name, stop: stop)
+                    }
                 } catch {
                     // The task may have come further than we heard.
                     try? record.sweep(client, stop: StopFlag())
@@ -231,8 +234,10 @@ private final class LeaseSource: ByteSource {
 }
 
 /// Throws `failedPrecondition` when the VM is no longer what was captured, or isn't in a state to be exported.
+///
+/// - Parameter isOff: whether it must not run, however its disks are read.
 package func requireUnchanged(
-    _ client: VIMClient, _ source: VSphereURL, _ manifest: Manifest, stop: StopFlag
+    _ client: VIMClient, _ source: VSphereURL, _ manifest: Manifest, isOff: Bool = false, stop: StopFlag
 ) throws {
     let object = ObjectReference("VirtualMachine", manifest.source.vmMoid)
     let now = try Inventory(client, source, stop: stop).capture(object, stop: stop)
@@ -242,7 +247,7 @@ package func requireUnchanged(
             .failedPrecondition, "VM \(name) or one of its disks changed since it was captured",
             hint: "make sure that nobody works on it and run the same command again")
     }
-    guard now.vm.powerState == .poweredOff || (source.snapshot && now.vm.powerState == .poweredOn) else {
+    guard now.vm.powerState == .poweredOff || (source.snapshot && !isOff && now.vm.powerState == .poweredOn) else {
         throw MigrationError(
             .failedPrecondition, "VM \(name) is \(now.vm.powerState == .poweredOn ? "running" : "not shut down")",
             hint: "shut it down, or move it as a snapshot finds it (--snapshot)")
