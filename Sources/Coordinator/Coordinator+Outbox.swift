@@ -32,8 +32,13 @@ extension Coordinator {
     }
 
     private func send(_ rows: [OutboxRecord], to host: String, _ sending: Sending) async {
+        var messages = rows.map { $0.message(settings.names) }
+        // One whose validity ends before its host took the task on is refused there, and another attempt is issued.
+        member.sign(&messages, for: host, validity: settings.taskValidity)
         let outcomes = await withTaskGroup { group in
-            for row in rows { group.addTask { Outcome(row: row, error: await self.send(row)) } }
+            for (row, message) in zip(rows, messages) {
+                group.addTask { Outcome(row: row, error: await self.send(message, of: row)) }
+            }
             return await group.reduce(into: []) { $0.append($1) }
         }
         let isDone = outcomes.allSatisfy { $0.error == nil }
@@ -47,18 +52,14 @@ extension Coordinator {
     }
 
     /// Returns the reason for which it could not be sent.
-    private func send(_ row: OutboxRecord) async -> MigrationError? {
-        var call = TaskCall(
-            identity: row.identity, method: row.method, audience: row.host, deadline: row.deadline, body: row.body)
-        call.traceparent = row.identity.traceparent
+    private func send(_ message: Message, of row: OutboxRecord) async -> MigrationError? {
         do {
             guard row.body.count <= Message.maximumBody else {
                 throw MigrationError(
                     .invalidArgument,
                     "\(row.identity): its request has \(row.body.count) bytes, a message holds \(Message.maximumBody)")
             }
-            try await bus.publish(
-                call.message(settings.names, messageID: row.id, from: member, validity: settings.taskValidity))
+            try await bus.publish(message)
             logger.info("task sent", metadata: metadata(row))
             return nil
         } catch {
@@ -83,6 +84,14 @@ extension Coordinator {
                 .ended(fence: row.identity.fence, outcome: .failure(code: error.code.rawValue)), to: task,
                 ended: TaskEnded(error))
         }
+    }
+}
+
+extension OutboxRecord {
+    fileprivate func message(_ names: Names) -> Message {
+        var call = TaskCall(identity: identity, method: method, audience: host, deadline: deadline, body: body)
+        call.traceparent = identity.traceparent
+        return call.message(names, messageID: id)
     }
 }
 

@@ -1,5 +1,6 @@
 package import HostKit
 package import MigrationModel
+import Synchronization
 
 /// The coordinator or a host's worker: the name it goes by, the key it signs with, and the keys it believes.
 ///
@@ -13,6 +14,7 @@ package struct FleetMember: Sendable {
     private let key: SigningKey
     private let keyID: String
     private let ring: KeyRing
+    private let roots = VerifiedRoots()
 
     /// How far the sender's clock may be ahead of ours.
     package static let clockTolerance = Duration.seconds(60)
@@ -69,12 +71,31 @@ package struct FleetMember: Sendable {
     ///
     /// - Parameter validity: after it the audience refuses the message.
     package func sign(_ message: inout Message, for audience: String, validity: Duration, now: Moment = .now) {
+        address(&message, to: audience, validity, now)
+        message.headers[Message.signatureHeader] = .bytes(key.sign(message.signedBytes))
+    }
+
+    /// Signs messages to one audience at the price of one: what is signed is the root of a tree of them.
+    package func sign(_ messages: inout [Message], for audience: String, validity: Duration, now: Moment = .now) {
+        guard messages.count > 1 else {
+            for index in messages.indices { sign(&messages[index], for: audience, validity: validity, now: now) }
+            return
+        }
+        for index in messages.indices { address(&messages[index], to: audience, validity, now) }
+        let tree = MessageTree(messages.map(\.signedBytes))
+        let signature = key.sign(Message.signedBytes(root: tree.root))
+        for index in messages.indices {
+            messages[index].headers[Message.pathHeader] = .bytes(tree.path(of: index))
+            messages[index].headers[Message.signatureHeader] = .bytes(signature)
+        }
+    }
+
+    private func address(_ message: inout Message, to audience: String, _ validity: Duration, _ now: Moment) {
         message.headers[Header.issuer] = .string(name)
         message.headers[Header.audience] = .string(audience)
         message.headers[Header.keyID] = .string(keyID)
         message.headers[Header.issued] = .integer(now.milliseconds)
         message.headers[Header.expires] = .integer((now + validity).milliseconds)
-        message.headers[Message.signatureHeader] = .bytes(key.sign(message.signedBytes))
     }
 
     /// Returns who signed the message. Throws `invalidArgument` for one that is too large, `unauthenticated` for one that
@@ -112,15 +133,48 @@ package struct FleetMember: Sendable {
                 .unauthenticated, "it is signed by \(issuer) with key \(keyID), which \(name) does not believe",
                 hint: "if the key is new, add its public half to \(name)'s keys of \(issuer)")
         }
-        guard key.verifies(signature, of: message.signedBytes) else {
+        guard verifies(signature, of: message, by: key) else {
             throw MigrationError(.unauthenticated, "its signature by \(issuer)'s key \(keyID) is wrong")
         }
         return (issuer, issued, expires)
+    }
+
+    private func verifies(_ signature: [UInt8], of message: Message, by key: PublicKey) -> Bool {
+        guard let path = message.headers[Message.pathHeader] else {
+            return key.verifies(signature, of: message.signedBytes)
+        }
+        guard case .bytes(let path) = path, let root = MessageTree.root(of: message.signedBytes, along: path) else {
+            return false
+        }
+        return roots.verify(.init(key: key, root: root, signature: signature)) {
+            key.verifies(signature, of: Message.signedBytes(root: root))
+        }
+    }
+}
+
+/// The signed roots that were verified last: the messages of a tree come one after another.
+private final class VerifiedRoots: Sendable {
+    struct Signed: Equatable {
+        let key: PublicKey
+        let root: [UInt8]
+        let signature: [UInt8]
+    }
+
+    private static let limit = 32
+    private let verified = Mutex<[Signed]>([])
+
+    func verify(_ signed: Signed, _ verifies: () -> Bool) -> Bool {
+        if verified.withLock({ $0.contains(signed) }) { return true }
+        guard verifies() else { return false }
+        verified.withLock { $0 = $0.suffix(Self.limit - 1) + [signed] }
+        return true
     }
 }
 
 extension Message {
     package static let signatureHeader = "flotilla-signature-bin"
+    /// A message's way to the root that was signed, where it was signed together with others.
+    package static let pathHeader = "flotilla-signature-path-bin"
 
     /// When it was signed, by the clock of who did; to be believed once the signature is.
     package var issuedAt: Moment? { moment(FleetMember.Header.issued) }
@@ -131,8 +185,11 @@ extension Message {
         return Moment(milliseconds: milliseconds)
     }
 
+    /// The bytes a signature of several messages is made over.
+    fileprivate static func signedBytes(root: [UInt8]) -> [UInt8] { Array("flotilla-signature-tree-v1".utf8) + root }
+
     /// The bytes a signature is made over: the text `flotilla-signature-v1`, then type, content-type, correlation-id and
-    /// message-id, then every header but the signature itself and those a broker adds (`x-…`), sorted by name, as the name, one
+    /// message-id, then every header but the signature, its path and those a broker adds (`x-…`), sorted by name, as the name, one
     /// letter for its kind (`s`, `i`, `b`) with its value (text, decimal digits, bytes), and at last the body; each
     /// preceded by its length in four bytes, big-endian.
     package var signedBytes: [UInt8] {
@@ -145,7 +202,9 @@ extension Message {
             bytes.append(contentsOf: field)
         }
         for text in ["flotilla-signature-v1", type, contentType, correlationID, messageID] { add(text.utf8) }
-        let covered = headers.filter { $0.key != Self.signatureHeader && !$0.key.hasPrefix("x-") }
+        let covered = headers.filter { name, _ in
+            name != Self.signatureHeader && name != Self.pathHeader && !name.hasPrefix("x-")
+        }
         for (name, value) in covered.sorted(by: { $0.key.utf8.lexicographicallyPrecedes($1.key.utf8) }) {
             add(name.utf8)
             switch value {

@@ -43,11 +43,8 @@ package struct TaskCall: Sendable, Equatable {
         static let traceparent = "traceparent"
     }
 
-    /// The task as its host believes it.
-    ///
-    /// - Parameter validity: when it ends before the host took the task on, the host refuses it and another attempt is
-    ///   issued.
-    package func message(_ names: Names, messageID: String, from sender: FleetMember, validity: Duration) -> Message {
+    /// The task as it travels, to be signed for its audience.
+    package func message(_ names: Names, messageID: String) -> Message {
         var message = Message(exchange: names.tasks, routingKey: audience, body: body)
         message.type = "/\(method)"
         message.contentType = Self.contentType
@@ -59,7 +56,6 @@ package struct TaskCall: Sendable, Equatable {
         ]
         if let deadline { message.headers[Header.deadline] = .integer(deadline.milliseconds) }
         if let traceparent { message.headers[Header.traceparent] = .string(traceparent) }
-        sender.sign(&message, for: audience, validity: validity)
         return message
     }
 

@@ -47,7 +47,8 @@ import Testing
             let migration = try await client.submitMigration(Rig.request)
             let lost = try await worker.reject()
             #expect(try await client.replay().letters.map(\.fate) == [.sentAgain])
-            var old = lost.message(Names(), messageID: "old", from: rig.members.coordinator, validity: .seconds(60))
+            var old = lost.message(Names(), messageID: "old")
+            rig.members.coordinator.sign(&old, for: lost.audience, validity: .seconds(60))
             old.exchange = Names().dead
             var word = Messaging.Message(exchange: Names().dead, routingKey: "", body: [1])
             (word.messageID, word.type, word.correlationID) = ("word", EventPublisher.messageType, lost.identity.task)

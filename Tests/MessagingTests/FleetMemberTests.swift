@@ -104,6 +104,37 @@ import Testing
         #expect(failure { try KeyRing(folder: folder.path) }?.code == .permissionDenied)
     }
 
+    /// Each of any number is believed, also alone and twice; with a byte changed, or on another's way, none is.
+    @Test(arguments: [1, 2, 3, 7, 8, 256])
+    func signedTogether(_ count: Int) throws {
+        let (coordinator, worker) = FleetMember.pair(host: "kvm1")
+        var messages = (0..<count).map { Message(exchange: "", routingKey: "", body: [1, UInt8($0)]) }
+        coordinator.sign(&messages, for: "kvm1", validity: .seconds(60))
+        for message in messages + messages.reversed() { #expect(try worker.verify(message) == "coordinator") }
+        let signatures = messages.compactMap { $0.headers[Message.signatureHeader].map { "\($0)" } }
+        #expect(Set(signatures).count == 1)
+        let wrongs = { (wrong: Message) in failure { try worker.verify(wrong) }?.code == .unauthenticated }
+        for (index, message) in messages.enumerated() {
+            var wrong = message
+            wrong.body[0] = 2
+            #expect(wrongs(wrong))
+            guard count > 1, case .bytes(let path)? = message.headers[Message.pathHeader] else { continue }
+            let cuts = [[], Array(path.dropLast(33)), Array(path.dropLast()), path + path, [2] + path.dropFirst()]
+            for path in cuts as [[UInt8]] {
+                wrong = message
+                wrong.headers[Message.pathHeader] = .bytes(path)
+                #expect(wrongs(wrong))
+            }
+            wrong = message
+            wrong.headers[Message.pathHeader] = messages[(index + 1) % count].headers[Message.pathHeader]
+            #expect(wrongs(wrong))
+            for value in [nil, .string("x")] as [HeaderValue?] {
+                wrong.headers[Message.pathHeader] = value
+                #expect(wrongs(wrong))
+            }
+        }
+    }
+
     /// What a broker adds on the way isn't signed; everything else is.
     @Test func signedBytesAreStable() throws {
         var message = Message(exchange: "flotilla.tasks", routingKey: "kvm1", body: [0xca, 0xfe])

@@ -3,13 +3,12 @@ import MigrationModel
 import Testing
 
 @Suite struct TaskCallTests {
-    private let coordinator = FleetMember.pair(host: "kvm1").coordinator
     private let call = TaskCall(
         identity: CallIdentity(task: "0f-convert", attempt: 2, fence: 7), method: "flotilla.v1.ConvertService/Convert",
         audience: "kvm1", deadline: Moment(milliseconds: 1_700_000_000_000), body: [1, 2, 3])
 
     @Test func roundTrip() throws {
-        let message = call.message(Names(), messageID: "m1", from: coordinator, validity: .seconds(60))
+        let message = call.message(Names(), messageID: "m1")
         #expect(message.type == "/flotilla.v1.ConvertService/Convert")
         #expect(message.routingKey == "kvm1")
         #expect(try TaskCall(decoding: message, audience: "kvm1") == call)
@@ -26,7 +25,7 @@ import Testing
             { $0.body = [UInt8](repeating: 0, count: Message.maximumBody + 1) },
         ] as [@Sendable (inout Message) -> Void])
     func malformed(_ damage: @Sendable (inout Message) -> Void) {
-        var message = call.message(Names(), messageID: "m1", from: coordinator, validity: .seconds(60))
+        var message = call.message(Names(), messageID: "m1")
         damage(&message)
         #expect { try TaskCall(decoding: message, audience: "kvm1") } throws: {
             ($0 as? MigrationError)?.code == .invalidArgument

@@ -79,8 +79,8 @@ final class TransportRig: Sendable {
         let call = TaskCall(
             identity: CallIdentity(task: task, attempt: UInt32(fence), fence: fence), method: method, audience: host,
             deadline: deadline, body: try request.serializedBytes())
-        var message = call.message(
-            names, messageID: "\(task)-\(fence)", from: sender ?? members.coordinator, validity: validity)
+        var message = call.message(names, messageID: "\(task)-\(fence)")
+        (sender ?? members.coordinator).sign(&message, for: host, validity: validity)
         message.routingKey = "kvm1"
         change(&message)
         try await bus.publish(message)

@@ -99,6 +99,19 @@ import Testing
         }
     }
 
+    /// Signing them together gives the vectors byte by byte.
+    @Test func signedTogether() throws {
+        let vectors: [Vector] = try Self.read("tasks")
+        let messages = try vectors.map { try Messaging.Message($0.message) }
+        #expect(messages.map { hex($0.signedBytes) } == vectors.map(\.signed))
+        let now = Moment(milliseconds: try #require(vectors.first).now)
+        for message in messages { #expect(try Self.member("kvm1").verify(message, now: now) == "coordinator") }
+        var own = messages
+        for index in own.indices { own[index].headers[Message.pathHeader] = nil }
+        try Self.member("coordinator").sign(&own, for: "kvm1", validity: .seconds(24 * 3600), now: now)
+        #expect(own == messages)
+    }
+
     @Test func verdicts() throws {
         let vectors: [Vector] = try Self.read("verdicts")
         #expect(vectors.count > 20)

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 COORDINATOR = "coordinator"
 MAXIMUM_BODY = 1 << 20
 SIGNATURE = "flotilla-signature-bin"
+PATH = "flotilla-signature-path-bin"
 CLOCK_TOLERANCE_MS = 60_000
 NEEDED_HEADERS = {
     "flotilla-issuer": str, "flotilla-key-id": str, "flotilla-issued-unix-ms": int, "flotilla-expires-unix-ms": int,
@@ -73,7 +74,7 @@ def signed_bytes(properties, body):
         fields.append((text or "").encode())
     headers = {name.encode(): value for name, value in (properties.headers or {}).items()}
     for name in sorted(headers):
-        if name == SIGNATURE.encode() or name.startswith(b"x-"):
+        if name in (SIGNATURE.encode(), PATH.encode()) or name.startswith(b"x-"):
             continue
         value = headers[name]
         fields.append(name)
@@ -87,6 +88,32 @@ def signed_bytes(properties, body):
             raise StatusError(UNAUTHENTICATED, f"header {name.decode()} is neither text, nor a whole number, nor bytes")
     fields.append(body)
     return b"".join(len(field).to_bytes(4, "big") + field for field in fields)
+
+
+def leaf(message):
+    return hashlib.sha256(b"\0" + message).digest()
+
+
+def node(left, right):
+    return hashlib.sha256(b"\1" + left + right).digest()
+
+
+def signed_root(root):
+    """The bytes a signature of several messages is made over."""
+    return b"flotilla-signature-tree-v1" + root
+
+
+def root_of(message, path):
+    """The root that a message's path leads to, from its signed bytes."""
+    if not isinstance(path, bytes) or len(path) % 33 or len(path) > 16 * 33:
+        raise InvalidSignature
+    found = leaf(message)
+    for start in range(0, len(path), 33):
+        side, other = path[start], path[start + 1:start + 33]
+        if side > 1:
+            raise InvalidSignature
+        found = node(found, other) if side else node(other, found)
+    return found
 
 
 class Member:
@@ -142,7 +169,10 @@ class Member:
             raise StatusError(
                 UNAUTHENTICATED, f"it is signed by {issuer} with key {identity}, which {self.name} does not believe")
         try:
-            key.verify(headers[SIGNATURE], signed_bytes(properties, body))
+            signed = signed_bytes(properties, body)
+            if PATH in headers:
+                signed = signed_root(root_of(signed, headers[PATH]))
+            key.verify(headers[SIGNATURE], signed)
         except InvalidSignature:
             raise StatusError(UNAUTHENTICATED, f"its signature by {issuer}'s key {identity} is wrong") from None
         if headers.get("flotilla-audience") != self.name:
