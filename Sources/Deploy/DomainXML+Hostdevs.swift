@@ -13,18 +13,28 @@ package enum DomainVgpu: Sendable, Equatable {
 extension DomainXML {
     package var hasHostDevices: Bool { !devices.isEmpty || !vgpus.isEmpty }
 
-    private var hostFunctions: [PciFunction] {
-        devices.flatMap(\.self)
+    /// By the guest's slots.
+    private var slots: [[PciFunction]] {
+        devices
             + vgpus.compactMap { vgpu in
-                if case .function(let function) = vgpu { function } else { nil }
+                if case .function(let function) = vgpu { [function] } else { nil }
             }
     }
 
-    /// Bytes of address space above 4 GiB for the devices' 64-bit registers, a power of two: registers are aligned to their
-    /// own size. Nil where the chipset's own window (QEMU's q35: 32 GiB) is large enough.
-    var largeWindow: UInt64? {
-        let sum = hostFunctions.reduce(into: UInt64(0)) { sum, function in
-            sum = sum.addingReportingOverflow(function.largeBarBytes).partialValue
+    private var hostFunctions: [PciFunction] { slots.flatMap(\.self) }
+
+    /// Bytes of address space above 4 GiB for the devices' 64-bit registers, a power of two. Registers are aligned to their
+    /// own size, and so is the window of the port that each device is behind: behind a large register and a small one the
+    /// next port's begins at the next multiple of the large one. Nil where the chipset's own window (QEMU's q35: 32 GiB) is
+    /// large enough.
+    package var largeWindow: UInt64? {
+        let sum = slots.reduce(into: UInt64(0)) { sum, functions in
+            let bytes = functions.reduce(UInt64(0)) { $0 + min($1.largeBarBytes, 1 << 50) }
+            guard bytes > 0 else { return }
+            // Larger than the registers: other devices' small ones go between.
+            var aligned: UInt64 = 1 << 20
+            while aligned <= bytes { aligned <<= 1 }
+            sum += aligned
         }
         guard sum > 32 << 30, sum <= 1 << 50 else { return nil }
         var window: UInt64 = 64 << 30
@@ -64,6 +74,12 @@ extension DomainXML {
         return numaNodes.count > 1 && Int(clamping: vm.cpu.count) <= cpus ? nodes : []
     }
 
+    /// The nodes that its memory is bound to; empty where it may come from anywhere.
+    package var memoryNodes: [NumaNode] {
+        let nodes = deviceNodes
+        return nodes.reduce(UInt64(0)) { $0 + $1.memoryBytes } >= vm.memory.bytes ? nodes : []
+    }
+
     /// CPUs and memory on the devices' side of the board. Memory may come from elsewhere when the node is too small for it.
     func writeCPUs(_ xml: inout XMLWriter) {
         let count = "\(max(1, vm.cpu.count))"
@@ -74,7 +90,7 @@ extension DomainXML {
         }
         let cpus = rangesText(nodes.flatMap(\.cpus))
         xml.element("vcpu", ["placement": "static", "cpuset": cpus], text: count)
-        let fits = nodes.reduce(UInt64(0)) { $0 + $1.memoryBytes } >= vm.memory.bytes
+        let fits = !memoryNodes.isEmpty
         xml.element("numatune") { xml in
             xml.element(
                 "memory",

@@ -1,4 +1,5 @@
 package import FlotillaProtocol
+import MigrationModel
 
 /// The host's memory nodes with their CPUs; empty on a kernel without NUMA.
 package func numaNodes(sysfs: Sysfs = Sysfs()) -> [NumaNode] {
@@ -14,6 +15,52 @@ package func numaNodes(sysfs: Sysfs = Sysfs()) -> [NumaNode] {
         node.memoryBytes = (words.count >= 2 ? UInt64(words[words.count - 2]) ?? 0 : 0) * 1024
         return node
     }.sorted { $0.id < $1.id }
+}
+
+/// Throws `resourceExhausted` when a VM whose memory is pinned as it starts (all of it, as VFIO does) does not fit into what
+/// is left: the kernel would look for what it could end instead, and find the largest, another VM.
+///
+/// - Parameters:
+///   - nodes: that the memory is bound to; empty: any.
+///   - proc: of the same machine.
+package func requireMemory(_ bytes: UInt64, onNodes nodes: [UInt32], sysfs: Sysfs, proc: Sysfs) throws {
+    let left: UInt64
+    if nodes.isEmpty {
+        guard let available = MemoryInformation(proc, "meminfo").available else { return }
+        left = available
+    } else {
+        let each = nodes.map { MemoryInformation(sysfs, "devices/system/node/node\($0)/meminfo").available }
+        guard each.allSatisfy({ $0 != nil }) else { return }
+        left = each.reduce(0) { $0 + ($1 ?? 0) }
+    }
+    guard left < bytes else { return }
+    let place = nodes.map { "\($0)" }.joined(separator: ",")
+    throw MigrationError(
+        .resourceExhausted,
+        "with its devices the VM's memory of \(bytes >> 20) MiB is pinned when it starts, and "
+            + (nodes.isEmpty ? "the host" : "memory node \(place), where these are,") + " has \(left >> 20) MiB left",
+        hint: "stop what uses the host's memory, then run the same command again")
+}
+
+/// "MemFree: 1024 kB" of /proc/meminfo, "Node 0 MemFree: 1024 kB" of a node's.
+private struct MemoryInformation {
+    private var values: [Substring: UInt64] = [:]
+
+    init(_ sysfs: Sysfs, _ path: String) {
+        for line in String(decoding: sysfs.bytes(path) ?? [], as: UTF8.self).split(separator: "\n") {
+            let words = line.split(whereSeparator: \.isWhitespace)
+            guard let name = words.firstIndex(where: { $0.hasSuffix(":") }), name + 1 < words.count else { continue }
+            let kibibytes = UInt64(words[name + 1]).flatMap { $0 < 1 << 50 ? $0 : nil }
+            values[words[name].dropLast()] = kibibytes.map { $0 << 10 }
+        }
+    }
+
+    /// Free, or taken for what is on a disk as well. Nodes have no figure of the kernel's own.
+    var available: UInt64? {
+        if let own = values["MemAvailable"] { return own }
+        guard let free = values["MemFree"] else { return nil }
+        return ["Active(file)", "Inactive(file)", "SReclaimable"].reduce(free) { $0 + (values[$1] ?? 0) }
+    }
 }
 
 /// "0-3,8" of the kernel. At most 8192 CPUs are listed, the kernel's own limit (CONFIG_NR_CPUS).

@@ -62,6 +62,14 @@ extension DeployPlan {
             hint: "end that use, or name another host")
     }
 
+    /// Throws `resourceExhausted` when what its devices pin does not fit. Huge pages are counted as QEMU starts.
+    func requireMemory() throws {
+        guard domain.hasHostDevices, !domain.options.hugepages else { return }
+        try Passthrough.requireMemory(
+            domain.manifest.vm.memory.bytes, onNodes: domain.memoryNodes.map(\.id), sysfs: host.sysfs,
+            proc: Sysfs(root: "/proc"))
+    }
+
     private func domainVgpu(_ record: VgpuRecord) throws -> DomainVgpu {
         if let uuid = record.uuid { return .mdev(uuid: uuid) }
         guard let function = functions.first(where: { $0.address == record.function }) else {

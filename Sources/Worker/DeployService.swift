@@ -107,6 +107,7 @@ struct DeployHandler: DeployService.ServiceProtocol {
                 }
                 // libvirt takes the devices from the host's drivers now.
                 try plan.requireUnused()
+                try plan.requireMemory()
             }
             try domain.start()
         }

@@ -178,12 +178,12 @@ import Testing
             var manifest = smallVM(id, "\(folder)/disk.raw")
             (manifest.vm.firmware, manifest.vm.memory.bytes) = (.efi, 256 << 20)
             var xml = DomainXML(manifest: manifest, options: mapped { $0.domainName = "window" }, host: profile)
-            xml.devices = [[pci("0000:ca:00.0", bars: 128 << 30)]]
+            xml.devices = [[pci("0000:ca:00.0", bars: 128 << 30 + 32 << 20)]]
             xml.bufferedDisks = disksWithoutDirectIO(manifest)
             let deployment = Deployment(connection: connection, migrationID: id)
             let domain = try deployment.define(xml)
             defer { try? deployment.undefine("window") }
-            #expect(try domain.xml().contains("name=opt/ovmf/X-PciMmio64Mb,string=131072"))
+            #expect(try domain.xml().contains("name=opt/ovmf/X-PciMmio64Mb,string=262144"))
 
             // There is no such card here, nor memory to lock for one: the rest of the document, as it is.
             var text = try domain.xml()
@@ -201,7 +201,7 @@ import Testing
             let arguments = try Files.list("/proc").filter { Int32($0) != nil }.compactMap {
                 try? String(decoding: Files.read("/proc/\($0)/cmdline"), as: UTF8.self)
             }
-            #expect(arguments.contains { $0.contains("guest=window") && $0.contains("X-PciMmio64Mb,string=131072") })
+            #expect(arguments.contains { $0.contains("guest=window") && $0.contains("X-PciMmio64Mb,string=262144") })
         }
     }
 

@@ -178,6 +178,20 @@ import Testing
         #expect(error?.message.contains(message) == true, "\(name): \(error?.message ?? "")")
     }
 
+    /// GiB of large and of small registers for each device; each is behind a port of its own.
+    @Test(
+        arguments: [
+            ([], nil), ([16], nil), ([8, 4, 2], nil), ([16, 8], 64), ([16, 16], 64), ([32], 64), ([64], 128),
+            ([128], 256),
+            ([128, 128, 128], 1024), ([32, 32, 32], 256), ([8, 8, 8], 64), ([8, 8], nil),
+            ([64, 64, 64, 64, 64], 1024),
+        ] as [([UInt64], UInt64?)])
+    func windowsForLargeRegisters(_ sizes: [UInt64], _ window: UInt64?) {
+        var xml = DomainXML(manifest: linuxVM(), options: mapped(), host: host())
+        xml.devices = sizes.enumerated().map { [pci("0000:0\($0):00.0", bars: $1 << 30 + 32 << 20)] }
+        #expect(xml.largeWindow == window.map { $0 << 30 })
+    }
+
     @Test func lettersDisks() {
         let manifest = linuxVM { $0.disks = (0..<28).map { disk($0, .pvscsi) } }
         let text = try? DomainXML(manifest: manifest, options: mapped(), host: host()).text()

@@ -1,6 +1,9 @@
 import FlotillaProtocol
+import HostKit
+import MigrationModel
 import Passthrough
 import SwiftProtobuf
+import TestKit
 import Testing
 
 @Suite struct PreflightTests {
@@ -233,5 +236,34 @@ import Testing
         let a = domainName(for: String(repeating: "x", count: 1000) + "a")
         let b = domainName(for: String(repeating: "x", count: 1000) + "b")
         #expect(a.utf8.count == 64 && b.utf8.count == 64 && a != b && isValidDomainName(a))
+    }
+
+    /// A node's page cache counts as free, its total does not; a host's own figure goes before.
+    @Test func pinnedMemoryFits() throws {
+        let folder = try TemporaryFolder("proc", "sys/devices/system/node/node0", "sys/devices/system/node/node1")
+        let (sysfs, proc) = (Sysfs(root: "\(folder.path)/sys"), Sysfs(root: "\(folder.path)/proc"))
+        func write(_ path: String, _ lines: [String]) throws {
+            try Files.writeAtomically(Array((lines.joined(separator: "\n") + "\n").utf8), to: "\(folder.path)/\(path)")
+        }
+        for (node, free) in [(0, 1000), (1, 4000)] {
+            try write(
+                "sys/devices/system/node/node\(node)/meminfo",
+                [
+                    "Node \(node) MemTotal:       9000 kB", "Node \(node) MemFree:        \(free) kB",
+                    "Node \(node) Active(file):    300 kB", "Node \(node) SReclaimable:    48 kB",
+                ])
+        }
+        try write("proc/meminfo", ["MemTotal: 18000 kB", "MemFree: 5000 kB", "MemAvailable: 6000 kB"])
+        func error(_ kibibytes: UInt64, _ nodes: [UInt32]) -> MigrationError? {
+            failure { try requireMemory(kibibytes << 10, onNodes: nodes, sysfs: sysfs, proc: proc) }
+        }
+        #expect(error(1348, [0]) == nil)
+        #expect(error(1349, [0])?.code == .resourceExhausted)
+        #expect(error(1349, [0])?.message.contains("memory node 0") == true)
+        #expect(error(5696, [0, 1]) == nil)
+        #expect(error(5697, [0, 1]) != nil)
+        #expect(error(6000, []) == nil)
+        #expect(error(6001, [])?.message.contains("the host") == true)
+        #expect(error(9000, [7]) == nil)
     }
 }
