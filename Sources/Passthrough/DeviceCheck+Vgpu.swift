@@ -51,9 +51,9 @@ func checkVgpu(_ profile: String, on device: DeviceFunction, in tree: DeviceTree
     if !device.virtualFunctions.isEmpty {
         found.append(.pass(subject, "virtual functions", "\(device.virtualFunctions.count) enabled"))
     }
-    let key = vgpuProfileKey(profile)
+    let wanted = VgpuProfile(profile)
     let alike = offering.flatMap { place in
-        place.vgpuOffers.filter { vgpuProfileKey($0.name) == key }.map { (place, $0) }
+        place.vgpuOffers.filter { VgpuProfile($0.name) == wanted }.map { (place, $0) }
     }
     let free = alike.filter { place, offer in
         (offer.available ?? 1) > 0 && !place.uses.contains { [.vgpu, .domain, .reservation, .vfio].contains($0.kind) }
@@ -83,7 +83,7 @@ func checkVgpu(_ profile: String, on device: DeviceFunction, in tree: DeviceTree
             .fail(
                 subject, "profile",
                 "\(subject) can't make \(profile) now; it offers \(names.isEmpty ? "nothing" : names.joined(separator: ", "))",
-                remedy: isMIGProfile(key)
+                remedy: isMIGProfile(wanted.key)
                     ? "choose an offered profile; this one needs room for a GPU instance in MIG mode: \(enableMIGHint(subject))"
                     : "choose an offered profile; while another size is in use a GPU offers only that one"))
     }

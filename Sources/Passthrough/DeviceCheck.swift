@@ -2,19 +2,28 @@ package import FlotillaProtocol
 import HostKit
 import MigrationModel
 
+/// Which users of devices are seen.
+package enum KnownUsers: Sendable {
+    /// By root.
+    case all
+    /// Only some processes and no reservations.
+    case own
+    /// None: a recorded tree has no processes, domains or disks.
+    case recorded
+}
+
 /// Every requirement for handing these functions to a VM, met or not. Pure but for reading `tree.sysfs`.
 ///
 /// - Parameters:
 ///   - vgpu: a vGPU of this profile on them, instead of the whole function.
 ///   - commandLine: the running kernel's.
 ///   - migs: how GPUs are cut into instances, where that is known.
-///   - seesAll: as root; others don't see all processes and reservations.
 package func checkDevices(
     _ addresses: [PciAddress], vgpu: String?, in tree: DeviceTree, commandLine: String = "",
-    migs: [PciAddress: Mig] = [:], seesAll: Bool = true
+    migs: [PciAddress: Mig] = [:], users: KnownUsers = .all
 ) -> [Requirement] {
-    var found = checkHost(tree, commandLine: commandLine)
-    if !seesAll {
+    var found = checkHost(tree, commandLine: commandLine, users)
+    if users == .own {
         found.append(
             .warn(
                 "host", "users", "only root sees which processes have devices and for whom they are reserved",
@@ -36,21 +45,36 @@ package func checkDevices(
         if let vgpu {
             found += checkVgpu(vgpu, on: device, in: tree, migs[device.physicalFunction ?? address])
         } else {
-            found += checkFunction(device, besides: addresses, in: tree)
+            found += checkFunction(device, besides: addresses, in: tree, isLive: users != .recorded)
         }
         found += checkQuality(device, in: tree)
     }
     return found
 }
 
-private func checkHost(_ tree: DeviceTree, commandLine: String) -> [Requirement] {
+private func checkHost(_ tree: DeviceTree, commandLine: String, _ users: KnownUsers) -> [Requirement] {
     var found = hostObstacles(tree)
     if tree.iommu {
         let groups = tree.sysfs.list("kernel/iommu_groups").count
         let units = tree.sysfs.list("class/iommu").joined(separator: ", ")
         found.append(.pass("host", "IOMMU", "on (\(units)), \(groups) groups"))
     }
-    if tree.vfio { found.append(.pass("host", "vfio-pci", "there for this kernel")) }
+    switch tree.vfio {
+    case true?: found.append(.pass("host", "vfio-pci", "there for this kernel"))
+    case false?: break
+    case nil:
+        found.append(
+            .warn(
+                "host", "vfio-pci",
+                "not loaded when the tree was recorded, which does not tell whether the kernel has it",
+                remedy: "ask on that host: modinfo vfio-pci"))
+    }
+    if users == .recorded {
+        found.append(
+            .warn(
+                "host", "users", "a recorded tree does not tell which processes, domains or disks use devices",
+                remedy: "run it on that host before you rely on it"))
+    }
     let type1 = "module/vfio_iommu_type1/parameters"
     if tree.sysfs.text("\(type1)/allow_unsafe_interrupts") == "Y" {
         found.append(
@@ -75,8 +99,11 @@ private func checkHost(_ tree: DeviceTree, commandLine: String) -> [Requirement]
     return found
 }
 
-private func checkFunction(_ device: DeviceFunction, besides: [PciAddress], in tree: DeviceTree) -> [Requirement] {
+private func checkFunction(
+    _ device: DeviceFunction, besides: [PciAddress], in tree: DeviceTree, isLive: Bool
+) -> [Requirement] {
     let subject = device.function.address
+    if let part = partObstacle(device) { return [part] }
     let together = tree.together(with: device.address)
     let others = together.filter { $0.address != device.address }
     var found: [Requirement] = []
@@ -100,7 +127,7 @@ private func checkFunction(_ device: DeviceFunction, besides: [PciAddress], in t
             .pass(subject, "not the boot display", device.function.isDisplay ? "another one is, or none" : "no display")
         )
     }
-    if !failed.contains("free") { found.append(.pass(subject, "free", "nobody uses it")) }
+    if !failed.contains("free"), isLive { found.append(.pass(subject, "free", "nobody uses it")) }
     if tree.iommu && !failed.contains("IOMMU group") {
         let inside = Set(together.map(\.address))
         let rest = tree.members(of: device.function.iommuGroup).filter { !inside.contains($0.address) }

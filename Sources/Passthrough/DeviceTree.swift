@@ -20,7 +20,7 @@ package struct BaseAddress: Sendable, Encodable, Hashable {
         text.split(separator: "\n", omittingEmptySubsequences: false).prefix(7).enumerated().compactMap { index, line in
             let fields = line.split(separator: " ").map { UInt64($0.hasPrefix("0x") ? $0.dropFirst(2) : $0, radix: 16) }
             guard fields.count == 3, let start = fields[0], let end = fields[1], let flags = fields[2], flags != 0,
-                end >= start, end - start < .max
+                end >= start, end - start < 1 << 48
             else { return nil }
             return BaseAddress(
                 index: index, start: start, bytes: end - start + 1, io: flags & 0x100 != 0,
@@ -55,6 +55,9 @@ package struct DeviceFunction: Sendable {
     package var vgpuPath: String?
     /// "enabled", "disabled"; nil when it is not known.
     package var mig: String?
+    /// Memory of its IOMMU group that the firmware keeps: "0x7b800000 0x7fffffff". The kernel gives such a group to no VM
+    /// (kernel: `IOMMU_RESV_DIRECT`).
+    package var firmwareRegions: [String]
     /// The kernel knows a way to reset it.
     package var resettable: Bool
     package var uses: [DeviceUse]
@@ -79,7 +82,8 @@ extension PciFunction {
 /// All PCI functions of a host, or of a recorded tree.
 package struct DeviceTree: Sendable {
     package var iommu: Bool
-    package var vfio: Bool
+    /// Nil where a recorded tree does not tell: the driver is loaded when it is first needed.
+    package var vfio: Bool?
     /// In address order.
     package var functions: [DeviceFunction]
     package let sysfs: Sysfs
@@ -91,7 +95,8 @@ package struct DeviceTree: Sendable {
     package init(_ sysfs: Sysfs, around: Surroundings = Surroundings(), modules: String? = nil) throws {
         self.sysfs = sysfs
         iommu = iommuEnabled(sysfs: sysfs)
-        vfio = vfioAvailable(sysfs: sysfs, modules: modules ?? "/nonexistent")
+        let isThere = vfioAvailable(sysfs: sysfs, modules: modules ?? "/nonexistent")
+        vfio = isThere || modules != nil ? isThere : nil
         let inventory = try pciInventory(sysfs: sysfs, holders: around.holders.groups)
         // A copy that followed the links has no groups and no drivers, and would be misjudged.
         if let copied = inventory.first(where: {
@@ -154,10 +159,19 @@ package struct DeviceTree: Sendable {
             totalVirtualFunctions: names.contains("sriov_totalvfs")
                 ? Int(sysfs.number("\(folder)/sriov_totalvfs") ?? 0) : 0,
             virtualFunctions: virtual, vgpuOffers: offers.list, vgpuPath: offers.path, mig: nil,
+            firmwareRegions: firmwareRegions(function.iommuGroup, sysfs),
             resettable: names.contains("reset") || !(sysfs.text("\(folder)/reset_method") ?? "").isEmpty,
             uses: users.uses(
                 of: address, group: function.iommuGroup, driver: function.driver,
                 virtualFunctions: max(virtual.count, enabled)))
+    }
+
+    /// Lines of "0x7b800000 0x7fffffff direct"; `direct-relaxable` and the others are no obstacle.
+    private static func firmwareRegions(_ group: Int32, _ sysfs: Sysfs) -> [String] {
+        wholeText(sysfs, "kernel/iommu_groups/\(group)/reserved_regions").split(separator: "\n").compactMap { line in
+            let words = line.split(separator: " ")
+            return words.count == 3 && words[2] == "direct" ? words[..<2].joined(separator: " ") : nil
+        }
     }
 
     private static func wholeText(_ sysfs: Sysfs, _ attribute: String) -> String {

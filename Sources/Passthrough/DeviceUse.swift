@@ -194,7 +194,9 @@ struct DeviceUsers {
                 }
             }
         }
-        let framebuffers = sysfs.list("\(folder)/graphics").filter { $0.hasPrefix("fb") }
+        // The firmware's framebuffer (efifb, simpledrm) is a device below it.
+        let displays = [folder] + sysfs.list(folder).filter { $0.contains("-framebuffer.") }.map { "\(folder)/\($0)" }
+        let framebuffers = displays.flatMap { sysfs.list("\($0)/graphics") }.filter { $0.hasPrefix("fb") }
         let consoles = framebuffers.filter { name in
             around.consoleFramebuffers.map { $0.contains(Int(name.dropFirst(2)) ?? -1) } ?? true
         }
@@ -202,7 +204,7 @@ struct DeviceUsers {
             uses.append(DeviceUse(.console, "the kernel's console on \(consoles.joined(separator: ", "))"))
         }
         var paths = framebuffers.map { "/dev/\($0)" }
-        paths += sysfs.list("\(folder)/drm").map { "/dev/dri/\($0)" }
+        paths += displays.flatMap { sysfs.list("\($0)/drm") }.map { "/dev/dri/\($0)" }
         if let minor = nvidiaMinor(address) { paths.append("/dev/nvidia\(minor)") }
         uses += Set(paths.compactMap { around.holders.byPath[$0] }).sorted().map { DeviceUse(.process, $0) }
         if virtualFunctions > 0 {

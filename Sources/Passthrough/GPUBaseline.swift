@@ -71,7 +71,16 @@ package struct GPUBaseline: Sendable, Codable, Hashable {
                 found = match.output.count > 1 ? match.output[1].substring : match.output[0].substring
             }
         } else {
-            found = output.matches(of: /[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?/).last?.output
+            let last = output.matches(of: /[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?/).last?.output
+            // A part of "1,234.5" or "-5" is another figure.
+            if let last, let before = output[..<last.startIndex].last, "-,.'".contains(before) {
+                throw MigrationError(
+                    .failedPrecondition,
+                    "benchmark \(name) printed \(output[..<last.endIndex].suffix(40).split(whereSeparator: \.isWhitespace).last ?? last), "
+                        + "of which \(last) may be only a part",
+                    hint: "say with --pattern which figure counts, or have it printed without separators and signs")
+            }
+            found = last
         }
         guard let found, let value = Double(found), value.isFinite, value > 0 else {
             let end = output.split(whereSeparator: \.isNewline).suffix(3).joined(separator: " | ").suffix(300)

@@ -100,7 +100,7 @@ func hostObstacles(_ tree: DeviceTree) -> [Requirement] {
                 remedy: "enable VT-d or AMD-Vi in the firmware, then `flotilla gpu prepare` and reboot")
         ]
     }
-    if !tree.vfio {
+    if tree.vfio == false {
         return [
             .fail(
                 "host", "vfio-pci", "this host has no vfio-pci driver for its kernel \(kernelRelease())",
@@ -131,6 +131,14 @@ func handoverObstacles(of device: DeviceFunction, consent: Consent, owner: GPUOw
             .fail(
                 address, "IOMMU group", "\(function.text) is in no IOMMU group: the IOMMU does not cover it",
                 remedy: "check the firmware's settings for DMA remapping"))
+    }
+    if let regions = device.firmwareRegions.first {
+        obstacles.append(
+            .fail(
+                address, "IOMMU group",
+                "the firmware keeps memory of group \(function.iommuGroup) for itself (\(regions)): the kernel gives such "
+                    + "a group to no VM",
+                remedy: "take the slot out of the firmware's reserved memory (RMRR, IVMD) by the vendor's tool"))
     }
     return obstacles + useObstacles(of: device, consent: consent, owner: owner)
 }
@@ -165,6 +173,22 @@ func naturalObstacles(of device: DeviceFunction, consent: Consent) -> [Requireme
     ]
 }
 
+/// NVIDIA's virtual functions are nothing without its driver and a vGPU; others' are devices of their own.
+func partObstacle(_ device: DeviceFunction) -> Requirement? {
+    guard let gpu = device.physicalFunction, device.vgpuPath != nil || device.function.id.vendor == 0x10de else {
+        return nil
+    }
+    return .fail(
+        device.function.address, "a whole device",
+        "\(device.function.text) is a part of \(gpu) that only a vGPU can be made on",
+        remedy: "flotilla gpu check \(gpu) --vgpu PROFILE")
+}
+
+/// Throws `failedPrecondition` for functions that no VM can use as they are.
+package func requireWhole(_ addresses: [PciAddress], in tree: DeviceTree) throws {
+    try refuse(addresses.compactMap { tree[$0].flatMap(partObstacle) })
+}
+
 func useObstacles(of device: DeviceFunction, consent: Consent, owner: GPUOwner?) -> [Requirement] {
     device.uses.compactMap { use in
         let found = "\(device.function.text) is in use by \(use.by)"
@@ -176,7 +200,12 @@ func useObstacles(of device: DeviceFunction, consent: Consent, owner: GPUOwner?)
             }
             return fail("undeploy that domain, or take the device out of its definition")
         case .vfio: return fail("stop the virtual machine that has it")
-        case .virtualFunctions: return fail("remove them first, or hand over a virtual function instead")
+        case .virtualFunctions:
+            // NVIDIA's are for vGPUs alone.
+            return fail(
+                device.function.id.vendor == 0x10de
+                    ? "remove them first, or make vGPUs on it"
+                    : "remove them first, or hand over a virtual function instead")
         case .vgpu: return fail("destroy it first")
         case .disk: return fail("unmount or take out the disk first")
         case .console:

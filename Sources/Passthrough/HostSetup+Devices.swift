@@ -11,6 +11,7 @@ package func devicesToPrepare(
     _ addresses: [PciAddress], in tree: DeviceTree, consent: Consent
 ) throws -> [DeviceFunction] {
     let devices = try Handover(addresses, in: tree).functions
+    try requireWhole(devices.map(\.address), in: tree)
     try refuse(
         devices.flatMap { device in
             var kept = device

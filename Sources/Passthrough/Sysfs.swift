@@ -25,9 +25,12 @@ package struct Sysfs: Sendable {
         }
     }
 
-    /// An attribute's text without the trailing newline.
+    /// An attribute's text without the trailing newline. A recorded tree may hold anything: no control character of it
+    /// reaches a terminal.
     package func text(_ relative: String) -> String? {
-        bytes(relative).map { String(decoding: $0.prefix { $0 != 0x0a }, as: UTF8.self) }
+        bytes(relative).map { bytes in
+            String(decoding: bytes.prefix { $0 != 0x0a }.map { $0 < 0x20 || $0 == 0x7f ? 0x3f : $0 }, as: UTF8.self)
+        }
     }
 
     /// A number written as `0x10de` or decimal `-1`.

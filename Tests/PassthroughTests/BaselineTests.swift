@@ -28,6 +28,12 @@ import Testing
         #expect(error?.message.contains("benchmark gemm") == true)
     }
 
+    /// What may be a part of another figure is none.
+    @Test(arguments: ["1,234.5 GB/s", "-5", "score 1'200", "1.2.3"]) func partsOfFigures(_ output: String) throws {
+        let error = #expect(throws: MigrationError.self) { try baseline(nil).figure(in: output) }
+        #expect(error?.hint?.contains("--pattern") == true)
+    }
+
     @Test func losses() {
         #expect(baseline().figure == 100)
         #expect(baseline().loss(of: 98) == 2)

@@ -141,7 +141,7 @@ struct MadeTree {
     @Test func whoIsNotRootIsToldSo() throws {
         let tree = try MadeTree()
         try tree.device("0000:01:00.0", 0x10de, 0x2204, class: 0x0300, group: 1, ["reset": ""])
-        let found = checkDevices([try pci("0000:01:00.0")], vgpu: nil, in: try DeviceTree(tree.sysfs), seesAll: false)
+        let found = checkDevices([try pci("0000:01:00.0")], vgpu: nil, in: try DeviceTree(tree.sysfs), users: .own)
         #expect(found.filter { $0.verdict != .pass }.map(\.requirement) == ["users"])
     }
 

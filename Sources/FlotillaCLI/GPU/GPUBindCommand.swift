@@ -39,12 +39,17 @@ struct GPUBindCommand: AsyncParsableCommand {
     func run() async throws {
         let (host, addresses, consent) = (host, addresses, consent)
         let binder = Binder(sysfs: host.sysfs)
+        let observe = { @Sendable in
+            let tree = try host.observe()
+            try requireWhole(addresses, in: tree)
+            return tree
+        }
         if dryRun {
-            let plan = try await refusable { try binder.plan(bind: addresses, consent: consent, observe: host.observe) }
+            let plan = try await refusable { try binder.plan(bind: addresses, consent: consent, observe: observe) }
             return try show(plan)
         }
         try requireRoot()
-        let changes = try await refusable { try binder.bind(addresses, consent: consent, observe: host.observe) }
+        let changes = try await refusable { try binder.bind(addresses, consent: consent, observe: observe) }
         try showChanges(changes, json: json, nothing: "bound already: nothing to do")
     }
 

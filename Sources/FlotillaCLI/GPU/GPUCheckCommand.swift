@@ -24,7 +24,7 @@ struct GPUCheckCommand: AsyncParsableCommand {
                 host.isLive && vgpu.map(VgpuProfile.init)?.gpuInstance != nil ? tree.functions.map(\.address) : []
             return checkDevices(
                 addresses, vgpu: vgpu, in: tree, commandLine: String(decoding: line, as: UTF8.self),
-                migs: gpus.isEmpty ? [:] : VgpuHost().migs(of: gpus), seesAll: host.seesAll)
+                migs: gpus.isEmpty ? [:] : VgpuHost().migs(of: gpus), users: host.users)
         }
         if json {
             Console.line(try jsonLine(found))

@@ -21,12 +21,16 @@ struct GPUHost: ParsableArguments {
     /// Of this running host, not of a recorded one.
     var isLive: Bool { sysfsRoot == nil }
 
-    /// Every user of a device is seen: by root, and in a recorded tree, which has none.
-    var seesAll: Bool { !isLive || geteuid() == 0 }
+    var users: KnownUsers { !isLive ? .recorded : geteuid() == 0 ? .all : .own }
 
     /// Blocks: asks libvirt, looks at every process. Of a recorded tree only what is in it is known.
     func observe() throws -> DeviceTree {
-        guard Files.isDirectory(sysfs.path("bus/pci/devices")) else {
+        let devices = sysfs.path("bus/pci/devices")
+        guard !Files.isDirectory(devices) || (try? Files.list(devices)) != nil else {
+            throw MigrationError(
+                .permissionDenied, "\(devices) can't be read", hint: "run it with sudo, or make the folder readable")
+        }
+        guard Files.isDirectory(devices) else {
             throw MigrationError(
                 .notFound, "\(sysfs.root) holds no bus/pci/devices",
                 hint: isLive

@@ -27,7 +27,7 @@ struct GPUListCommand: AsyncParsableCommand {
             if host.isLive { readMIG(&tree) }
             return GPUListing(tree, all: all)
         }
-        if !host.seesAll {
+        if host.users == .own {
             Console.complain("warning: only root sees which processes have devices and for whom they are reserved")
         }
         if json { return Console.line(try jsonLine(listing)) }

@@ -49,7 +49,8 @@ struct GPUListing: Encodable {
     }
 
     var iommu: Bool
-    var vfioPci: Bool
+    /// Nil: a recorded tree does not tell.
+    var vfioPci: Bool?
     /// The pci.ids that was read; nil when there is none.
     var namesFrom: String?
     var groups: [Group]

@@ -23,7 +23,9 @@ struct GPUReleaseCommand: AsyncParsableCommand {
 
     func run() async throws {
         let (host, addresses) = (host, addresses)
-        let binder = Binder(sysfs: host.sysfs)
+        // This host's notes say nothing of a recorded tree.
+        let folder = host.isLive ? GPULedger.folder : host.sysfs.path("flotilla")
+        let binder = Binder(sysfs: host.sysfs, folder: folder)
         if dryRun {
             let (plan, resets) = try await refusable {
                 let plan = try binder.plan(release: addresses, observe: host.observe)

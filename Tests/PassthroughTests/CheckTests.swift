@@ -1,0 +1,93 @@
+import FlotillaProtocol
+import HostKit
+import MigrationModel
+import Passthrough
+import TestKit
+import Testing
+
+/// `gpu check` on the recorded machine with one thing changed.
+@Suite struct CheckTests {
+    private func check(
+        _ address: String, vgpu: String? = nil, users: KnownUsers = .all, _ change: (Sysfs) throws -> Void
+    ) throws -> [Requirement] {
+        try withRecordedMachine { sysfs in
+            try change(sysfs)
+            return checkDevices([try pci(address)], vgpu: vgpu, in: try DeviceTree(sysfs), users: users)
+        }
+    }
+
+    private func write(_ text: String, _ sysfs: Sysfs, _ path: String) throws {
+        try Files.createDirectories(Files.parent(of: sysfs.path(path)))
+        try? Files.remove(sysfs.path(path))
+        try Files.writeAtomically(Array(text.utf8), to: sysfs.path(path))
+    }
+
+    @Test(arguments: [("direct", true), ("direct-relaxable", false), ("msi", false)])
+    func memoryThatTheFirmwareKeeps(_ type: String, _ isRefused: Bool) throws {
+        let found = try check("0000:01:00.0") { sysfs in
+            let group = try #require(sysfs.linkName("bus/pci/devices/0000:01:00.0/iommu_group"))
+            try write(
+                "0x000000007b800000 0x000000007fffffff \(type)\n", sysfs,
+                "kernel/iommu_groups/\(group)/reserved_regions")
+        }
+        let groups = found.filter { $0.requirement == "IOMMU group" && $0.subject == "0000:01:00.0" }
+        #expect(groups.contains { $0.verdict == .fail && $0.found.contains("7b800000") } == isRefused)
+        #expect(groups.contains { $0.verdict == .pass } != isRefused)
+    }
+
+    /// Two registers whose sizes have no sum.
+    @Test func registersOfAnySize() throws {
+        let line = "0x0000000000000000 0xfffffffffffffff0 0x000000000014220c\n"
+        let found = try check("0000:01:00.0") { sysfs in
+            try write(String(repeating: line, count: 3), sysfs, "bus/pci/devices/0000:01:00.0/resource")
+        }
+        #expect(found.contains { $0.requirement == "present" })
+        #expect(!found.contains { $0.requirement == "memory windows" })
+    }
+
+    /// The recorded virtual functions are devices of their own; with NVIDIA's vendor id they are parts.
+    @Test func virtualFunctionsOfNVIDIA() throws {
+        let function = "0000:03:00.1"
+        #expect(try !check(function) { _ in }.contains { $0.requirement == "a whole device" })
+        let nvidia = { (sysfs: Sysfs) in try self.write("0x10de\n", sysfs, "bus/pci/devices/\(function)/vendor") }
+        let found = try check(function, nvidia)
+        #expect(found.contains { $0.verdict == .fail && $0.requirement == "a whole device" })
+        try withRecordedMachine { sysfs in
+            try nvidia(sysfs)
+            let tree = try DeviceTree(sysfs)
+            let addresses = [try pci(function)]
+            #expect(failure { try requireWhole(addresses, in: tree) }?.code == .failedPrecondition)
+            #expect(failure { _ = try devicesToPrepare(addresses, in: tree, consent: []) } != nil)
+        }
+    }
+
+    /// Of a recorded tree nobody can say that a device is free, nor of what the kernel could load.
+    @Test func whatARecordingDoesNotTell() throws {
+        let found = try check("0000:01:00.0", users: .recorded) { sysfs in
+            for name in ["bus/pci/drivers/vfio-pci", "module/vfio_pci"] { try? Files.remove(sysfs.path(name)) }
+        }
+        #expect(found.contains { $0.requirement == "users" && $0.verdict == .warn })
+        #expect(!found.contains { $0.requirement == "free" && $0.verdict == .pass })
+        #expect(found.filter { $0.requirement == "vfio-pci" }.map(\.verdict) == [.warn])
+    }
+
+    /// simpledrm hangs below the display that it borrows.
+    @Test func consoleOnTheFirmwaresFramebuffer() throws {
+        let address = "0000:09:00.0"
+        let found = try check(address) { sysfs in
+            try write("1\n", sysfs, "class/vtconsole/vtcon1/bind")
+            try write("(M) frame buffer device\n", sysfs, "class/vtconsole/vtcon1/name")
+            try Files.createDirectories(
+                sysfs.path("bus/pci/devices/\(address)/simple-framebuffer.0/graphics/fb0"))
+        }
+        #expect(found.contains { $0.requirement == "free" && $0.verdict == .fail && $0.found.contains("fb0") })
+    }
+
+    @Test func noEscapesOfARecording() throws {
+        try withRecordedMachine { sysfs in
+            try write("\u{1b}[31mevil\u{7}\n", sysfs, "bus/pci/devices/0000:09:00.0/driver_override")
+            let tree = try DeviceTree(sysfs)
+            #expect(tree[try pci("0000:09:00.0")]?.driverOverride == "?[31mevil?")
+        }
+    }
+}
