@@ -58,13 +58,20 @@ package struct PreparedHost: Sendable {
         for change in setup.changes {
             guard let after = change.after else { continue }
             let digest = hex(Digest.hash(.sha256, after))
-            if let index = record.entries.firstIndex(where: { $0.path == change.path }) {
+            let entry = Entry(
+                path: change.path, original: change.before.map { Data($0) },
+                mode: mode(of: change.path) ?? change.mode, written: digest)
+            guard let index = record.entries.firstIndex(where: { $0.path == change.path }) else {
+                record.entries.append(entry)
+                continue
+            }
+            let known = record.entries[index]
+            let before = change.before.map { hex(Digest.hash(.sha256, $0)) }
+            if before == known.written || entry.original == known.original {
                 record.entries[index].written = digest
             } else {
-                record.entries.append(
-                    Entry(
-                        path: change.path, original: change.before.map { Data($0) },
-                        mode: mode(of: change.path) ?? change.mode, written: digest))
+                // Somebody else wrote it since; that is what there is to return to.
+                record.entries[index] = entry
             }
         }
         record.commands += setup.commands.filter { !record.commands.contains($0) }
@@ -76,6 +83,27 @@ package struct PreparedHost: Sendable {
             try put(change.path, change.after, mode: mode(of: change.path) ?? change.mode)
         }
         try finish(&record)
+        try check(setup, &record)
+    }
+
+    /// The programs may have written boot entries anew, from what they take for the kernel's command line.
+    private func check(_ setup: HostSetup, _ record: inout Record) throws {
+        for change in setup.changes {
+            guard let now = content(of: change.path), now != change.after else { continue }
+            guard setup.isMet(change.path, by: String(decoding: now, as: UTF8.self)),
+                let index = record.entries.firstIndex(where: { $0.path == change.path })
+            else {
+                throw MigrationError(
+                    .failedPrecondition,
+                    "\(root)\(change.path) was written anew, without what was added, while these programs ran: "
+                        + setup.commands.map { $0.joined(separator: " ") }.joined(separator: "; "),
+                    hint: "add \"\(setup.parameters.joined(separator: " "))\" where they have the kernel's command "
+                        + "line from (/etc/kernel/cmdline, or kernelstub's configuration), then run the same command "
+                        + "again")
+            }
+            record.entries[index].written = hex(Digest.hash(.sha256, now))
+        }
+        try write(record)
     }
 
     /// The changes that take everything back, to the byte. The boot entry of a kernel that was removed since stays away.
@@ -174,9 +202,15 @@ package struct PreparedHost: Sendable {
     }
 
     private func put(_ path: String, _ bytes: [UInt8]?, mode: UInt32) throws {
-        // A link stays a link: what it leads to changes.
+        // A link stays a link: what it leads to changes. Below another root it may lead out of it.
         let full = "\(root)\(path)"
-        let target = root.isEmpty && Files.exists(full) ? try Files.canonical(full) : full
+        let target = Files.exists(full) ? try Files.canonical(full) : full
+        let top = root.isEmpty ? "" : try Files.canonical(root)
+        guard target.hasPrefix("\(top)/") || target == full else {
+            throw MigrationError(
+                .failedPrecondition, "\(full) is a link that leads out of \(root), to \(target)",
+                hint: "make it a link relative to its folder")
+        }
         guard let bytes else {
             try Files.remove(target)
             return try Files.synchronizeDirectory(of: target)

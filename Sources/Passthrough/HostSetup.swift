@@ -23,6 +23,7 @@ package struct HostSetup: Sendable {
     /// What a person should know.
     package private(set) var notes: [String] = []
     package let parameters: [String]
+    private let kernel: KernelParameters
 
     /// An empty root is this host's "/".
     let root: String
@@ -33,13 +34,19 @@ package struct HostSetup: Sendable {
     /// - Throws: `failedPrecondition` when no known boot loader is there or one's file can't be understood.
     package init(root: String, devices: [DeviceFunction], in tree: DeviceTree?, amd: Bool?) throws {
         self.root = root
-        let kernel = KernelParameters(amd: amd ?? false)
+        kernel = KernelParameters(amd: amd ?? false)
         parameters = kernel.wanted
         if amd == nil {
             notes.append("the device tree does not say who made the CPU: intel_iommu=on does nothing on one of AMD's")
         }
-        try planBootLoaders(kernel)
-        planModules(devices, tree)
+        try planBootLoaders()
+        let named = Set(devices.map(\.address))
+        let earlier = devices.isEmpty ? [] : preparedEarlier(tree).filter { !named.contains($0.address) }
+        if !earlier.isEmpty {
+            let addresses = earlier.map { "\($0.address)" }.joined(separator: ", ")
+            notes.append("prepared before, and kept (--revert takes all back): \(addresses)")
+        }
+        planModules((devices + earlier).sorted { $0.address < $1.address }, tree)
         planInitramfs(devices)
         changes.removeAll { $0.before == $0.after }
         let paths = changes.map(\.path)
@@ -68,22 +75,22 @@ package struct HostSetup: Sendable {
         }
     }
 
-    private mutating func planBootLoaders(_ kernel: KernelParameters) throws {
+    private mutating func planBootLoaders() throws {
         var isKnown = false
         if let grub = text("/etc/default/grub") {
             isKnown = true
-            try planGRUB(grub, kernel)
+            try planGRUB(grub)
         }
         for path in Self.entries(below: root) {
             guard let entry = text(path) else { continue }
             isKnown = true
             change(path, to: kernel.edited(entry: entry))
         }
-        if let line = text("/etc/kernel/cmdline") {
+        if let line = text(Self.commandLine) ?? newCommandLine() {
             isKnown = true
             let body = line.hasSuffix("\n") ? String(line.dropLast()) : line
             let edited = kernel.edited(body)
-            change("/etc/kernel/cmdline", to: edited == body ? line : edited + "\n")
+            change(Self.commandLine, to: edited == body ? line : edited + "\n")
             for folder in ["/boot/efi/EFI/Linux", "/efi/EFI/Linux", "/boot/EFI/Linux"] {
                 if ((try? Files.list("\(root)\(folder)")) ?? []).contains(where: { $0.hasSuffix(".efi") }) {
                     notes.append(
@@ -101,7 +108,27 @@ package struct HostSetup: Sendable {
         }
     }
 
-    private mutating func planGRUB(_ grub: String, _ kernel: KernelParameters) throws {
+    private static let commandLine = "/etc/kernel/cmdline"
+
+    /// Where Debian's hook has kernel-install write the entries anew as often as the initramfs is made, it must not take the
+    /// running kernel's command line for them: that has none of the words yet. Nil where that is not so.
+    private mutating func newCommandLine() -> String? {
+        guard has("/etc/initramfs/post-update.d/systemd-boot") else { return nil }
+        if let general = text("/usr/lib/kernel/cmdline") { return general }
+        let known = Self.entries(below: root).compactMap { path in
+            text(path).flatMap(kernel.options(ofEntry:)).map { (path: path, options: $0) }
+        }
+        guard let (entry, options) = known.last, !options.contains("$") else { return nil }
+        notes.append("\(Self.commandLine) is made of what \(entry) has: kernel-install writes entries of it")
+        return options + "\n"
+    }
+
+    /// Whether a boot loader's file, written anew by a program, has the words all the same.
+    func isMet(_ path: String, by text: String) -> Bool {
+        Self.entryFolders.contains(Files.parent(of: path)) && kernel.edited(entry: text) == text
+    }
+
+    private mutating func planGRUB(_ grub: String) throws {
         let own = "/etc/default/grub.d/90-flotilla-gpu.cfg"
         let dropIns = ((try? Files.list("\(root)/etc/default/grub.d")) ?? []).filter { $0.hasSuffix(".cfg") }
             .map { "/etc/default/grub.d/\($0)" }.filter { $0 != own }.sorted()
@@ -145,18 +172,25 @@ package struct HostSetup: Sendable {
     private static let dracut = "/etc/dracut.conf.d/90-flotilla-vfio.conf"
     private static let head = "# Written by `flotilla gpu prepare`; `flotilla gpu prepare --revert` takes it away.\n"
 
+    /// Those of earlier runs that are still there.
+    private func preparedEarlier(_ tree: DeviceTree?) -> [DeviceFunction] {
+        let lines = (text(Self.rules) ?? "").split(separator: "\n")
+        return (tree?.functions ?? []).filter { device in lines.contains { $0 == Self.rule(device) } }
+    }
+
+    private static func rule(_ device: DeviceFunction) -> String {
+        let id = device.function.id
+        return "ACTION==\"add\", SUBSYSTEM==\"pci\", KERNEL==\"\(device.address)\", "
+            + "ATTR{vendor}==\"0x\(padded(id.vendor, 4))\", ATTR{device}==\"0x\(padded(id.device, 4))\", "
+            + "ATTR{driver_override}=\"vfio-pci\""
+    }
+
     private mutating func planModules(_ devices: [DeviceFunction], _ tree: DeviceTree?) {
         change("/etc/modules-load.d/flotilla-vfio.conf", to: Self.head + "vfio-pci\n")
         guard !devices.isEmpty else { return }
         var rules =
             Self.head + "# These functions wait for a VM. The ids keep another card in the slot with its own driver.\n"
-        for device in devices {
-            let id = device.function.id
-            rules +=
-                "ACTION==\"add\", SUBSYSTEM==\"pci\", KERNEL==\"\(device.address)\", "
-                + "ATTR{vendor}==\"0x\(padded(id.vendor, 4))\", ATTR{device}==\"0x\(padded(id.device, 4))\", "
-                + "ATTR{driver_override}=\"vfio-pci\"\n"
-        }
+        for device in devices { rules += Self.rule(device) + "\n" }
         change(Self.rules, to: rules)
 
         var modprobe = Self.head
@@ -201,7 +235,8 @@ package struct HostSetup: Sendable {
                 to: Self.head + "add_drivers+=\" vfio-pci \"\ninstall_items+=\" \(Self.rules) \(Self.modprobe) \"\n")
         } else {
             notes.append(
-                "neither update-initramfs nor dracut is here: drivers in the initramfs come before the binding")
+                "neither update-initramfs nor dracut is here: drivers in the initramfs come before the binding; "
+                    + "add vfio_pci to what yours loads first (mkinitcpio: MODULES, then mkinitcpio -P)")
         }
     }
 
@@ -212,9 +247,17 @@ package struct HostSetup: Sendable {
             if let update = program("update-grub", root) {
                 commands.append([update])
             } else if let make = program("grub2-mkconfig", root) ?? program("grub-mkconfig", root) {
-                let target = ["/boot/grub2/grub.cfg", "/boot/grub/grub.cfg"].first { Files.exists("\(root)\($0)") }
+                // Red Hat's until 8 has it on the EFI partition; later there is a stub, which reads the other.
+                let efi = "/boot/efi/EFI"
+                let onEFI = ((try? Files.list("\(root)\(efi)")) ?? []).sorted().map { "\(efi)/\($0)/grub.cfg" }
+                let targets = ["/boot/grub2/grub.cfg", "/boot/grub/grub.cfg"] + onEFI
+                let target = targets.first { Files.exists("\(root)\($0)") }
                 commands.append([make, "-o", target ?? "/boot/grub/grub.cfg"])
             }
+        }
+        if paths.contains(commandLine), let refresh = program("proxmox-boot-tool", root) {
+            // To the EFI partitions, which are not mounted.
+            commands.append([refresh, "refresh"])
         }
         if paths.contains(where: [rules, modprobe, hook, dracut].contains) {
             if let update = program("update-initramfs", root) {

@@ -24,17 +24,20 @@ struct KernelParameters {
 
     /// A Boot Loader Specification entry (uapi-group.org): words of all its `options` lines are joined by the loader.
     func edited(entry text: String) -> String {
-        var lines = text.split(separator: "\n", omittingEmptySubsequences: false).map(String.init)
-        let options = lines.indices.filter { lines[$0].hasPrefix("options ") || lines[$0].hasPrefix("options\t") }
-        let all = options.map { lines[$0].dropFirst(8) }.joined(separator: " ")
+        var lines = text.split(omittingEmptySubsequences: false) { $0 == "\n" || $0 == "\r\n" }.map(String.init)
+        let options = lines.indices.filter { Self.value(of: "options", in: lines[$0]) != nil }
+        // Windows and memory tests take such words as their own options. A unified image has its kernel's line within.
+        guard lines.contains(where: { Self.value(of: "linux", in: $0) != nil }) else { return text }
+        let all = options.compactMap { Self.value(of: "options", in: lines[$0]) }.joined(separator: " ")
         guard edited(all) != all else { return text }
+        let end = text.contains("\r\n") ? "\r\n" : "\n"
         guard let last = options.last else {
             if lines.last == "" { lines.removeLast() }
-            return (lines + ["options \(wanted.joined(separator: " "))", ""]).joined(separator: "\n")
+            return (lines + ["options \(wanted.joined(separator: " "))", ""]).joined(separator: end)
         }
         for index in options {
-            let head = String(lines[index].prefix(8))
-            let words = lines[index].dropFirst(8)
+            guard let words = Self.value(of: "options", in: lines[index]) else { continue }
+            let head = String(lines[index].dropLast(words.count))
             if index == last {
                 let elsewhere = options.dropLast().map { lines[$0] }.joined(separator: " ").split(separator: " ")
                 let missing = KernelParameters(wanted: wanted.filter { !elsewhere.contains(Substring($0)) })
@@ -43,12 +46,30 @@ struct KernelParameters {
                 lines[index] = head + KernelParameters(wanted: []).edited(String(words))
             }
         }
-        return lines.joined(separator: "\n")
+        return lines.joined(separator: end)
+    }
+
+    /// What an entry's line says of a key; nil when it is of another. Blanks before the key count for nothing.
+    private static func value(of key: String, in line: some StringProtocol) -> Substring? {
+        let rest = Substring(line).drop { $0 == " " || $0 == "\t" }
+        guard rest.hasPrefix(key), let blank = rest.dropFirst(key.count).first, blank == " " || blank == "\t" else {
+            return nil
+        }
+        return rest.dropFirst(key.count + 1)
+    }
+
+    /// The kernel's command line of an entry; nil when it has none.
+    func options(ofEntry text: String) -> String? {
+        let lines = text.split(whereSeparator: \.isNewline)
+        guard lines.contains(where: { Self.value(of: "linux", in: $0) != nil }) else { return nil }
+        let words = lines.compactMap { Self.value(of: "options", in: $0) }
+            .flatMap { $0.split { $0 == " " || $0 == "\t" } }
+        return words.isEmpty ? nil : words.joined(separator: " ")
     }
 
     /// Whether an entry's options have any of the wanted words.
     func areSome(inEntry text: String) -> Bool {
-        text.split(separator: "\n").contains { line in
+        text.split(whereSeparator: \.isNewline).contains { line in
             let words = line.split { $0 == " " || $0 == "\t" }
             return words.first == "options" && words.contains { wanted.contains(String($0)) }
         }

@@ -1,3 +1,4 @@
+import Glibc
 import HostKit
 import MigrationModel
 import Passthrough
@@ -58,5 +59,95 @@ import Testing
         #expect(rig.text("\(folder)/6.3.conf") == written)
         // Any other file that is gone comes back.
         #expect(rig.text("/etc/kernel/cmdline") == "root=x\n")
+    }
+
+    /// Prepared twice, with a change of somebody else's between: that is what comes back.
+    @Test func whatOthersWroteBetweenComesBack() throws {
+        let path = "/boot/loader/entries/a.conf"
+        let rig = try SetupRig([path: "linux /a\noptions root=old\n"])
+        let host = PreparedHost(root: rig.root) { _ in }
+        try host.apply(rig.setup())
+        try rig.write(path, "linux /a\noptions root=new\n")
+        try host.apply(rig.setup())
+        #expect(rig.text(path)?.contains("root=new intel_iommu=on") == true)
+        try host.revert(commands: [])
+        #expect(rig.text(path) == "linux /a\noptions root=new\n")
+    }
+
+    /// What was prepared for one device stays when another is.
+    @Test func devicesPreparedBeforeStay() throws {
+        let rig = try SetupRig(["/etc/kernel/cmdline": "root=x\n"])
+        let host = PreparedHost(root: rig.root) { _ in }
+        let before = try rig.snapshot()
+        try host.apply(rig.setup(["0000:01:00.0"]))
+        let second = try rig.setup(["0000:09:00.0"])
+        #expect(second.notes.contains { $0.contains("0000:01:00.0, 0000:01:00.1") })
+        try host.apply(second)
+        let rules = try #require(rig.text("/etc/udev/rules.d/10-flotilla-vfio.rules"))
+        for address in ["0000:01:00.0", "0000:01:00.1", "0000:09:00.0"] {
+            #expect(rules.contains("KERNEL==\"\(address)\""))
+        }
+        for address in ["0000:01:00.0", "0000:09:00.0"] { #expect(try rig.setup([address]).changes.isEmpty) }
+        try host.revert(commands: [])
+        #expect(try rig.snapshot() == before)
+    }
+
+    /// Debian's hook of systemd-boot has kernel-install write the entries anew, of the running kernel's command line where
+    /// there is no file for it.
+    @Test func kernelInstallKeepsTheWords() throws {
+        let path = "/boot/efi/loader/entries/6.1.conf"
+        let hook = "/etc/initramfs/post-update.d/systemd-boot"
+        let programs = [hook, "/usr/sbin/update-initramfs"]
+        let rig = try SetupRig([path: "linux /a\noptions root=x ro\n"], programs: programs)
+        let kernelInstall: @Sendable ([String]) throws -> Void = { [root = rig.root] _ in
+            let line = (try? Files.read("\(root)/etc/kernel/cmdline")).map { String(decoding: $0, as: UTF8.self) }
+            try Files.writeAtomically(
+                Array("linux /b\noptions \(line ?? "root=running\n")".utf8), to: "\(root)\(path)", mode: 0o640)
+        }
+        let before = try rig.snapshot()
+        let host = PreparedHost(root: rig.root, run: kernelInstall)
+        try host.apply(rig.setup(["0000:01:00.0"]))
+        #expect(rig.text(path) == "linux /b\noptions root=x ro intel_iommu=on iommu=pt\n")
+        #expect(try rig.setup(["0000:01:00.0"]).changes.isEmpty)
+        try host.revert(commands: [])
+        #expect(try rig.snapshot() == before)
+    }
+
+    /// Whatever programs write boot entries from: it is not prepared when the words are gone afterwards.
+    @Test func wordsThatProgramsTakeAwayAreMissed() throws {
+        let path = "/boot/loader/entries/a.conf"
+        let rig = try SetupRig([path: "linux /a\noptions root=x\n"], programs: ["/usr/sbin/update-initramfs"])
+        let host = PreparedHost(root: rig.root) { [root = rig.root] _ in
+            try Files.writeAtomically(Array("linux /a\noptions root=x\n".utf8), to: "\(root)\(path)", mode: 0o640)
+        }
+        let error = failure { try host.apply(rig.setup(["0000:01:00.0"])) }
+        #expect(error?.code == .failedPrecondition && error?.message.contains(path) == true)
+        #expect(error?.hint?.contains("intel_iommu=on iommu=pt") == true)
+        #expect(try !rig.setup(["0000:01:00.0"]).changes.isEmpty)
+    }
+
+    @Test func proxmoxCarriesItToItsPartitions() throws {
+        let rig = try SetupRig(["/etc/kernel/cmdline": "root=x\n"], programs: ["/usr/sbin/proxmox-boot-tool"])
+        #expect(try rig.setup().commands == [["/usr/sbin/proxmox-boot-tool", "refresh"]])
+    }
+
+    /// Below another root as on this host; never out of it.
+    @Test func aLinkStaysALink() throws {
+        let rig = try SetupRig(["/usr/share/grub": PrepareTests.grub, "/etc/default/other": ""])
+        let link = "\(rig.root)/etc/default/grub"
+        try #require(symlink("../../usr/share/grub", link) == 0)
+        let host = PreparedHost(root: rig.root) { _ in }
+        try host.apply(rig.setup())
+        #expect(rig.text("/usr/share/grub")?.contains("intel_iommu=on") == true)
+        try host.revert(commands: [])
+        #expect(
+            rig.text("/usr/share/grub") == PrepareTests.grub
+                && Sysfs(root: rig.root).linkPath("etc/default/grub") != nil)
+
+        try Files.writeAtomically(Array(PrepareTests.grub.utf8), to: "\(rig.folder.path)/outside")
+        try Files.remove(link)
+        try #require(symlink("\(rig.folder.path)/outside", link) == 0)
+        #expect(failure { try host.apply(rig.setup()) }?.message.contains("leads out of") == true)
+        #expect(try Files.read("\(rig.folder.path)/outside") == Array(PrepareTests.grub.utf8))
     }
 }

@@ -140,12 +140,23 @@ struct SetupRig {
             after: entry.replacing("ro quiet", with: "ro quiet intel_iommu=on iommu=pt")),
         Loader(
             testDescription: "BLS entry with kernelopts", path: "/boot/loader/entries/rhel.conf",
-            before: "options $kernelopts $tuned_params\n",
-            after: "options $kernelopts $tuned_params intel_iommu=on iommu=pt\n"),
+            before: "linux /vmlinuz\noptions $kernelopts $tuned_params\n",
+            after: "linux /vmlinuz\noptions $kernelopts $tuned_params intel_iommu=on iommu=pt\n"),
+        Loader(
+            testDescription: "an entry of Windows", path: "/boot/efi/loader/entries/windows.conf",
+            before: "title Windows\nefi /EFI/Microsoft/Boot/bootmgfw.efi\n",
+            after: "title Windows\nefi /EFI/Microsoft/Boot/bootmgfw.efi\n"),
+        Loader(
+            testDescription: "indented, with carriage returns", path: "/boot/efi/loader/entries/hand.conf",
+            before: "linux /vmlinuz\r\n  options root=x intel_iommu=off\r\n",
+            after: "linux /vmlinuz\r\n  options root=x intel_iommu=on iommu=pt\r\n"),
+        Loader(
+            testDescription: "without options", path: "/boot/efi/loader/entries/bare.conf", before: "linux /vmlinuz\n",
+            after: "linux /vmlinuz\noptions intel_iommu=on iommu=pt\n"),
         Loader(
             testDescription: "systemd-boot, two options lines", path: "/boot/efi/loader/entries/arch.conf",
-            before: "options iommu=pt root=x\noptions rw\n",
-            after: "options iommu=pt root=x\noptions rw intel_iommu=on\n"),
+            before: "linux /vmlinuz\noptions iommu=pt root=x\noptions rw\n",
+            after: "linux /vmlinuz\noptions iommu=pt root=x\noptions rw intel_iommu=on\n"),
         Loader(
             testDescription: "kernel-install", path: "/etc/kernel/cmdline", before: "root=x rw\n",
             after: "root=x rw intel_iommu=on iommu=pt\n"),
