@@ -222,7 +222,7 @@ package struct Assessment: Sendable, Encodable {
     }
 
     private func freeFunctions(_ ids: [PciId]) -> Int {
-        profiles.flatMap(\.pciFunctions).count { function in
+        profiles.flatMap(\.wholeFunctions).count { function in
             !function.bridge && !function.bootVga && function.inUseBy.isEmpty
                 && ids.contains { $0.vendor == function.id.vendor && $0.device == function.id.device }
         }

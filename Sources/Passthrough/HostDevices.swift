@@ -1,4 +1,4 @@
-import FlotillaProtocol
+package import FlotillaProtocol
 
 /// Functions of a host that move together.
 struct HostDevice {
@@ -9,6 +9,17 @@ struct HostDevice {
     var addresses: [String] { functions.map(\.address) }
 }
 
+extension HostProfile {
+    /// All but virtual functions with the ids of their physical one: such a part of a device looks like the whole.
+    package var wholeFunctions: [PciFunction] {
+        let ids = Dictionary(pciFunctions.map { ($0.address, $0.id) }) { first, _ in first }
+        return pciFunctions.filter { function in
+            guard let physical = ids[function.physicalFunction] else { return true }
+            return physical.vendor != function.id.vendor || physical.device != function.id.device
+        }
+    }
+}
+
 /// A host's PCI devices as candidates for one domain.
 struct HostDevices {
     let host: HostProfile
@@ -16,6 +27,7 @@ struct HostDevices {
     private let migration: String
     let byAddress: [String: PciFunction]
     let byGroup: [Int32: [PciFunction]]
+    private let whole: [PciFunction]
 
     init(_ host: HostProfile, domain: String, migration: String) {
         self.host = host
@@ -23,12 +35,13 @@ struct HostDevices {
         self.migration = migration
         byAddress = Dictionary(host.pciFunctions.map { ($0.address, $0) }) { first, _ in first }
         byGroup = Dictionary(grouping: host.pciFunctions.filter { $0.iommuGroup >= 0 }, by: \.iommuGroup)
+        whole = host.wholeFunctions
     }
 
     /// Every device with the wanted ids, usable or not: own first, then the same board, then by address.
     func candidates(for request: DeviceRequest) -> [HostDevice] {
         var seen: Set<String> = []
-        let units = host.pciFunctions.filter { request.isServed(by: [$0]) || request.devices.count > 1 }
+        let units = whole.filter { request.isServed(by: [$0]) || request.devices.count > 1 }
             .map(device(of:))
             .filter { request.isServed(by: $0.functions) && seen.insert($0.key).inserted }
         func rank(_ unit: HostDevice) -> Int {

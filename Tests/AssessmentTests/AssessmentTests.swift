@@ -216,6 +216,12 @@ import Testing
         }
         #expect(assessment.vms.map(\.verdict) == [.ready, .ready, .warning])
         #expect(assessment.demand.map { [$0.wanted, $0.free] } == [[3, 2]])
+        // Its virtual functions have its id; they are no GPUs.
+        let whole = PassthroughBacking.with { $0.id = .with { ($0.vendor, $0.device) = (0x10de, 0x26b9) } }
+        assessment.add(
+            AssessmentTests.manifest { $0.gpus = [AssessmentTests.gpu(.passthrough(whole))] }, source: "manifest:w.json"
+        )
+        #expect(assessment.demand.map { [$0.wanted, $0.free] } == [[3, 2], [1, 1]])
     }
 }
 

@@ -71,6 +71,25 @@ import Testing
         #expect(match.entries.map { $0.functions.first?.address } == ["0000:5e:00.0", "0000:86:00.0"])
     }
 
+    /// A virtual function with the id of its physical one is a part of what is wanted.
+    @Test func aPartIsNotTheWhole() throws {
+        try withRecordedMachine { sysfs in
+            var host = gpuHost { $0.pciFunctions = (try? pciInventory(sysfs: sysfs)) ?? [] }
+            addDetail(&host.pciFunctions, sysfs: sysfs)
+            let parts = host.pciFunctions.indices.filter { !host.pciFunctions[$0].physicalFunction.isEmpty }
+            #expect(parts.map { host.pciFunctions[$0].address } == ["0000:03:00.1", "0000:03:00.2"])
+            let nvme = passthrough("gpu0", 0x1b36, 0x0010, classCode: 0x0108)
+            #expect(matchDevices([nvme], on: host).devices.map { $0.map(\.address) } == [["0000:09:00.0"]])
+            host.pciFunctions[parts[1]].id.device = 0x0011
+            let virtual = passthrough("gpu0", 0x1b36, 0x0011, classCode: 0x0108)
+            #expect(matchDevices([virtual], on: host).devices.map { $0.map(\.address) } == [["0000:03:00.2"]])
+            host.pciFunctions.removeAll { $0.address == "0000:09:00.0" }
+            let why = matchDevices([nvme], on: host).findings.map(\.message).joined()
+            #expect(why.contains("in use by its 2 virtual functions"), "\(why)")
+            #expect(!host.wholeFunctions.contains { $0.address == "0000:03:00.1" })
+        }
+    }
+
     struct Reason: Sendable, CustomTestStringConvertible {
         var testDescription: String
         var wanted: AssignedDevice
