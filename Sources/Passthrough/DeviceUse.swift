@@ -14,7 +14,7 @@ package struct DeviceUse: Sendable, Encodable, Hashable {
         case dirty
         /// A process holds its VFIO group or device.
         case vfio
-        /// A process has its DRM, framebuffer or NVIDIA device open.
+        /// A process has its DRM, accelerator, framebuffer or NVIDIA device open.
         case process
         /// The kernel's text console is on it.
         case console
@@ -117,6 +117,8 @@ struct DeviceUsers {
     /// Interfaces that are up and disks in use, by the address of every function on their path.
     private var classes: [String: [DeviceUse]] = [:]
     private let consoleOnFramebuffer: Bool
+    /// Of habanalabs before Linux 6.4, whose class lies beside the PCI devices.
+    private let habanaFiles: [String: [String]]
 
     init(_ sysfs: Sysfs, _ around: Surroundings) {
         self.sysfs = sysfs
@@ -129,6 +131,9 @@ struct DeviceUsers {
             || consoles.contains {
                 sysfs.text("\($0)/name")?.contains("frame buffer") == true && sysfs.number("\($0)/bind") == 1
             }
+        habanaFiles = Dictionary(
+            grouping: sysfs.list("class/habanalabs"), by: { sysfs.text("class/habanalabs/\($0)/pci_addr") ?? "" }
+        ).mapValues { names in names.map { "/dev/\($0)" } }
         for name in sysfs.list("class/net") where sysfs.text("class/net/\(name)/operstate") == "up" {
             note("class/net/\(name)", DeviceUse(.network, "network interface \(name), which is up"))
         }
@@ -205,6 +210,8 @@ struct DeviceUsers {
         }
         var paths = framebuffers.map { "/dev/\($0)" }
         paths += displays.flatMap { sysfs.list("\($0)/drm") }.map { "/dev/dri/\($0)" }
+        paths += sysfs.list("\(folder)/accel").map { "/dev/accel/\($0)" }
+        paths += habanaFiles[address.description] ?? []
         if let minor = nvidiaMinor(address) { paths.append("/dev/nvidia\(minor)") }
         uses += Set(paths.compactMap { around.holders.byPath[$0] }).sorted().map { DeviceUse(.process, $0) }
         if virtualFunctions > 0 {

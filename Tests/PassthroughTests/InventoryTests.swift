@@ -2,6 +2,7 @@ import FlotillaProtocol
 import Glibc
 import HostKit
 import Passthrough
+import TestKit
 import Testing
 
 @Suite struct InventoryTests {
@@ -70,6 +71,27 @@ import Testing
             #expect(vfioHolders(proc: folder) == [42: "process 4242 (qemu-system-x86)"])
         }
         #expect(vfioHolders(proc: "/nonexistent").isEmpty)
+    }
+
+    /// Files of DRM's accelerators, and of habanalabs before there were any.
+    @Test(arguments: [("accel/accel0", "accel/accel0"), ("habanalabs", "hl0")])
+    func findsWhoHasAnAccelerator(_ kind: String, _ file: String) throws {
+        let tree = try MadeTree()
+        try tree.device("0000:19:00.0", 0x1da3, 0x1020, class: 0x1200, driver: "habanalabs", group: 4)
+        if kind == "habanalabs" {
+            let folder = try tree.folder.sub("class/habanalabs/hl0")
+            try Files.writeAtomically(Array("0000:19:00.0\n".utf8), to: "\(folder)/pci_addr")
+        } else {
+            _ = try tree.folder.sub("bus/pci/devices/0000:19:00.0/\(kind)")
+        }
+        let proc = try tree.folder.sub("proc")
+        let open = try tree.folder.sub("proc/42/fd")
+        #expect(symlink("/dev/\(file)", "\(open)/3") == 0)
+        try Files.writeAtomically(Array("python3\n".utf8), to: "\(proc)/42/comm")
+        var around = Surroundings()
+        around.holders = DeviceHolders(proc: proc)
+        let read = try DeviceTree(tree.sysfs, around: around)
+        #expect(read.functions.map { $0.uses.map(\.by) } == [["process 42 (python3)"]])
     }
 
     @Test(arguments: [
