@@ -96,29 +96,33 @@ extension Binder {
     static let anyDriver = "?"
 
     /// Brings every function back to its record, as far as possible, and forgets those that are. Throws the first failure.
+    ///
+    /// - Parameter check: throws for one that is to stay as it is.
     @discardableResult
-    func restore(_ records: [BindRecord]) throws -> [Change] {
+    func restore(_ records: [BindRecord], check: (BindRecord) throws -> Void = { _ in }) throws -> [Change] {
         var changes: [Change] = []
-        var failures: [String] = []
+        var failures: [MigrationError] = []
         var done: Set<String> = []
         // Suppliers first: a consumer's driver does not bind before the one it needs.
         for record in records.sorted(by: { $0.address < $1.address }) {
             do {
                 let before = driver(of: record.address)
+                try check(record)
                 try restore(record)
                 done.insert(record.address)
                 let now = driver(of: record.address)
                 if now != before { changes.append(Change(address: record.address, from: before, to: now)) }
             } catch {
-                failures.append((error as? MigrationError)?.message ?? "\(error)")
+                failures.append(error as? MigrationError ?? MigrationError(.internal, "\(error)"))
             }
         }
         Failpoint.gpuStep.hit()
         try journal.write(journal.read().filter { !done.contains($0.address) })
         guard failures.isEmpty else {
             throw MigrationError(
-                .internal, failures.joined(separator: "; "),
-                hint: "the kernel's log says why: journalctl -k; the next flotilla gpu command tries again")
+                .internal, failures.map(\.message).joined(separator: "; "),
+                hint: failures.compactMap(\.hint).first
+                    ?? "the kernel's log says why: journalctl -k; the next flotilla gpu command tries again")
         }
         return changes
     }

@@ -35,20 +35,26 @@ package struct Binder: Sendable {
     let sysfs: Sysfs
     let kernel: any SysfsWriter
     let journal: BindJournal
+    private let folder: String
+    private let proc: String
     private let lock: String
     private let loadDriver: @Sendable () throws -> Void
 
     /// - Parameters:
-    ///   - folder: of the journal and the lock, made when missing.
+    ///   - folder: of the journal and the lock, made when missing; the ledger lies there too.
+    ///   - proc: where procfs is mounted.
     ///   - loadDriver: makes `bus/pci/drivers/vfio-pci` appear.
     package init(
         sysfs: Sysfs = Sysfs(), kernel: (any SysfsWriter)? = nil, folder: String = GPULedger.folder,
-        boot: String = bootID(), loadDriver: @escaping @Sendable () throws -> Void = loadVfioDriver
+        boot: String = bootID(), proc: String = "/proc",
+        loadDriver: @escaping @Sendable () throws -> Void = loadVfioDriver
     ) {
         self.sysfs = sysfs
         self.kernel = kernel ?? KernelWriter(sysfs)
         journal = BindJournal(path: "\(folder)/bindings.json", boot: boot)
         lock = "\(folder)/bind.lock"
+        self.folder = folder
+        self.proc = proc
         self.loadDriver = loadDriver
     }
 
@@ -123,7 +129,7 @@ package struct Binder: Sendable {
     package func recover() throws -> [Change] {
         try exclusively {
             let stuck = try journal.read().filter { $0.phase != .bound }
-            return stuck.isEmpty ? [] : try restore(stuck)
+            return stuck.isEmpty ? [] : try finish(stuck)
         }
     }
 
@@ -134,8 +140,27 @@ package struct Binder: Sendable {
         return try FileLock.holding(lock) {
             let unfinished = try journal.read().filter { $0.phase != .bound }
             // What fails keeps its record, and is in the way of nobody else's device.
-            let recovered = unfinished.isEmpty ? [] : (try? restore(unfinished)) ?? []
+            let recovered = unfinished.isEmpty ? [] : (try? finish(unfinished)) ?? []
             return try recovered + body()
+        }
+    }
+
+    /// What a VM has got since stays with it, and keeps its record.
+    private func finish(_ unfinished: [BindRecord]) throws -> [Change] {
+        let holders = DeviceHolders(proc: proc)
+        let reserved = try GPULedger(folder: folder, boot: journal.boot).reservations().filter { $0.state == .reserved }
+        return try restore(unfinished) { record in
+            let (address, now) = (record.address, driver(of: record.address))
+            guard let function = PciAddress(address), now.isEmpty || isVfio(driver: now) else { return }
+            let own = GPUResource(function: function, sysfs: sysfs)
+            let user =
+                holders.vfioUser(of: "bus/pci/devices/\(address)", sysfs: sysfs)
+                ?? reserved.first { $0.resource.overlaps(own) }.map { "\($0.owner)" }
+            guard let user else { return }
+            throw MigrationError(
+                .failedPrecondition,
+                "\(address) is in use by \(user), and does not go back as an earlier command left it to",
+                hint: "stop that virtual machine, or undeploy its domain; then flotilla gpu release \(address)")
         }
     }
 

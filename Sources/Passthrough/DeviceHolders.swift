@@ -31,6 +31,15 @@ package struct DeviceHolders: Sendable {
     /// Every disk and partition lies in /dev itself.
     private static func mayBeDisk(_ path: String) -> Bool { path != "/dev/null" && !path.dropFirst(5).contains("/") }
 
+    /// Who has a device open through VFIO: by its group or, with IOMMUFD, the device itself.
+    ///
+    /// - Parameter folder: the device's in `sysfs`.
+    func vfioUser(of folder: String, sysfs: Sysfs) -> String? {
+        let group = sysfs.linkName("\(folder)/iommu_group").map { "/dev/vfio/\($0)" }
+        let devices = sysfs.list("\(folder)/vfio-dev").map { "/dev/vfio/devices/\($0)" }
+        return ([group].compactMap(\.self) + devices).compactMap { byPath[$0] }.first
+    }
+
     /// Who holds `/dev/vfio/<group>`.
     package var groups: [Int32: String] {
         let prefix = "/dev/vfio/"

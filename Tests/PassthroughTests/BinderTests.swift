@@ -25,7 +25,9 @@ struct BindRig {
     }
 
     func binder(_ kernel: FixtureKernel) -> Binder {
-        Binder(sysfs: sysfs, kernel: kernel, folder: "\(folder.path)/state", boot: "boot-1", loadDriver: {})
+        Binder(
+            sysfs: sysfs, kernel: kernel, folder: "\(folder.path)/state", boot: "boot-1", proc: "\(folder.path)/proc",
+            loadDriver: {})
     }
 
     func observe(_ around: Surroundings = Surroundings()) -> () throws -> DeviceTree {
@@ -257,6 +259,43 @@ func pci(_ text: String) throws -> PciAddress { try #require(PciAddress(text)) }
         #expect(failure { try rig.binder(kernel).release([pci(Self.gpu)], observe: rig.observe()) } != nil)
         #expect(drivers(rig.sysfs) != before && rig.journal.contains("releasing"))
         try rig.binder(kernel).recover()
+        #expect(drivers(rig.sysfs) == before && !rig.journal.contains(Self.gpu))
+    }
+
+    /// Since a release failed a VM has it: nothing finishes that release while it does.
+    @Test func whatAVMHasMeanwhileIsNotTakenBack() throws {
+        let rig = try BindRig()
+        let before = drivers(rig.sysfs)
+        let kernel = FixtureKernel(rig.sysfs, failing: [7])
+        let binder = rig.binder(kernel)
+        _ = try binder.bind([pci(Self.gpu)], observe: rig.observe())
+        #expect(failure { try binder.release([pci(Self.gpu)], observe: rig.observe()) } != nil)
+        #expect(rig.driver(Self.gpu) == "vfio-pci")
+        let proc = "\(rig.folder.path)/proc"
+        for (device, file) in [("/dev/vfio/11", "7"), ("/dev/vfio/devices/vfio3", "8")] {
+            try Files.createDirectories("\(proc)/42/fd")
+            try Files.writeAtomically(Array("qemu\n".utf8), to: "\(proc)/42/comm")
+            try Files.createDirectories(rig.sysfs.path("bus/pci/devices/\(Self.gpu)/vfio-dev/vfio3"))
+            try FileManager.default.createSymbolicLink(
+                atPath: "\(proc)/42/fd/\(file)", withDestinationPath: device)
+            let writes = kernel.log.count
+            let error = failure { try binder.recover() }
+            #expect(error?.message.contains("\(Self.gpu) is in use by process 42 (qemu)") == true)
+            #expect(error?.hint?.contains("flotilla gpu release \(Self.gpu)") == true)
+            #expect(kernel.log.count == writes && rig.driver(Self.gpu) == "vfio-pci")
+            try Files.remove("\(proc)/42")
+        }
+        let ledger = GPULedger(folder: "\(rig.folder.path)/state", boot: "boot-1")
+        let web = GPUOwner(domain: "web", migration: "m-1", fence: 1)
+        let resource = GPUResource(function: try pci(Self.gpu))
+        try ledger.reserve([resource], for: web)
+        #expect(failure { try binder.recover() }?.message.contains("in use by domain web (migration m-1)") == true)
+        // It is in the way of no other.
+        #expect(try binder.bind([pci("0000:06:00.0")], observe: rig.observe()).count == 1)
+        #expect(try binder.release([pci("0000:06:00.0")], observe: rig.observe()).count == 1)
+        #expect(rig.driver(Self.gpu) == "vfio-pci" && rig.journal.contains("releasing"))
+        try ledger.forget([resource], of: web)
+        try binder.recover()
         #expect(drivers(rig.sysfs) == before && !rig.journal.contains(Self.gpu))
     }
 
