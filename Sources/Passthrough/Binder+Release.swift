@@ -56,13 +56,17 @@ extension Binder {
     /// Gives functions, with all that was bound with them, back to the drivers they had. What is with its driver already
     /// stays. Returns what changed.
     ///
+    /// - Parameter wanted: of those that would go, only these; nil: all.
     /// - Throws: `failedPrecondition` when it is refused: nothing was changed. Else what failed; the next call of any kind
     ///   tries again.
     package func release(
-        _ addresses: [PciAddress], owner: GPUOwner? = nil, observe: () throws -> DeviceTree
+        _ addresses: [PciAddress], only wanted: Set<String>? = nil, owner: GPUOwner? = nil,
+        observe: () throws -> DeviceTree
     ) throws -> [Change] {
         try exclusively {
-            let records = try plan(release: addresses, owner: owner, observe: observe).records
+            let records = try plan(release: addresses, owner: owner, observe: observe).records.filter {
+                wanted?.contains($0.address) ?? true
+            }
             guard !records.isEmpty else { return [] }
             let chosen = Set(records.map(\.address))
             let others = try journal.read().filter { !chosen.contains($0.address) }.map { record in

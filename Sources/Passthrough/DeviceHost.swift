@@ -48,11 +48,16 @@ package struct DeviceHost: Sendable {
     /// - Returns: what was dirty and is free now.
     /// - Throws: `failedPrecondition` when it is refused, or the kernel can't reset one.
     package func reset(_ addresses: [PciAddress], observe: () throws -> DeviceTree) throws -> [PciAddress] {
-        let dirty = try dirty(with: addresses, in: observe())
+        let tree = try observe()
+        let dirty = try dirty(with: addresses, in: tree)
         guard !dirty.isEmpty else { return [] }
-        let isMoved = try !binder.bind(addresses, observe: observe).isEmpty
+        // A function that was bound before stays so, and what else a bind puts right is not asked for.
+        let together = try Set(Handover(addresses, in: tree).functions.map(\.function.address))
+        let moved = try Set(
+            binder.bind(addresses, observe: observe).filter { $0.to == Binder.driver }.map(\.address)
+        ).intersection(together)
         let outcome = Result { try ledger.reset(dirty, sysfs: sysfs, kernel: kernel) }
-        if isMoved { _ = try binder.release(addresses, observe: observe) }
+        if !moved.isEmpty { _ = try binder.release(addresses, only: moved, observe: observe) }
         try outcome.get()
         return dirty.compactMap(\.function)
     }

@@ -35,6 +35,34 @@ import Testing
         try host.ledger.reserve([resource], for: other)
     }
 
+    /// Bound to vfio-pci at boot, with or without its audio, while another device's release is unfinished: only what
+    /// the reset took goes back.
+    @Test(arguments: [["0000:01:00.0", "0000:01:00.1"], ["0000:01:00.0"]])
+    func resetOfAGPUThatWasBoundAtBoot(_ bound: [String]) throws {
+        let rig = try BindRig()
+        let gpu = try pci("0000:01:00.0")
+        try Files.writeAtomically([], to: rig.sysfs.path("bus/pci/devices/0000:01:00.0/reset"))
+        let kernel = FixtureKernel(rig.sysfs, failing: Set([3 * bound.count + 4]))
+        for address in bound {
+            try kernel.write("vfio-pci\n", to: "bus/pci/devices/\(address)/driver_override")
+            try kernel.write("\(address)\n", to: "bus/pci/devices/\(address)/driver/unbind")
+            try kernel.write("\(address)\n", to: "bus/pci/drivers_probe")
+        }
+        let state = "\(rig.folder.path)/state"
+        let binder = Binder(sysfs: rig.sysfs, kernel: kernel, folder: state)
+        let before = drivers(rig.sysfs)
+        _ = try binder.bind([pci("0000:06:00.0")], observe: rig.observe())
+        #expect(failure { try binder.release([pci("0000:06:00.0")], observe: rig.observe()) } != nil)
+
+        let host = DeviceHost(sysfs: rig.sysfs, kernel: kernel, folder: state)
+        try host.ledger.reserve([GPUResource(function: gpu, sysfs: rig.sysfs)], for: owner)
+        try host.ledger.handOver(to: owner)
+        try host.ledger.release(of: owner)
+        #expect(try host.reset([gpu], observe: rig.observe()) == [gpu])
+        #expect(drivers(rig.sysfs) == before)
+        #expect(bound.allSatisfy { rig.driver($0) == "vfio-pci" } && rig.driver("0000:06:00.0") != "vfio-pci")
+    }
+
     /// What no domain had is free again as it was.
     @Test func onlyWhatADomainHadIsDirty() throws {
         let folder = try TemporaryFolder()
