@@ -112,7 +112,8 @@ package struct DeviceHost: Sendable {
         } catch { findings.append(.warning("MIG", "\(error)", remedy: "flotilla gpu restore tries again")) }
         let defined = Set(domains.map(\.migration))
         try vgpus.note(libvirt, ofMigrations: defined)
-        let reaped = try vgpus.reap { owner in
+        let named = Set(domains.flatMap(\.resources).map(\.key))
+        let reaped = try vgpus.reap(besides: named) { owner in
             try owner.libvirt == libvirt && !defined.contains(owner.migration)
                 && !underWay.contains(owner.migration) && !ledger.isKeptByAnother(owner)
         }

@@ -134,11 +134,14 @@ package struct VgpuHost: Sendable {
 
     /// Destroys those of migrations that are gone. One that can't be destroyed now keeps its record. Returns the others.
     ///
-    /// - Parameter isGone: asked under the lock that every maker of a vGPU holds.
-    func reap(_ isGone: (GPUOwner) throws -> Bool) throws -> [VgpuRecord] {
+    /// - Parameters:
+    ///   - named: keys of what domains name, which stays whosever it was.
+    ///   - isGone: asked under the lock that every maker of a vGPU holds.
+    func reap(besides named: Set<String> = [], _ isGone: (GPUOwner) throws -> Bool) throws -> [VgpuRecord] {
         guard try !store.read().isEmpty || !migs.read().made.isEmpty else { return [] }
         return try exclusively {
             let reaped = try store.read().filter { record in
+                if let key = record.resource?.key, named.contains(key) { return false }
                 guard try !record.owner.migration.isEmpty && isGone(record.owner) else { return false }
                 let owner = try ledger.newest(record.owner)
                 return (try? remove(record, as: owner)) != nil

@@ -45,6 +45,17 @@ import Testing
         #expect(entries.count == 2 && entries.allSatisfy { $0.state == .reserved && $0.owner.libvirt == libvirt })
     }
 
+    /// Its domain has lost the mark of its migration: it is that domain's all the same.
+    @Test(arguments: ["", "m-other"]) func whatADomainNamesStays(_ migration: String) throws {
+        let made = try take(Self.system)
+        let uuid = try #require(made.uuid)
+        let vgpu = GPUResource(mdev: uuid, partOf: [try pci("0000:af:00.0")])
+        let domain = GPULedger.Domain(name: "web", migration: migration, resources: [vgpu])
+        _ = try recover(Self.system, [domain])
+        #expect(machine.sysfs.list("bus/mdev/devices") == [uuid])
+        #expect(try machine.host().records().map(\.phase) == [.present])
+    }
+
     @Test func anotherLibvirtsAreLeftAlone() throws {
         _ = try take(Self.system)
         #expect(try recover(Self.other).isEmpty)
