@@ -66,6 +66,16 @@ extension VgpuHost {
         return .run(["mdevctl", "define", "--auto", "--uuid", uuid])
     }
 
+    /// The kernel asks a VM to let go of a mediated device, and waits for that without an end.
+    func requireUnused(_ record: VgpuRecord) throws {
+        guard exists(record) else { return }
+        let folder = record.uuid.map { "bus/mdev/devices/\($0)" } ?? "bus/pci/devices/\(record.function)"
+        guard let user = DeviceHolders(proc: proc).vfioUser(of: folder, sysfs: sysfs) else { return }
+        throw MigrationError(
+            .failedPrecondition, "the vGPU \(record.profile) on \(record.function) is in use by \(user)",
+            hint: "stop the domain that uses it")
+    }
+
     func removing(_ record: VgpuRecord) -> HostStep {
         guard let uuid = record.uuid else {
             return .write("0", to: "bus/pci/devices/\(record.function)/nvidia/current_vgpu_type")
@@ -172,7 +182,8 @@ extension VgpuHost {
     }
 
     private func removal(of record: VgpuRecord) throws -> [HostStep] {
-        try (exists(record) ? [removing(record)] : []) + [forgetting(record)].compactMap(\.self)
+        try requireUnused(record)
+        return try (exists(record) ? [removing(record)] : []) + [forgetting(record)].compactMap(\.self)
             + removingInstance(of: record)
     }
 

@@ -141,6 +141,7 @@ extension VgpuHost {
     }
 
     func remove(_ record: VgpuRecord, as owner: GPUOwner) throws {
+        try requireUnused(record)
         var leaving = record
         leaving.phase = .destroying
         try store.put(leaving)

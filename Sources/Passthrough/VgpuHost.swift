@@ -14,20 +14,24 @@ package struct VgpuHost: Sendable {
     let migs: MIGRecords
     let ledger: GPULedger
     let boot: String
+    let proc: String
     private let lock: String
 
     /// - Parameters:
     ///   - folder: of the records and the lock; the ledger lies there too.
     ///   - boot: the running kernel's boot id.
+    ///   - proc: where procfs is mounted.
     package init(
         sysfs: Sysfs = Sysfs(), kernel: (any SysfsWriter)? = nil, tools: VgpuTools = VgpuTools(),
-        folder: String = GPULedger.folder, ledger: GPULedger? = nil, boot: String = bootID()
+        folder: String = GPULedger.folder, ledger: GPULedger? = nil, boot: String = bootID(),
+        proc: String = "/proc"
     ) {
         self.sysfs = sysfs
         self.kernel = kernel ?? KernelWriter(sysfs)
         self.tools = tools
         self.ledger = ledger ?? GPULedger(folder: folder)
         self.boot = boot
+        self.proc = proc
         store = VgpuRecords(path: "\(folder)/vgpus.json")
         migs = MIGRecords(path: "\(folder)/mig.json")
         lock = "\(folder)/vgpus.lock"

@@ -1,4 +1,5 @@
 import FlotillaProtocol
+import Glibc
 import HostKit
 import MigrationModel
 import Passthrough
@@ -105,6 +106,46 @@ import Testing
         _ = try host.create(
             VgpuProfile("L40S-24Q"), for: GPUOwner(domain: "web", migration: "m-1", fence: 3), device: "gpu0")
         #expect(failure { try host.destroy(of: web) }?.code == .aborted)
+    }
+
+    /// The kernel would wait for the VM, and for as long nobody could do anything with vGPUs.
+    @Test(arguments: [false, true]) func oneThatAVMHasIsNotDestroyed(_ isVendors: Bool) throws {
+        let machine = try VgpuMachine()
+        try machine.mdevGPU("0000:af:00.0", [("nvidia-222", "GRID T4-4Q", 2)])
+        try machine.vendorGPU("3b", types: ["NVIDIA A40-2Q 558"])
+        let proc = try machine.folder.sub("proc")
+        let host = VgpuHost(
+            sysfs: machine.sysfs, kernel: machine.kernel, tools: machine.tools,
+            folder: "\(machine.folder.path)/state", boot: "boot-1", proc: proc)
+        let made = try host.create(
+            VgpuProfile(isVendors ? "A40-2Q" : "T4-4Q"), for: web, device: "gpu0",
+            on: PciAddress(isVendors ? "0000:3b:00.0" : "0000:af:00.0"))
+        let folder = made.uuid.map { "bus/mdev/devices/\($0)" } ?? "bus/pci/devices/\(made.function)"
+        if isVendors {
+            try Files.createDirectories(machine.sysfs.path("\(folder)/vfio-dev/vfio3"))
+        } else {
+            #expect(symlink("../../../kernel/iommu_groups/77", machine.sysfs.path("\(folder)/iommu_group")) == 0)
+        }
+        let file = try machine.folder.sub("proc/42/fd") + "/9"
+        #expect(symlink(isVendors ? "/dev/vfio/devices/vfio3" : "/dev/vfio/77", file) == 0)
+        try Files.writeAtomically(Array("qemu\n".utf8), to: "\(proc)/42/comm")
+        let writes = {
+            machine.sysfs.list("bus/mdev/devices")
+                + [machine.sysfs.text("bus/pci/devices/0000:3b:00.1/nvidia/current_vgpu_type") ?? ""]
+        }
+        let before = writes()
+        let refusals = [
+            failure { try host.destroy(of: web) }, failure { try host.plan(destroy: host.records()) },
+            failure { try host.create(VgpuProfile("T4-8Q"), for: web, device: "gpu0") },
+        ]
+        for refused in refusals {
+            #expect(refused?.code == .failedPrecondition && refused?.hint == "stop the domain that uses it")
+            #expect(refused?.message.contains("in use by process 42 (qemu)") == true, "\(refused?.message ?? "")")
+        }
+        #expect(try host.records() == [made] && writes() == before)
+        try Files.remove("\(proc)/42")
+        try host.destroy(of: web)
+        #expect(try host.records().isEmpty && writes() != before)
     }
 
     @Test func aTypeThatDidNotTakeIsNoVgpu() throws {
