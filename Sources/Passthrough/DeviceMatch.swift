@@ -34,6 +34,19 @@ package struct DeviceMatch: Sendable {
 /// What `PciFunction.inUseBy` holds for a function that a libvirt domain owns.
 package func inUseBy(domain name: String) -> String { "domain \(name)" }
 
+/// Functions that another domain's definition names, running or not: a vGPU on one would go to two.
+///
+/// - Parameter migration: whose reservations are the domain's own.
+package func functionsOfOthers(
+    _ functions: [PciFunction], than domain: String, migration: String
+) -> Set<PciAddress> {
+    let others = functions.filter { function in
+        function.inUseBy.hasPrefix(inUseBy(domain: "")) && function.inUseBy != inUseBy(domain: domain)
+            && (migration.isEmpty || !function.inUseBy.contains("(migration \(migration))"))
+    }
+    return Set(others.compactMap { PciAddress($0.address) })
+}
+
 /// Marks what the ledger has for somebody: reserved while no domain names it yet, or not reset since one had it. Without
 /// this a device would be chosen that can't be had, although the host has another.
 package func markReserved(_ functions: inout [PciFunction], _ reservations: [GPUReservation]) {

@@ -9,11 +9,11 @@ extension VgpuHost {
     func instances(of gpu: PciAddress) -> MIGInstances { MIGInstances(tools: tools, gpu: gpu) }
 
     /// GPUs on which an instance could be made, those with vGPUs first. Without an answer of nvidia-smi none is left out.
-    func partitionable(on gpu: PciAddress?) -> [PciAddress] {
+    func partitionable(on gpu: PciAddress?, besides others: Set<PciAddress> = []) -> [PciAddress] {
         let modes = tools.migModes() ?? [:]
         let all = places().filter { (gpu == nil || $0.physical == gpu) && modes[$0.physical] != "disabled" }
         let used = Set(all.filter { !$0.isEmpty }.map(\.physical))
-        let free = Set(all.filter { !$0.isOccupied }.map(\.physical)).sorted()
+        let free = Set(all.filter { !$0.isOccupied && !$0.isPart(of: others) }.map(\.physical)).sorted()
         return free.filter(used.contains) + free.filter { !used.contains($0) }
     }
 

@@ -49,11 +49,12 @@ package struct VgpuHost: Sendable {
     ///
     /// - Parameters:
     ///   - gpu: physical function to make it on; nil: whichever has room.
+    ///   - others: functions that are not to be used, nor their parts: see `functionsOfOthers`.
     ///   - parameters: "name=value" for the driver, from `vgpuParameters`.
     /// - Throws: `resourceExhausted` when no GPU has room, naming who has the vGPUs there are; `aborted` for a stale fence.
     package func create(
         _ profile: VgpuProfile, for owner: GPUOwner, device: String, on gpu: PciAddress? = nil,
-        parameters: [String] = []
+        besides others: Set<PciAddress> = [], parameters: [String] = []
     ) throws -> VgpuRecord {
         try exclusively {
             if profile.gpuInstance != nil { try settleInstances() }
@@ -71,7 +72,7 @@ package struct VgpuHost: Sendable {
             if let gpu { try enableVirtualFunctions(of: gpu) }
             var failures: [MigrationError] = []
             func attempt(on gpu: PciAddress?) throws -> VgpuRecord? {
-                for place in candidates(for: profile, on: gpu) {
+                for place in candidates(for: profile, on: gpu, besides: others) {
                     // Read again after every attempt: the offers change.
                     guard let type = place.type(of: profile) else { continue }
                     do {
@@ -85,7 +86,7 @@ package struct VgpuHost: Sendable {
             if let made = try attempt(on: gpu) { return made }
             guard let instance = profile.gpuInstance else { throw try failures.first ?? noRoom(for: profile, on: gpu) }
             for rearranging in [false, true] {
-                for card in partitionable(on: gpu) {
+                for card in partitionable(on: gpu, besides: others) {
                     do {
                         try addInstance(instance, on: card, for: owner, device: device, rearranging: rearranging)
                         if let made = try attempt(on: card) { return made }
@@ -218,10 +219,12 @@ package struct VgpuHost: Sendable {
     }
 
     /// GPUs that have vGPUs already come first: an empty one stays free for another size, or to be handed over whole.
-    func candidates(for profile: VgpuProfile, on gpu: PciAddress?) -> [VgpuPlace] {
+    func candidates(
+        for profile: VgpuProfile, on gpu: PciAddress?, besides others: Set<PciAddress> = []
+    ) -> [VgpuPlace] {
         let all = places().filter { gpu == nil || $0.physical == gpu }
         let used = Set(all.filter { !$0.mediatedDevices.isEmpty || $0.currentType != nil }.map(\.physical))
-        let free = all.filter { !$0.isOccupied && $0.type(of: profile) != nil }
+        let free = all.filter { !$0.isOccupied && !$0.isPart(of: others) && $0.type(of: profile) != nil }
         return free.filter { used.contains($0.physical) } + free.filter { !used.contains($0.physical) }
     }
 

@@ -72,6 +72,11 @@ package struct VgpuPlace: Sendable {
         }
     }
 
+    /// It is one of these functions, or of their virtual ones.
+    func isPart(of functions: Set<PciAddress>) -> Bool {
+        functions.contains(function) || functions.contains(physical)
+    }
+
     /// No vGPU lives on it.
     var isEmpty: Bool { mediatedDevices.isEmpty && currentType == nil }
 

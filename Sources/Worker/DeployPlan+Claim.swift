@@ -32,9 +32,10 @@ extension DeployPlan {
             try requireUnused()
             domain.vgpus = []
             records = []
+            let others = functionsOfOthers(functions, than: domain.name, migration: owner.migration)
             for device in vgpus {
                 let record = try host.vgpus.create(
-                    VgpuProfile(device.vgpu.profile), for: owner, device: device.id,
+                    VgpuProfile(device.vgpu.profile), for: owner, device: device.id, besides: others,
                     parameters: vgpuParameters(of: device.config))
                 records.append(record)
                 domain.vgpus.append(try domainVgpu(record))

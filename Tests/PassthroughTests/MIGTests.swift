@@ -113,6 +113,14 @@ import Testing
         #expect(made.physical == "0000:5e:00.0" && machine.instances("3b").isEmpty)
     }
 
+    @Test func noInstanceOnAGPUOfAnotherDomain() throws {
+        let machine = try card()
+        try machine.migGPU("5e")
+        let others = try Set([#require(PciAddress(gpu))])
+        let made = try machine.host().create(VgpuProfile("A100-2-10C"), for: web, device: "gpu0", besides: others)
+        #expect(made.physical == "0000:5e:00.0" && machine.instances("3b").isEmpty)
+    }
+
     @Test func noMIGModeSaysWhatToDo() throws {
         let machine = try VgpuMachine()
         try machine.migGPU("3b", isOn: false)

@@ -148,6 +148,27 @@ import Testing
         #expect(try host.records().isEmpty && writes() != before)
     }
 
+    /// A domain that is off names a GPU, which its driver has meanwhile.
+    @Test func noneIsMadeOnAGPUOfAnotherDomain() throws {
+        let machine = try VgpuMachine()
+        for gpu in ["0000:3b:00.0", "0000:5e:00.0"] { try machine.mdevGPU(gpu, [("nvidia-222", "GRID T4-4Q", 2)]) }
+        let functions = gpuHost {
+            $0.pciFunctions[1].inUseBy = inUseBy(domain: "web")
+            $0.pciFunctions[2].inUseBy = inUseBy(domain: "web (migration m-1)")
+            $0.pciFunctions[3].inUseBy = "a vGPU of domain web"
+        }.pciFunctions
+        let first = try #require(PciAddress("0000:3b:00.0"))
+        #expect(functionsOfOthers(functions, than: "web", migration: "m-1").isEmpty)
+        #expect(functionsOfOthers(functions, than: "db", migration: "m-1") == [first])
+        #expect(functionsOfOthers(functions, than: "db", migration: "").count == 2)
+        let host = machine.host()
+        let made = try host.create(VgpuProfile("T4-4Q"), for: render, device: "gpu0", besides: [first])
+        #expect(made.function == "0000:5e:00.0")
+        _ = try host.create(VgpuProfile("T4-4Q"), for: render, device: "gpu1", besides: [first])
+        let full = failure { try host.create(VgpuProfile("T4-4Q"), for: render, device: "gpu2", besides: [first]) }
+        #expect(full?.code == .resourceExhausted)
+    }
+
     @Test func aTypeThatDidNotTakeIsNoVgpu() throws {
         let machine = try VgpuMachine { VgpuKernel(sysfs: $0, deaf: ["0000:3b:00.1", "0000:3b:00.2", "0000:3b:00.3"]) }
         try machine.vendorGPU("3b", types: ["NVIDIA A40-2Q 558"])

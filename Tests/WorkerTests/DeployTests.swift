@@ -148,6 +148,18 @@ import Testing
         #expect(try rig.entries == ["pci:0000:3b:00.0 \(name) \(isDefined ? "reserved" : "dirty")"])
     }
 
+    /// A domain names a GPU that the ledger knows nothing of, and whose driver still makes vGPUs.
+    @Test func noVgpuOnAGPUOfAnotherDomain() async throws {
+        let rig = try DeployRig()
+        for bus in ["3b", "5e"] { try rig.gpu(bus, mdev: true) }
+        #expect(try await rig.handler().run(rig.request("whole", [a100])).devices == ["0000:3b:00.0"])
+        let gpu = GPUResource(function: try #require(PciAddress("0000:3b:00.0")))
+        try rig.machine.ledger.forget([gpu], of: GPUOwner(domain: "whole", migration: "m-whole", fence: 1))
+        let result = try await rig.handler().run(rig.request("part", [t4Profile]))
+        #expect(result.vgpus.map(\.function) == ["0000:5e:00.0"])
+        for name in ["whole", "part"] { try await rig.handler().takeBack(name) }
+    }
+
     /// No room for the vGPU: the GPU that was reserved before it is free again.
     @Test func allOrNothing() async throws {
         let rig = try DeployRig()
