@@ -109,8 +109,12 @@ package struct VgpuHost: Sendable {
     }
 
     /// Destroys what the owner's migration has, or only its `device`. What is gone already is fine.
+    ///
+    /// - Throws: `aborted` for a stale fence, `failedPrecondition` while a VM has one.
     package func destroy(of owner: GPUOwner, device: String? = nil) throws {
         try exclusively {
+            guard try holds(owner) else { return }
+            try ledger.update { try $0.admit(owner) }
             for record in try store.read()
             where record.owner.isSame(as: owner) && (device.map { record.device == $0 } ?? true) {
                 try remove(record, as: owner)
@@ -120,6 +124,18 @@ package struct VgpuHost: Sendable {
                 try removeInstance(of: made.owner, device: made.device)
             }
         }
+    }
+
+    /// Destroys what was made for this domain, or only its `device`, for a person: whichever attempt made it.
+    /// Returns that.
+    package func destroy(ofDomain domain: String, device: String? = nil) throws -> [VgpuRecord] {
+        let records = try records(ofDomain: domain, device: device)
+        for record in records { try destroy(of: ledger.newest(record.owner), device: record.device) }
+        return records
+    }
+
+    package func records(ofDomain domain: String, device: String? = nil) throws -> [VgpuRecord] {
+        try store.read().filter { $0.owner.domain == domain && (device == nil || device == $0.device) }
     }
 
     /// Notes that it is this libvirt which has the domains of these migrations.

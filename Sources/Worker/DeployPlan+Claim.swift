@@ -89,7 +89,7 @@ extension DeployPlan {
             Failpoint.deployDefined.hit()
             try giveBackSurplus(owner)
             return defined
-        } catch {
+        } catch let error where (error as? MigrationError)?.code != .aborted {
             if takesDevices { try? giveBackUnused(owner) }
             guard isDefined, var failure = error as? MigrationError,
                 case .success(nil) = Result(catching: { try deployment.find(domain.name) })

@@ -105,7 +105,22 @@ import Testing
         // A later attempt has the say.
         _ = try host.create(
             VgpuProfile("L40S-24Q"), for: GPUOwner(domain: "web", migration: "m-1", fence: 3), device: "gpu0")
+        let (made, function) = (try host.records(), "bus/pci/devices/0000:3b:00.1/nvidia/current_vgpu_type")
         #expect(failure { try host.destroy(of: web) }?.code == .aborted)
+        #expect(try host.records() == made && machine.sysfs.text(function) == "1150")
+    }
+
+    /// Whoever asks by the domain's name is no attempt that a later one has replaced.
+    @Test func aPersonDestroysWhatAnyAttemptMade() throws {
+        let machine = try VgpuMachine()
+        try machine.mdevGPU("0000:af:00.0", [("nvidia-222", "GRID T4-4Q", 2)])
+        let host = machine.host()
+        for device in ["gpu0", "gpu1"] { _ = try host.create(VgpuProfile("T4-4Q"), for: web, device: device) }
+        try machine.ledger.reserve([], for: GPUOwner(domain: "web", migration: "m-1", fence: 4))
+        #expect(failure { try host.destroy(of: web) }?.code == .aborted)
+        #expect(try host.destroy(ofDomain: "web", device: "gpu1").map(\.device) == ["gpu1"])
+        #expect(try host.destroy(ofDomain: "web").map(\.device) == ["gpu0"])
+        #expect(try host.records().isEmpty && machine.ledger.reservations().isEmpty)
     }
 
     /// The kernel would wait for the VM, and for as long nobody could do anything with vGPUs.

@@ -176,11 +176,8 @@ struct GPUDestroyCommand: AsyncParsableCommand {
         let (domain, device, dryRun) = (domain, device, dryRun)
         let vgpus = VgpuHost()
         let records = try await blocking("gpu") {
-            let records = try vgpus.records().filter {
-                $0.owner.domain == domain && (device == nil || device == $0.device)
-            }
-            if !dryRun { for record in records { try vgpus.destroy(of: record.owner, device: record.device) } }
-            return records
+            try dryRun
+                ? vgpus.records(ofDomain: domain, device: device) : vgpus.destroy(ofDomain: domain, device: device)
         }
         guard !records.isEmpty else {
             throw MigrationError(
