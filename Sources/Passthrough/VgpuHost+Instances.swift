@@ -130,6 +130,12 @@ extension VgpuHost {
     private func carryOut(
         _ change: MIGRecords.Change, for owner: GPUOwner, _ device: String, _ body: () throws -> Void
     ) throws {
+        if let unfinished = try migs.read().change {
+            throw MigrationError(
+                .failedPrecondition,
+                "the GPU instances of \(unfinished.gpu) are to be put back first: a change of them did not end",
+                hint: "end what uses them, then flotilla gpu restore; or see to them by hand and remove \(migs.path)")
+        }
         try migs.update { $0.change = change }
         Failpoint.gpuMigJournaled.hit()
         do {

@@ -341,6 +341,24 @@ import Testing
         #expect(try machine.instances("3b") == before && !machine.host().holds(owner))
     }
 
+    /// What to go back to on one GPU outlives what is to be made again on another.
+    @Test func aChangeThatCanNotBePutBackIsKept() async throws {
+        let machine = try machine()
+        try machine.migGPU("5e")
+        let render = GPUOwner(domain: "render", migration: "m-2", fence: 1)
+        _ = try machine.host().create(
+            VgpuProfile("A100-7-40C"), for: render, device: "gpu0", on: PciAddress("0000:5e:00.0"))
+        try await killed(machine, "A100-3-20C", at: "gpu.mig-step:5")
+        try machine.rebootMIG("5e")
+        try machine.partition("3b", "9:0")
+        try machine.write("0", to: "mig/0000:3b:00.0/busy")
+        #expect(failure { try machine.host().restore() }?.message.contains("can't be put back") == true)
+        #expect(try machine.host().migs.read().change?.before.count == 2 && machine.instances("5e").isEmpty)
+        try machine.write("", to: "mig/0000:3b:00.0/busy")
+        #expect(try machine.host().restore().map(\.physical) == ["0000:5e:00.0"])
+        #expect(machine.instances("3b") == before && machine.instances("5e") == ["7g.40gb:0"])
+    }
+
     @Test func aWorkersStartSaysWhatItPutBack() async throws {
         let machine = try machine()
         try await killed(machine, "A100-3-20C", at: "gpu.mig-step:5")
