@@ -13,14 +13,17 @@ import Synchronization
 ///  3. run the handler; its messages become update events, a heartbeat renews the lease
 ///  4. enter the end in the ledger, publish it, and again until the coordinator confirms that it has it
 ///
-/// Concurrency: any number of tasks is accepted, `slots` of them run at once, the rest wait their turn with their
-/// lease alive. A lease that runs out stops the handler before the coordinator may give the task away.
+/// Concurrency: any number of tasks is accepted, `slots` of them run at once, and as many of the services that are
+/// `prompt`; the rest wait their turn with their lease alive. A lease that runs out stops the handler before the
+/// coordinator may give the task away.
 package final class BusServerTransport: ServerTransport {
     package typealias Bytes = [UInt8]
 
     package struct Settings: Sendable {
         /// Handlers that run at once.
         package var slots: Int
+        /// Services whose tasks have as many slots of their own: they never wait for the others, which may take hours.
+        package var prompt: Set<ServiceDescriptor> = []
         package var heartbeat: Duration
         /// Until the coordinator's first answer says otherwise.
         package var leaseDuration: Duration
@@ -46,6 +49,7 @@ package final class BusServerTransport: ServerTransport {
     private let bus: any MessageBus
     let names: Names
     private let slots: Slots
+    private let promptSlots: Slots
 
     struct State {
         var methods: [String: MethodDescriptor] = [:]
@@ -73,6 +77,7 @@ package final class BusServerTransport: ServerTransport {
         self.logger = logger
         events = EventPublisher(bus: bus, names: names, member: member)
         slots = Slots(settings.slots)
+        promptSlots = Slots(settings.slots)
     }
 
     package func configure(context: GRPCServerContext) {
@@ -276,6 +281,7 @@ package final class BusServerTransport: ServerTransport {
             // It passes while the task waits for its turn, too.
             let timer = deadlineTimer(call.deadline, running)
             defer { timer?.cancel() }
+            let slots = settings.prompt.contains(method.service) ? promptSlots : self.slots
             let ticket = slots.ticket()
             running.onStop { [slots] in slots.abandon(ticket) }
             let isIn = await slots.enter(ticket)

@@ -31,6 +31,7 @@ package final class Worker: Sendable {
         }
         var settings = configuration.transport
         settings.requireRequest = requireRequest
+        settings.prompt = [DeployService.descriptor]
         let transport = BusServerTransport(
             bus: bus, names: configuration.names, member: member, settings: settings, ledger: journal, logger: logger)
         self.transport = transport

@@ -1,4 +1,5 @@
 import FlotillaProtocol
+import GRPCCore
 import HostKit
 import Messaging
 import MigrationModel
@@ -51,6 +52,25 @@ import Testing
             #expect(try await events.accepted().taskID == "left-convert")
             #expect(rig.ledger.discarded == ["left-convert"])
             #expect(try await events.ended().code == 0)
+        }
+    }
+
+    /// All slots may be taken by conversions for hours.
+    @Test(.timeLimit(.minutes(1))) func whatIsPromptWaitsForNoOther() async throws {
+        let rig = TransportRig()
+        try await rig.run { events in
+            for number in 1...3 { try await rig.send("wait", task: "m\(number)-convert") }
+            for _ in 1...2 { try await events.update() }
+            try await rig.send(
+                "", task: "m-undeploy",
+                method: DeployService.Method.Undeploy.descriptor.fullyQualifiedMethod)
+            let first: TaskEvent = try await events.first { event in
+                switch event.kind {
+                case .update, .ended: event
+                default: nil
+                }
+            }
+            #expect(first.taskID == "m-undeploy" && first.ended.code == 0)
         }
     }
 

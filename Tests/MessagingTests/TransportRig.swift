@@ -39,6 +39,17 @@ struct ScriptedConvert: ConvertService.ServiceProtocol {
     }
 }
 
+/// A service of its own, whose tasks are `prompt`.
+struct ScriptedDeploy: DeployService.ServiceProtocol {
+    func deploy(
+        request: ServerRequest<DeployRequest>, context: ServerContext
+    ) async throws -> StreamingServerResponse<DeployUpdate> { StreamingServerResponse { _ in [:] } }
+
+    func undeploy(
+        request: ServerRequest<UndeployRequest>, context: ServerContext
+    ) async throws -> StreamingServerResponse<DeployUpdate> { StreamingServerResponse { _ in [:] } }
+}
+
 /// A worker's transport with a scripted handler, and the coordinator's end of the bus.
 final class TransportRig: Sendable {
     let bus = InProcessBus()
@@ -52,11 +63,13 @@ final class TransportRig: Sendable {
     init(heartbeat: Duration = .seconds(10), lease: Duration = .seconds(60)) {
         var settings = BusServerTransport.Settings(slots: 2, heartbeat: heartbeat, leaseDuration: lease)
         settings.requireRequest = { _, body in _ = try ConvertRequest(serializedBytes: body) }
+        settings.prompt = [DeployService.descriptor]
         transport = BusServerTransport(
             bus: bus, names: names, member: members.worker, settings: settings, ledger: ledger,
             logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() })
         server = GRPCServer(
-            transport: transport, services: [ScriptedConvert(transport: transport)], interceptors: [ErrorInterceptor()])
+            transport: transport, services: [ScriptedConvert(transport: transport), ScriptedDeploy()],
+            interceptors: [ErrorInterceptor()])
     }
 
     /// Serves, hands the events to `body`, and ends.

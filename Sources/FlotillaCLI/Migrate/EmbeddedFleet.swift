@@ -23,7 +23,7 @@ struct EmbeddedFleet {
     let pool: String
     let stateDirectory: String
     let logger: Logger
-    /// Migrations whose stages run at once.
+    /// Exports and conversions that run at once, and as many deploys beside them.
     var slots = 2
     /// Of all conversions together.
     var rateLimit: RateLimit?
