@@ -22,8 +22,9 @@ package protocol JobTransaction {
     func task(id: String) throws -> TaskRecord?
     /// In stage order.
     func tasks(ofMigration id: String) throws -> [TaskRecord]
-    /// Ids of tasks whose wait is over, but for those of drained hosts, or whose lease has run out. Also those that would wait
-    /// beyond `horizon`, farther than any task waits: the clock was set back.
+    /// Ids of tasks whose wait is over or whose lease has run out. Of drained hosts only those that run, or take
+    /// something back. Also those that would wait beyond `horizon`, farther than any task waits: the clock was set
+    /// back.
     func dueTasks(now: Moment, or horizon: Moment) throws -> [String]
     /// Tasks that wait in the queue of a host since before `moment`, for all the store knows, or since after `horizon`.
     func tasksSent(to host: String, before moment: Moment, or horizon: Moment) throws -> [TaskRecord]

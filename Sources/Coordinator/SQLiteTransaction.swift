@@ -104,7 +104,8 @@ struct SQLiteTransaction: JobTransaction {
         try all(
             """
             SELECT id FROM task WHERE (due_at <= ? OR due_at > ?)
-                AND (has_worker OR host NOT IN (SELECT name FROM host WHERE drained)) ORDER BY due_at
+                AND (has_worker OR stage = 'undeploy' OR host NOT IN (SELECT name FROM host WHERE drained))
+            ORDER BY due_at
             """,
             [now.milliseconds, horizon.milliseconds]
         ) { $0[0] }

@@ -103,7 +103,10 @@ struct Transitions {
         _ event: TaskMachine.Event, to record: TaskRecord, answering sequence: UInt64 = 0, ended: TaskEnded? = nil
     ) throws -> TaskRecord {
         if case .dispatch = event {
-            guard isActive(record.migrationID), try !isDrained(record.host) else { return record }
+            // What a drained host has is its own to take back.
+            guard isActive(record.migrationID), try record.stage == .undeploy || !isDrained(record.host) else {
+                return record
+            }
         }
         var task = record
         let actions = task.machine.handle(event, now: now, policy: policy)

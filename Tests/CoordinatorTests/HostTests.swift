@@ -245,6 +245,24 @@ import Testing
         _ = await running.result
     }
 
+    /// Or nothing would ever leave a host before it is switched off. The second attempt is one that waited.
+    @Test func drainedHostTakesBackWhatItHas() async throws {
+        let rig = try Rig(policy: .init(backoff: .milliseconds(1)))
+        try await rig.process { client, worker in
+            let migration = try await client.submitMigration(Rig.request)
+            for stage in Stage.way { try await worker.work(stage) }
+            #expect(try await client.end(migration.id).state == .done)
+            _ = try await client.drainHost(.with { $0.name = Rig.host })
+            _ = try await client.rollbackMigration(.with { $0.id = migration.id })
+            let first = try await worker.take()
+            #expect(first.identity.task == Stage.undeploy.taskID(ofMigration: migration.id))
+            try await worker.accept(first)
+            try await worker.fail(first, .unavailable, "libvirt is away")
+            try await worker.work(.undeploy)
+            #expect(try await client.end(migration.id).state == .rolledBack)
+        }
+    }
+
     @Test func drainedHostGetsNoNewTasks() async throws {
         let rig = try Rig()
         try await rig.process { client, worker in
