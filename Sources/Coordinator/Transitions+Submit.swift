@@ -118,11 +118,12 @@ extension Transitions {
         return try present()
     }
 
+    /// Ends what is open of it. A convert that failed keeps its images for another attempt; they go, too.
     mutating func cancel(_ id: String) throws -> Migration {
         guard let record = try store.migration(id: id) else {
             throw MigrationError(.notFound, "there is no migration \(id)")
         }
-        for task in try store.tasks(ofMigration: id) where !task.machine.isEnded {
+        for task in try store.tasks(ofMigration: id) where !task.machine.isEnded || task.stage == .convert {
             _ = try apply(.cancel, to: task)
         }
         return Migration(try store.migration(id: id) ?? record, tasks: try store.tasks(ofMigration: id))

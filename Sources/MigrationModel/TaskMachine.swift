@@ -6,7 +6,7 @@
 ///     ^                    |                 |   ended, retryable / lease expired or released
 ///     +--------------------+-----------------+--------------------------+
 ///                                            |   ended, final; lost too often; expired --> failed
-///                                            |   cancel        --> cancelled
+///                                            |   cancel        --> cancelled <-- cancel -- failed
 /// ```
 /// Every dispatch raises `attempt` and `fence`. What carries an older fence changes nothing: its worker may still
 /// be running, but it no longer owns the task.
@@ -203,6 +203,12 @@ package struct TaskMachine: Hashable, Sendable {
             isUnswept = fence > 0
             state = .cancelled
             return (isUnswept ? [.cancel(fence: fence)] : []) + [.finish(.failure(code: 1))]
+
+        // It is over already: only what it kept for another attempt goes.
+        case (.cancel, .failed) where fence > 0:
+            isUnswept = true
+            state = .cancelled
+            return [.cancel(fence: fence)]
 
         default:
             return []

@@ -36,6 +36,47 @@ import Testing
         }
     }
 
+    /// Its checkpoints are kept for another attempt; nothing but a cancel frees their space.
+    @Test(.timeLimit(.minutes(1)), arguments: [false, true])
+    func cancelFreesWhatAFailedConvertLeft(_ isExporting: Bool) async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let id = try await client.submitMigration(Rig.request).id
+            try await worker.work(.export)
+            let convert = try await worker.take()
+            try await worker.accept(convert)
+            try await worker.fail(convert, .resourceExhausted, "the pool is full")
+            #expect(try await client.end(id).state == .failed)
+            if isExporting {
+                _ = try await client.submitMigration(Rig.request)
+                try await worker.accept(try await worker.take())
+            }
+            let cancelled = try await client.cancelMigration(.with { $0.id = id })
+            #expect(cancelled.state == (isExporting ? .cancelled : .failed))
+            #expect(cancelled.stages.first { $0.name == "convert" }?.state == "cancelled")
+            if !isExporting { #expect(cancelled.errorMessage == "the pool is full") }
+            let isOfTheConvert = { (control: ControlMessage) -> Bool? in
+                guard control.taskID == convert.identity.task, case .cancel(let cancel) = control.kind else {
+                    return nil
+                }
+                #expect(control.fence == convert.identity.fence && !cancel.revoked)
+                return true
+            }
+            _ = try await worker.told(isOfTheConvert)
+            // Said again to a worker that lives, until it has done it.
+            try await worker.heartbeat()
+            _ = try await worker.told(isOfTheConvert)
+            try await worker.fail(convert, .cancelled, "the migration was cancelled")
+
+            _ = try await client.submitMigration(Rig.request)
+            try await worker.work(.export)
+            let again = try await worker.work(.convert)
+            #expect(again.identity.fence > convert.identity.fence)
+            try await worker.work(.deploy)
+            #expect(try await client.end(id).state == .done)
+        }
+    }
+
     /// A capture of the changed source, for a dry run or before a refusal, does not make the images of the old one its own.
     @Test(arguments: [true, false]) func imagesBelongToTheSourceTheyWereMadeFrom(_ isDryRun: Bool) async throws {
         let rig = try Rig()

@@ -96,6 +96,29 @@ private let dataLoss = MigrationError.Code.dataLoss.rawValue
         ])
     }
 
+    @Test func cancelOfAFailedTaskSweepsItAndFinishesNothing() {
+        let failed = TaskMachine.Outcome.failure(code: dataLoss)
+        run([
+            Step(at: 0, event: .dispatch, actions: [.send(attempt: 1, fence: 1)], state: .sent),
+            Step(
+                at: 1, event: .ended(fence: 1, outcome: failed), actions: [.finish(failed)],
+                state: .failed(code: dataLoss)),
+            Step(at: 2, event: .alive, actions: [], state: .failed(code: dataLoss)),
+            Step(at: 3, event: .cancel, actions: [.cancel(fence: 1)], state: .cancelled),
+            Step(at: 4, event: .cancel, actions: [], state: .cancelled),
+            // Its end was said again, not yet confirmed.
+            Step(at: 5, event: .ended(fence: 1, outcome: failed), actions: [], state: .cancelled),
+            Step(at: 6, event: .alive, actions: [.cancel(fence: 1)], state: .cancelled),
+            Step(at: 7, event: .ended(fence: 1, outcome: .failure(code: 1)), actions: [], state: .cancelled),
+            Step(at: 8, event: .alive, actions: [], state: .cancelled),
+            Step(at: 9, event: .restart, actions: [], state: .waiting(notBefore: moment(9))),
+        ])
+        // One that no host ever had left nothing.
+        var unsent = TaskMachine(now: moment(0))
+        _ = unsent.handle(.expire, now: moment(1), policy: policy)
+        #expect(unsent.handle(.cancel, now: moment(2), policy: policy).isEmpty)
+    }
+
     @Test func orphanIsSentAgainAtOnceAndCostsNoFailure() {
         var machine = TaskMachine(now: moment(0))
         for round in 1...10 {

@@ -130,8 +130,10 @@ struct MigrationCommand: AsyncParsableCommand {
         static let configuration = CommandConfiguration(
             abstract: "Stops a migration. What it made so far is cleaned up.",
             discussion: """
-                Of a deploy the host takes back what was made: domain, devices, vGPUs; the disks stay. Where no worker answers \
-                any more, a second cancel ends the wait, and leaves that to flotilla migration rollback.
+                One that failed in its conversion keeps what was converted, for a retry to go on with; cancelled, it \
+                does not. Of a deploy the host takes back what was made: domain, devices, vGPUs; the disks stay. Where \
+                no worker answers any more, a second cancel ends the wait, and leaves that to flotilla migration \
+                rollback.
                 """)
 
         @OptionGroup var fleet: FleetOptions
@@ -144,7 +146,12 @@ struct MigrationCommand: AsyncParsableCommand {
                     "\(migration.title): \(migration.request.host) takes back what was made; "
                         + "flotilla migration watch \(id) shows it")
             } else {
-                Console.line("\(migration.title): \(migration.state)")
+                let isSwept =
+                    [.failed, .preflightBlocked].contains(migration.state)
+                    && migration.stages.contains { $0.name == "convert" && $0.state == "cancelled" }
+                Console.line(
+                    "\(migration.title): \(migration.state)"
+                        + (isSwept ? "; \(migration.request.host) removes what its conversion left" : ""))
             }
         }
     }
