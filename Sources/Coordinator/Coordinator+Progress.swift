@@ -1,11 +1,22 @@
 import FlotillaProtocol
 import HostKit
+import Messaging
 import MigrationModel
 import SwiftProtobuf
 
 extension Coordinator {
-    /// Progress goes to those who watch, and is not stored.
-    func relay(_ event: TaskEvent, _ bytes: some SwiftProtobufContiguousBytes) throws {
+    /// Progress, or that there is none: told to those who ask, and not stored.
+    func hear(_ event: TaskEvent, from host: String, isOld: Bool) throws {
+        switch event.kind {
+        case .update(let bytes): try relay(event, bytes)
+        case .heartbeat(let beat) where !isOld:
+            silences.note(event.identity, on: host, seconds: beat.secondsWithoutProgress)
+        case .ended: silences.note(event.identity, on: host, seconds: 0)
+        default: break
+        }
+    }
+
+    private func relay(_ event: TaskEvent, _ bytes: some SwiftProtobufContiguousBytes) throws {
         guard let dash = event.taskID.lastIndex(of: "-"),
             let stage = Stage(rawValue: String(event.taskID[event.taskID.index(after: dash)...]))
         else { return }

@@ -49,6 +49,7 @@ package final class Coordinator: Sendable {
     let store: any JobStore
     let watchers = Watchers()
     let clocks = HostClocks()
+    let silences = Silences()
     let settings: Settings
     private let submitted = Mutex<Set<String>>([])
     let bus: any MessageBus
@@ -326,8 +327,9 @@ package final class Coordinator: Sendable {
         let horizon = Moment.now - settings.policy.leaseDuration - FleetMember.clockTolerance
         let patience = settings.acceptanceTimeout
         for events in batch {
-            for case .task(let task)? in events.events.map(\.event) {
-                if case .update(let bytes) = task.kind { try relay(task, bytes) }
+            for event in events.events {
+                guard case .task(let task) = event.event else { continue }
+                try hear(task, from: events.host, isOld: event.time.moment < horizon)
             }
         }
         try await decide { transitions in
@@ -357,7 +359,7 @@ extension Transitions {
         _ event: WorkerEvent, from host: String, isOld: Bool, patience: Duration
     ) throws {
         switch event.event {
-        case .task(let task) where task.isUpdate || isOld && task.kind == .heartbeat(TaskHeartbeat()): break
+        case .task(let task) where task.isUpdate || isOld && task.isHeartbeat: break
         case .task(let task): try handle(task, from: host)
         case .inventory(let profile) where profile.name == host:
             if let known = try store.host(host)?.profile, known.capturedAt.moment > profile.capturedAt.moment { return }
@@ -382,6 +384,7 @@ extension Transitions {
 
 extension TaskEvent {
     fileprivate var isUpdate: Bool { if case .update = kind { true } else { false } }
+    fileprivate var isHeartbeat: Bool { if case .heartbeat = kind { true } else { false } }
 }
 
 extension Error {

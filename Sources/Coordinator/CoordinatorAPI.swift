@@ -40,7 +40,7 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
             try store.migration(id: request.id).map { Migration($0, tasks: try store.tasks(ofMigration: $0.id)) }
         }
         guard let found else { throw MigrationError(.notFound, "there is no migration \(request.id)") }
-        return found
+        return coordinator.silences.told(found)
     }
 
     package func listMigrations(
@@ -50,7 +50,7 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
         let found = try await coordinator.store.write { store in
             try store.migrations(limit: limit).map { Migration($0, tasks: try store.tasks(ofMigration: $0.id)) }
         }
-        return .with { $0.migrations = found }
+        return .with { $0.migrations = found.map(coordinator.silences.told) }
     }
 
     package func watchMigration(

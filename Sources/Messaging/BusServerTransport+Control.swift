@@ -61,8 +61,9 @@ extension BusServerTransport {
             let (calls, takesMore) = state.withLock { (Array($0.calls.values), !$0.isShuttingDown) }
             await withDiscardingTaskGroup { group in
                 for call in calls {
+                    let beat = TaskHeartbeat.with { $0.secondsWithoutProgress = secondsWithoutProgress(call) }
                     let event = TaskEvent(
-                        call.identity, sequence: call.nextSequence(asksForLease: true), .heartbeat(TaskHeartbeat()))
+                        call.identity, sequence: call.nextSequence(asksForLease: true), .heartbeat(beat))
                     group.addTask { try? await self.events.publish(event) }
                     for step in call.pendingPermits { group.addTask { await self.ask(step, call) } }
                 }
@@ -71,6 +72,16 @@ extension BusServerTransport {
                 group.addTask { try? await self.events.publish(.heartbeat(.with { $0.tasks = UInt32(calls.count) })) }
             }
         }
+    }
+
+    /// 0 while that is no longer than usual. What hangs without having been stopped is for a person to judge.
+    private func secondsWithoutProgress(_ call: RunningCall) -> UInt32 {
+        guard let (silence, isNews) = call.silence(of: settings.silenceLimit) else { return 0 }
+        let seconds = silence.components.seconds
+        if isNews {
+            logger.warning("task without progress", metadata: call.identity.logged(["minutes": "\(seconds / 60)"]))
+        }
+        return UInt32(clamping: seconds)
     }
 
     /// Until cancelled: says results again that were not confirmed.

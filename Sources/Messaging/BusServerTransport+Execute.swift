@@ -14,6 +14,8 @@ extension BusServerTransport {
     ) async -> TaskEnded? {
         guard running.stopReason == nil else { return report(nil, running.stopReason, last: nil) }
         let writer = UpdateWriter(call: running, events: events)
+        running.noteProgress()
+        defer { running.noteProgress(isOver: true) }
         let peer = "bus:\(member.name)"
         let work = Task {
             await withServerContextRPCCancellationHandle { handle in
@@ -106,6 +108,7 @@ private final class UpdateWriter: ClosableRPCWriterProtocol {
         case .metadata: break
         case .message(let bytes):
             state.withLock { $0.last = bytes }
+            call.noteProgress()
             // An update that can't be published now is only progress; the end is what must not be lost.
             try? await events.publish(
                 TaskEvent(call.identity, sequence: call.nextSequence(), .update(Data(bytes))))

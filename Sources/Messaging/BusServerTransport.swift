@@ -27,6 +27,8 @@ package final class BusServerTransport: ServerTransport {
         package var heartbeat: Duration
         /// Until the coordinator's first answer says otherwise.
         package var leaseDuration: Duration
+        /// How long a handler may report nothing before that is said.
+        package var silenceLimit = Duration.seconds(15 * 60)
         /// Throws for a body that is no request of its method.
         package var requireRequest: @Sendable (_ method: String, _ body: [UInt8]) throws -> Void = { _, _ in }
 

@@ -26,6 +26,10 @@ final class RunningCall: Sendable {
         var leaseUntil: ContinuousClock.Instant
         var stopReason: StopReason?
         var stoppedAt: ContinuousClock.Instant?
+        /// When its handler began, or last reported something; nil while none runs.
+        var heardAt: ContinuousClock.Instant?
+        /// The silence after which it is warned of next.
+        var warning: Duration?
         var cancel: [@Sendable () -> Void] = []
         var permits: [String: CheckedContinuation<Void, any Error>] = [:]
         var ended = false
@@ -46,6 +50,24 @@ final class RunningCall: Sendable {
     /// A quarter of the lease is left: kept to stop in.
     var mustStop: Bool { state.withLock { $0.leaseUntil - $0.lease / 4 < .now } }
     var pendingPermits: [String] { state.withLock { Array($0.permits.keys) } }
+
+    /// Its handler begins, reports something, or has ended.
+    func noteProgress(isOver: Bool = false, now: ContinuousClock.Instant = .now) {
+        state.withLock { ($0.heardAt, $0.warning) = (isOver ? nil : now, nil) }
+    }
+
+    /// How long its handler has reported nothing, and whether that is to be said: once when it reaches `limit`, then
+    /// each time that it has doubled. Nil before.
+    func silence(
+        of limit: Duration, now: ContinuousClock.Instant = .now
+    ) -> (duration: Duration, isNews: Bool)? {
+        state.withLock { state in
+            guard let silence = state.heardAt.map({ now - $0 }), silence >= limit else { return nil }
+            let isNews = silence >= state.warning ?? limit
+            if isNews { state.warning = silence * 2 }
+            return (silence, isNews)
+        }
+    }
 
     /// Numbers an event, and remembers when it was sent if it asks for a lease.
     func nextSequence(asksForLease: Bool = false) -> UInt64 {

@@ -245,6 +245,30 @@ import Testing
         _ = await running.result
     }
 
+    @Test func silenceOfATaskIsTold() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let id = try await client.submitMigration(Rig.request).id
+            let export = try await worker.take()
+            try await worker.accept(export)
+            func told(_ seconds: UInt32) async throws -> Bool {
+                try await eventually {
+                    let migrations =
+                        try await client.listMigrations(.init()).migrations
+                        + [try await client.getMigration(.with { $0.id = id })]
+                    return migrations.allSatisfy { $0.stages[0].secondsWithoutProgress == seconds } ? true : nil
+                } == true
+            }
+            for seconds in [1020, 0, 900] as [UInt32] {
+                try await worker.say(export, .heartbeat(.with { $0.secondsWithoutProgress = seconds }))
+                #expect(try await told(seconds))
+            }
+            try await worker.succeed(export, ExportUpdate.with { $0.result.manifest = Rig.manifest })
+            _ = try await worker.told { if case .stored = $0.kind { true } else { nil } }
+            #expect(try await told(0))
+        }
+    }
+
     /// Or nothing would ever leave a host before it is switched off. The second attempt is one that waited.
     @Test func drainedHostTakesBackWhatItHas() async throws {
         let rig = try Rig(policy: .init(backoff: .milliseconds(1)))

@@ -60,9 +60,12 @@ final class TransportRig: Sendable {
     private let server: GRPCServer<BusServerTransport>
     private let serving: Mutex<Task<Void, any Error>?> = Mutex(nil)
 
-    init(heartbeat: Duration = .seconds(10), lease: Duration = .seconds(60)) {
+    init(
+        heartbeat: Duration = .seconds(10), lease: Duration = .seconds(60), silenceLimit: Duration = .seconds(900)
+    ) {
         var settings = BusServerTransport.Settings(slots: 2, heartbeat: heartbeat, leaseDuration: lease)
         settings.requireRequest = { _, body in _ = try ConvertRequest(serializedBytes: body) }
+        settings.silenceLimit = silenceLimit
         settings.prompt = [DeployService.descriptor]
         transport = BusServerTransport(
             bus: bus, names: names, member: members.worker, settings: settings, ledger: ledger,

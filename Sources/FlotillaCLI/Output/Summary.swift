@@ -1,6 +1,7 @@
 import Deploy
 import FlotillaProtocol
 import MigrationModel
+import SwiftProtobuf
 
 /// What came of each VM, for people.
 struct Summary {
@@ -16,6 +17,17 @@ struct Summary {
             lines += table(
                 ["stage", "state", "time", "attempts"],
                 migration.stages.map { [$0.name, $0.state, $0.duration, "\($0.attempt)"] })
+        }
+        for stage in migration.stages where stage.secondsWithoutProgress > 0 {
+            lines += describe(
+                .with {
+                    $0.severity = .warning
+                    $0.message =
+                        "\(stage.name) on \(stage.host): no progress for \(stage.secondsWithoutProgress / 60) minutes"
+                    $0.remedy =
+                        "look there at what it waits for, storage or a server; to stop it: flotilla migration cancel "
+                        + migration.id
+                })
         }
         let disks = migration.manifest.disks.filter { $0.hasTarget }
         if !disks.isEmpty {

@@ -318,6 +318,9 @@ package nonisolated struct StageSummary: Sendable {
   /// Clears the value of `endedAt`. Subsequent reads from it will return its default value.
   package mutating func clearEndedAt() {self._endedAt = nil}
 
+  /// As in the attempt's last heartbeat.
+  package var secondsWithoutProgress: UInt32 = 0
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -1269,7 +1272,7 @@ nonisolated extension Migration: SwiftProtobuf.Message, SwiftProtobuf._MessageIm
 
 nonisolated extension StageSummary: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".StageSummary"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{3}task_id\0\u{1}host\0\u{1}state\0\u{1}attempt\0\u{3}started_at\0\u{3}ended_at\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{3}task_id\0\u{1}host\0\u{1}state\0\u{1}attempt\0\u{3}started_at\0\u{3}ended_at\0\u{3}seconds_without_progress\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1284,6 +1287,7 @@ nonisolated extension StageSummary: SwiftProtobuf.Message, SwiftProtobuf._Messag
       case 5: try { try decoder.decodeSingularUInt32Field(value: &self.attempt) }()
       case 6: try { try decoder.decodeSingularMessageField(value: &self._startedAt) }()
       case 7: try { try decoder.decodeSingularMessageField(value: &self._endedAt) }()
+      case 8: try { try decoder.decodeSingularUInt32Field(value: &self.secondsWithoutProgress) }()
       default: break
       }
     }
@@ -1315,6 +1319,9 @@ nonisolated extension StageSummary: SwiftProtobuf.Message, SwiftProtobuf._Messag
     try { if let v = self._endedAt {
       try visitor.visitSingularMessageField(value: v, fieldNumber: 7)
     } }()
+    if self.secondsWithoutProgress != 0 {
+      try visitor.visitSingularUInt32Field(value: self.secondsWithoutProgress, fieldNumber: 8)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -1326,6 +1333,7 @@ nonisolated extension StageSummary: SwiftProtobuf.Message, SwiftProtobuf._Messag
     if lhs.attempt != rhs.attempt {return false}
     if lhs._startedAt != rhs._startedAt {return false}
     if lhs._endedAt != rhs._endedAt {return false}
+    if lhs.secondsWithoutProgress != rhs.secondsWithoutProgress {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }

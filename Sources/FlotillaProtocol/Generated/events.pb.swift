@@ -239,6 +239,10 @@ package nonisolated struct TaskHeartbeat: Sendable {
   // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
   // methods supported on all messages.
 
+  /// How long the handler has reported nothing; 0 while that is less than 15 minutes, and while the task waits for its
+  /// turn.
+  package var secondsWithoutProgress: UInt32 = 0
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -815,18 +819,29 @@ nonisolated extension TaskAccepted: SwiftProtobuf.Message, SwiftProtobuf._Messag
 
 nonisolated extension TaskHeartbeat: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".TaskHeartbeat"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap()
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}seconds_without_progress\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
-    // Load everything into unknown fields
-    while try decoder.nextFieldNumber() != nil {}
+    while let fieldNumber = try decoder.nextFieldNumber() {
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every case branch when no optimizations are
+      // enabled. https://github.com/apple/swift-protobuf/issues/1034
+      switch fieldNumber {
+      case 1: try { try decoder.decodeSingularUInt32Field(value: &self.secondsWithoutProgress) }()
+      default: break
+      }
+    }
   }
 
   package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
+    if self.secondsWithoutProgress != 0 {
+      try visitor.visitSingularUInt32Field(value: self.secondsWithoutProgress, fieldNumber: 1)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
   package static func ==(lhs: TaskHeartbeat, rhs: TaskHeartbeat) -> Bool {
+    if lhs.secondsWithoutProgress != rhs.secondsWithoutProgress {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
