@@ -99,6 +99,20 @@ package enum Files {
         return lstat(path, &info) == 0
     }
 
+    /// Like `exists`, where a name that can't be looked at must not pass for one that is free: throws then.
+    package static func isThere(_ path: String) throws -> Bool {
+        var info = stat()
+        if lstat(path, &info) == 0 { return true }
+        guard errno == ENOENT || errno == ENOTDIR else { throw systemError("look at", path) }
+        return false
+    }
+
+    /// Whether another file system begins at this folder.
+    package static func isMountPoint(_ path: String) -> Bool {
+        var (inside, above) = (stat(), stat())
+        return stat("\(path)/.", &inside) == 0 && stat("\(path)/..", &above) == 0 && inside.st_dev != above.st_dev
+    }
+
     package static func isDirectory(_ path: String) -> Bool {
         var info = stat()
         return stat(path, &info) == 0 && info.st_mode & S_IFMT == S_IFDIR
@@ -137,7 +151,10 @@ package enum Files {
     /// Removes a file or a whole tree; a missing one is fine. Never follows a symbolic link.
     package static func remove(_ path: String) throws {
         var info = stat()
-        guard lstat(path, &info) == 0 else { return }
+        guard lstat(path, &info) == 0 else {
+            guard errno == ENOENT || errno == ENOTDIR else { throw systemError("remove", path) }
+            return
+        }
         if info.st_mode & S_IFMT == S_IFDIR {
             for name in try list(path) { try remove("\(path)/\(name)") }
             guard rmdir(path) == 0 || errno == ENOENT else { throw systemError("remove", path) }

@@ -1,4 +1,5 @@
 import Convert
+import Deploy
 import HostKit
 import Messaging
 import MigrationModel
@@ -54,8 +55,13 @@ struct WorkDirectory: Sendable {
     func remove(keepsResult: Bool = true) throws {
         // "..", or nothing, would be far more than a task's folder.
         guard TaskCall.isIdentifier(task) else { throw MigrationError(.invalidArgument, "'\(task)' is no task id") }
-        guard Files.exists(root) else { return }
-        if !keepsResult, Files.exists(path) {
+        guard Files.isDirectory(pool) else {
+            throw MigrationError(
+                .unavailable, "pool folder \(pool) is not there, or can't be looked at",
+                hint: "mount it: what is left of \(task) there is removed then")
+        }
+        guard try Files.isThere(root) else { return }
+        if try !keepsResult && Files.isThere(path) {
             for fence in try Files.list(path) where UInt64(fence) != nil {
                 try DiskConversion.removePublished(workDirectory: "\(path)/\(fence)", from: pool)
             }
@@ -63,5 +69,38 @@ struct WorkDirectory: Sendable {
         try Files.remove(path)
         // Stays while other tasks have folders in it.
         try Files.removeDirectoryIfEmpty(root)
+    }
+}
+
+/// A worker's pools as they were when it began.
+struct WorkPools: Sendable {
+    struct Pool: Sendable {
+        var path: String
+        /// Whether it was a file system of its own: without that, the folder below would look as if nothing were left.
+        var isMounted: Bool
+    }
+
+    var pools: [Pool]
+
+    init(_ pools: [Pool]) { self.pools = pools }
+
+    init(_ folders: [PoolFolder]) {
+        pools = folders.map { Pool(path: $0.path, isMounted: Files.isMountPoint($0.path)) }
+    }
+
+    /// Removes what a task left in any of them. One that is away keeps none of the others; it is thrown at the end.
+    func remove(_ task: String, keepsResult: Bool) throws {
+        var failure: (any Error)?
+        for pool in pools {
+            do {
+                guard !pool.isMounted || Files.isMountPoint(pool.path) else {
+                    throw MigrationError(
+                        .unavailable, "nothing is mounted at pool folder \(pool.path) any more",
+                        hint: "mount it again: what is left of \(task) there is removed then")
+                }
+                try WorkDirectory(pool: pool.path, task: task).remove(keepsResult: keepsResult)
+            } catch { failure = failure ?? error }
+        }
+        if let failure { throw failure }
     }
 }

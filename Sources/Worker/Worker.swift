@@ -24,10 +24,10 @@ package final class Worker: Sendable {
     ) throws {
         self.configuration = configuration
         self.logger = logger
-        let pools = configuration.pools
+        let pools = WorkPools(configuration.pools)
         let convert = ConvertService.Method.Convert.descriptor.fullyQualifiedMethod
         journal = try Journal(path: configuration.journalPath, answers: { $0 == convert }, logger: logger) {
-            for pool in pools { try WorkDirectory(pool: pool.path, task: $0).remove(keepsResult: $1) }
+            try pools.remove($0, keepsResult: $1)
         }
         var settings = configuration.transport
         settings.requireRequest = requireRequest
