@@ -176,11 +176,11 @@ final class ConsumeRole: LinkRole {
     private func deliver(_ content: ContentAssembly.Content, _ channel: ConsumerChannel, _ connection: Connection)
         throws
     {
-        guard case .deliver(let tag, let isRedelivered, let exchange, let key) = content.method else { return }
+        guard case .deliver(let tag, _, let exchange, let key) = content.method else { return }
         channel.unsettled.insert(tag)
         let message = Message(content, exchange: exchange, routingKey: key)
         let name = DeliveryTag(channel: channel.generation, tag: tag)
-        let redeliveries = content.properties.deliveryCount ?? (isRedelivered ? 1 : 0)
+        let redeliveries = content.redeliveries
         channel.consumer.hold(message, name)
         channel.consumer.mailbox.put(
             Delivery(message: message, redeliveries: redeliveries) { [inbox, consumer = channel.consumer] settlement in

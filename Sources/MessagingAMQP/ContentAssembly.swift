@@ -9,6 +9,12 @@ struct ContentAssembly {
         var body: [UInt8]
         /// As announced; more than `body` holds when that was over the limit or not wanted.
         var size: UInt64
+
+        /// A quorum queue's count leaves out what came back with a lost connection: the flag alone tells of that.
+        var redeliveries: Int {
+            guard case .deliver(_, let isRedelivered, _, _) = method else { return 0 }
+            return max(properties.deliveryCount ?? 0, isRedelivered ? 1 : 0)
+        }
     }
 
     private var content: Content?

@@ -50,6 +50,19 @@ import Testing
         #expect(window.count == 100 && window.oldest == 9901)
     }
 
+    @Test(
+        arguments: [
+            (nil, false, 0), (nil, true, 1), (0, true, 1), (2, true, 2), (1, false, 1),
+        ] as [(Int?, Bool, Int)])
+    func redeliveryIsKnownByCountOrFlag(_ count: Int?, _ flag: Bool, _ expected: Int) {
+        var properties = Properties()
+        properties.deliveryCount = count
+        let content = ContentAssembly.Content(
+            method: .deliver(tag: 1, isRedelivered: flag, exchange: "e", routingKey: "k"), properties: properties,
+            body: [], size: 0)
+        #expect(content.redeliveries == expected)
+    }
+
     @Test func contentIsPutTogetherAndBounded() {
         let deliver = Frame.Method.deliver(tag: 1, isRedelivered: false, exchange: "e", routingKey: "k")
         var assembly = ContentAssembly(deliver)
