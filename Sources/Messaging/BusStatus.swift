@@ -19,12 +19,17 @@ package struct BusStatus: Sendable, Equatable {
         package var broker: String?
         /// When the broker was last heard of, heartbeats included.
         package var lastInbound: Moment?
+        /// How often each side shows that it lives, as agreed on with the broker.
+        package var heartbeat = Duration.zero
 
-        package init(name: String, state: State, broker: String? = nil, lastInbound: Moment? = nil) {
+        package init(
+            name: String, state: State, broker: String? = nil, lastInbound: Moment? = nil, heartbeat: Duration = .zero
+        ) {
             self.name = name
             self.state = state
             self.broker = broker
             self.lastInbound = lastInbound
+            self.heartbeat = heartbeat
         }
     }
 
@@ -96,7 +101,10 @@ package struct BusStatus: Sendable, Equatable {
         for connection in connections {
             guard case .connected = connection.state, let heard = connection.lastInbound else { continue }
             let silence = (now.milliseconds - heard.milliseconds) / 1000
-            if silence > 60 { return "nothing was heard on the \(connection.name) connection for \(silence) s" }
+            // A link gives a broker up itself after two heartbeats, and needs some time to notice.
+            if silence > max(60, connection.heartbeat.components.seconds * 3) {
+                return "nothing was heard on the \(connection.name) connection for \(silence) s"
+            }
             if connection.name == "consume", let consumer = consumers.first(where: { !$0.isActive }) {
                 return "nothing consumes \(consumer.queue): \(consumer.problem ?? "not registered")"
             }

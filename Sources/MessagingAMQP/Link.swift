@@ -136,6 +136,7 @@ final class Link: Sendable {
             state.socket = socket >= 0 ? socket : nil
             state.status.broker = broker.description
             state.status.lastInbound = .now
+            state.status.heartbeat = connection.heartbeat
             state.status.state = .connected(since: .now)
         }
         defer {

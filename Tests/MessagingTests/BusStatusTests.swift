@@ -7,11 +7,11 @@ import Testing
 
     private func status(
         _ state: BusStatus.State = .connected(since: now - .seconds(600)), heard: Duration = .seconds(5),
-        consumes: Bool = true, held: Duration? = nil
+        consumes: Bool = true, held: Duration? = nil, heartbeat: Duration = .seconds(10)
     ) -> BusStatus {
         BusStatus(
             connections: ["publish", "consume"].map {
-                .init(name: $0, state: state, lastInbound: Self.now - heard)
+                .init(name: $0, state: state, lastInbound: Self.now - heard, heartbeat: heartbeat)
             },
             consumers: [
                 .init(
@@ -31,6 +31,9 @@ import Testing
     @Test func connectionThatHearsNothing() throws {
         #expect(try #require(pretence(status(heard: .seconds(61)))).contains("61 s"))
         #expect(pretence(status(heard: .seconds(60))) == nil)
+        // A broker that speaks every ten minutes has nothing to say in nine.
+        #expect(pretence(status(heard: .seconds(1800), heartbeat: .seconds(600))) == nil)
+        #expect(pretence(status(heard: .seconds(1801), heartbeat: .seconds(600))) != nil)
     }
 
     @Test func deliveryThatNobodySettles() throws {
