@@ -4,7 +4,8 @@ import MigrationModel
 import SwiftProtobuf
 import Synchronization
 
-/// Hands a migration's events to whoever watches it, in order. Nothing is dropped: progress comes a few times a second.
+/// Hands a migration's events to whoever watches it, in order. Who does not keep up with them misses the oldest, never
+/// the migration's end.
 final class Watchers: Sendable {
     private struct State {
         var next = 0
@@ -13,12 +14,16 @@ final class Watchers: Sendable {
         var waitingForHost: [(name: String, continuation: AsyncStream<Void>.Continuation)] = []
     }
 
+    /// Events that wait for one watcher, at most. One that has stopped must not make this process grow.
+    static let buffered = 256
+
     private let state = Mutex(State())
 
     func hasWatcher(of id: String) -> Bool { state.withLock { $0.migrations[id] != nil } }
 
     func watch(_ id: String) -> AsyncStream<MigrationEvent> {
-        let (stream, continuation) = AsyncStream<MigrationEvent>.makeStream()
+        let (stream, continuation) = AsyncStream<MigrationEvent>.makeStream(
+            bufferingPolicy: .bufferingNewest(Self.buffered))
         let number = state.withLock {
             $0.next += 1
             $0.migrations[id, default: [:]][$0.next] = continuation
@@ -36,6 +41,8 @@ final class Watchers: Sendable {
     func publish(_ event: MigrationEvent) {
         for watcher in state.withLock({ $0.migrations[event.migrationID].map { Array($0.values) } ?? [] }) {
             watcher.yield(event)
+            // It is what a watch ends with; what a later run has to say must not take its place.
+            if case .state(let migration) = event.event, migration.state.isFinal { watcher.finish() }
         }
     }
 
