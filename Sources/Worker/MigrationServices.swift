@@ -34,9 +34,9 @@ struct ExportHandler: ExportService.ServiceProtocol {
                 }
             } else {
                 let source = try SourceURL(parsing: request.sourceURL)
-                try configuration.requireSource(source.path)
                 manifest = try await blockingCancellable("export") { stop in
-                    try captureManifest(
+                    try configuration.requireSource(source.path)
+                    return try captureManifest(
                         from: source, vmName: vmName, stop: stop, allow: configuration.requireSource)
                 }
             }
@@ -78,8 +78,10 @@ struct ConvertHandler: ConvertService.ServiceProtocol {
             }
             let isRemote = request.manifest.source.kind == .vsphere
             if !isRemote {
-                for disk in request.manifest.disks { try configuration.requireSource(disk.source.path) }
-                try await blocking("convert") { try requireUnchanged(request.manifest) }
+                try await blocking("convert") {
+                    for disk in request.manifest.disks { try configuration.requireSource(disk.source.path) }
+                    try requireUnchanged(request.manifest)
+                }
             }
 
             if let kept = try await blocking("convert", { try keptDisks(request, pool, format) }) {

@@ -74,11 +74,18 @@ package struct WorkerConfiguration: Sendable {
         return pool
     }
 
-    /// Throws `permissionDenied` unless `path`, with its links resolved, lies in one of the source folders.
+    /// Throws `permissionDenied` unless `path`, with its links resolved, lies in one of the source folders. Blocking.
     func requireSource(_ path: String) throws {
         let resolved = try Files.canonical(path)
-        let allowed = try sourceFolders.map(Files.canonical)
-        guard allowed.contains(where: { $0 == "/" || resolved.hasPrefix($0 + "/") }) else {
+        func holds(_ folder: String) -> Bool {
+            folder == "/" || !folder.isEmpty && resolved.hasPrefix(folder + "/")
+        }
+        // What has its name as a prefix is in a folder without links. The others are looked at only for what is in
+        // none: one that is away keeps nobody, and holds nothing.
+        let isAllowed =
+            sourceFolders.contains(where: holds)
+            || sourceFolders.contains { (try? Files.canonical($0)).map(holds) ?? false }
+        guard isAllowed else {
             throw MigrationError(
                 .permissionDenied, "source \(path) lies in none of host \(host)'s source folders",
                 hint: "add its folder to the worker's configuration")
