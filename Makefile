@@ -52,7 +52,7 @@ test-protocol: ## check the protocol's documents, vectors and Python examples wi
 	deploy/setup --test
 	Tests/testbeds/guest/build --out $(GUEST)
 	swift build --product flotilla
-	protocol/check
+	protocol/check --flotilla $$(swift build --show-bin-path)/flotilla
 	FLOTILLA=$$(swift build --show-bin-path)/flotilla Tests/testbeds/protocol/run
 
 test-vsphere: ## compare inventories of simulated vCenters with pyvmomi's, break exports from them in every way we know
