@@ -70,7 +70,7 @@ extension ConvertHandler {
 
     /// What is left on the server is said, and is no reason to throw the disks away.
     func end(_ export: VMExport, isDone: Bool, _ writer: RPCWriter<ConvertUpdate>) async {
-        let left = try? await blocking("export") { export.end(isDone: isDone) }
+        let left = try? await blockingCancellable("export") { export.end(isDone: isDone, hurry: $0) }
         if let left = left ?? nil { try? await writer.step("source", "\(left)") }
     }
 

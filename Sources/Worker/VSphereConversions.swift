@@ -3,6 +3,7 @@ import Deploy
 import DiskImage
 import FlotillaProtocol
 import HostKit
+import Logging
 import MigrationModel
 import VSphere
 
@@ -36,9 +37,20 @@ extension WorkerConfiguration {
         try requireUnchanged(client, url, manifest, isOff: isOff, stop: stop)
     }
 
-    /// Takes away what exports of earlier processes left on servers. Blocking.
-    func sweepExports(_ records: [String], stop: StopFlag) -> [MigrationError] {
-        VSphere.sweepExports(records, servers: vsphere.servers, stop: stop)
+    /// Takes away what exports that are over left on servers, again and again: a server may be away, a snapshot appear
+    /// late, its removal last. What stands in the way is said once.
+    func keepSweepingExports(_ logger: Logger) async throws {
+        var said: Set<String> = []
+        while true {
+            let failures = try await blockingCancellable("exports") { stop in
+                do {
+                    return sweepExports(try leftExports(in: exportFolder), servers: vsphere.servers, stop: stop)
+                } catch let error as MigrationError { return [error] }
+            }.map { "\($0)" }
+            for failure in failures where !said.contains(failure) { logger.warning("\(failure)") }
+            said = Set(failures)
+            try await Task.sleep(for: exportSweepInterval)
+        }
     }
 }
 

@@ -6,7 +6,6 @@ package import Messaging
 import HostKit
 import MigrationModel
 import Passthrough
-import VSphere
 
 /// One KVM host's hands: serves the three stages from the host's queue. Start reading at `MigrationServices`.
 package final class Worker: Sendable {
@@ -54,22 +53,10 @@ package final class Worker: Sendable {
     package func run() async throws {
         await recoverDevices()
         try await Self.announce(configuration, transport)
-        // Found before any new task makes its own.
-        let left = try await blocking("exports") { [configuration] in try leftExports(in: configuration.exportFolder) }
         await transport.release(journal.interrupted)
         await transport.republish()
         try await withThrowingTaskGroup(of: Void.self) { group in
-            if !left.isEmpty {
-                group.addTask {
-                    let failures = try await blockingCancellable("exports") {
-                        [configuration = self.configuration] stop in
-                        configuration.sweepExports(left, stop: stop)
-                    }
-                    for failure in failures { self.logger.warning("\(failure)") }
-                    // The group ends with its first task.
-                    try await Task.sleep(for: .seconds(1 << 40))
-                }
-            }
+            group.addTask { try await self.configuration.keepSweepingExports(self.logger) }
             group.addTask { try await self.server.serve() }
             group.addTask {
                 while true {

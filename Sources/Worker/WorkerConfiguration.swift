@@ -19,9 +19,10 @@ package struct WorkerConfiguration: Sendable {
     package var stateDirectory: String
     package var names: Names
     package var transport: BusServerTransport.Settings
-    /// Records of exports that may have left something on a server: of this process alone. What is there when it starts
-    /// is of one that is gone.
+    /// Records of exports that may have left something on a server: of this process and those before it.
     package var exportFolder: String
+    /// How often what such exports left is looked for.
+    package var exportSweepInterval = Duration.seconds(180)
     /// How often the coordinator is told what the host is like.
     package var inventoryInterval = Duration.seconds(60)
     package var devices = DeviceHost()

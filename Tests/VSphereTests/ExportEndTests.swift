@@ -1,4 +1,5 @@
 import FlotillaProtocol
+import Glibc
 import HostKit
 import MigrationModel
 import TestKit
@@ -46,6 +47,86 @@ import Testing
         #expect("\(left)".contains("Snapshot.Remove"), "\(left)")
         // For the next attempt to find.
         #expect(try leftExports(in: records, task: "t1").count == 1)
+    }
+
+    /// What properties of a task, or of the VM that a sweep asks for, are.
+    private static func properties(_ type: String, _ values: [String: String]) -> FakeVCenter.Trouble {
+        .answer("<returnval>\(objectXML(type, "x", values))</returnval>")
+    }
+
+    @Test func aRemovalThatLastsIsLeftToTheServer() throws {
+        let server = try server { method, _, body in
+            switch method {
+            case "RemoveSnapshot_Task": return .answer("<returnval type=\"Task\">removal</returnval>")
+            case "RetrievePropertiesEx" where body.contains(">removal<"):
+                return Self.properties("Task", ["info": "<val><state>running</state></val>"])
+            default: return nil
+            }
+        }
+        let export = try export("?snapshot=1", from: server)
+        let hurry = StopFlag()
+        hurry.set()
+        // A tenth of it.
+        let left = try #require(export.end(isDone: true, within: .seconds(5), hurry: hurry))
+        #expect("\(left)".contains("did not end it within 0.5 seconds"), "\(left)")
+        #expect(server.calls("CancelTask") == 0)
+        #expect(try leftExports(in: records).count == 1)
+    }
+
+    /// The request was sent, and its answer never came.
+    private func lost(recent: String, tree: String = "") throws -> (FakeVCenter, MigrationError) {
+        let server = try server { method, _, body in
+            switch method {
+            case "CreateSnapshot_Task": return .cut
+            case "RetrievePropertiesEx" where body.contains("recentTask"):
+                return Self.properties("VirtualMachine", ["recentTask": "<val>\(recent)</val>"])
+            case "RetrievePropertiesEx" where body.contains("<pathSet>snapshot</pathSet></propSet>"):
+                return Self.properties("VirtualMachine", ["snapshot": "<val>\(tree)</val>"])
+            case "RetrievePropertiesEx" where body.contains(">making<"):
+                let kind = "<descriptionId>VirtualMachine.createSnapshot</descriptionId>"
+                return Self.properties("Task", ["info": "<val>\(kind)<state>running</state></val>"])
+            default: return nil
+            }
+        }
+        let error = try #require(throws: MigrationError.self) { try export("?snapshot=1", from: server) }
+        return (server, error)
+    }
+
+    @Test func aSnapshotThatMayStillComeIsRemembered() throws {
+        let (server, error) = try lost(recent: "")
+        #expect(error.code == .unavailable)
+        let record = try #require(try leftExports(in: records).first)
+        #expect(sweepExports([record], servers: [server.server], stop: StopFlag()).isEmpty)
+        #expect(Files.exists(record))
+        // Nobody waits for ever.
+        var times = [timespec(tv_sec: time(nil) - 3700, tv_nsec: 0), timespec(tv_sec: time(nil) - 3700, tv_nsec: 0)]
+        #expect(utimensat(AT_FDCWD, record, &times, 0) == 0)
+        #expect(sweepExports([record], servers: [server.server], stop: StopFlag()).isEmpty)
+        #expect(!Files.exists(record))
+    }
+
+    @Test func aSnapshotThatIsBeingMadeIsWaitedFor() throws {
+        let (server, _) = try lost(recent: "<ManagedObjectReference type=\"Task\">making</ManagedObjectReference>")
+        let record = try #require(try leftExports(in: records).first)
+        let failure = try #require(sweepExports([record], servers: [server.server], stop: StopFlag()).first)
+        #expect("\(failure)".contains("still being made"), "\(failure)")
+        #expect(Files.exists(record))
+    }
+
+    @Test func aSnapshotThatTheServerRefusedIsNone() throws {
+        let server = try server { method, _, _ in
+            method == "CreateSnapshot_Task" ? .fault("NoPermission", "<privilegeId>Snapshot</privilegeId>") : nil
+        }
+        #expect(throws: MigrationError.self) { try export("?snapshot=1", from: server) }
+        #expect(try leftExports(in: records) == [])
+    }
+
+    @Test func anExportUnderWayIsNobodysToSweep() throws {
+        let server = try server()
+        let export = try export("?snapshot=1", from: server)
+        #expect(try leftExports(in: records) == [])
+        #expect(try leftExports(in: records, task: "t1").count == 1)
+        #expect(export.end(isDone: true) == nil)
     }
 
     @Test(arguments: ["", "flotilla-t1.x"]) func aRecordOfAnUnknownServerSaysWhatToLookFor(_ snapshot: String) throws {

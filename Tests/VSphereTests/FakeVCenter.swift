@@ -16,6 +16,8 @@ final class FakeVCenter: Sendable {
         case cut, cutInside
         /// The fault's type and its properties.
         case fault(String, String)
+        /// What the response holds.
+        case answer(String)
     }
 
     private struct State {
@@ -107,6 +109,8 @@ final class FakeVCenter: Sendable {
             state.withLock { $0.session += 1 }
             (status, answer) = (500, Self.fault("NotAuthenticated", ""))
         case .fault(let type, let detail): (status, answer) = (500, Self.fault(type, detail))
+        case .answer(let content):
+            answer = "<\(method)Response xmlns=\"urn:vim25\">\(content)</\(method)Response>"
         case .cutInside:
             cut = true
             fallthrough

@@ -2,10 +2,11 @@ import HostKit
 import MigrationModel
 
 extension VIMClient {
-    /// Starts a method that returns a task and waits for its end. When `stop` is set the task is cancelled on the server.
+    /// Starts a method that returns a task and waits for its end.
     ///
+    /// - Parameter cancels: whether the task is cancelled on the server when `stop` is set.
     /// - Returns: the task's result.
-    func run(_ request: VIMRequest, _ subject: String, stop: StopFlag) throws -> VIMNode? {
+    func run(_ request: VIMRequest, _ subject: String, cancels: Bool = true, stop: StopFlag) throws -> VIMNode? {
         guard let task = try call(request, subject, stop: stop).reference("returnval") else {
             throw MigrationError(.unavailable, "\(server.authority): \(request.method) of \(subject) returned no task")
         }
@@ -24,7 +25,7 @@ extension VIMClient {
                 pause = min(pause * 2, 2000)
             }
         } catch let error as MigrationError {
-            if stop.isSet { cancel(task) }
+            if stop.isSet, cancels { cancel(task) }
             throw error
         }
     }
@@ -58,13 +59,29 @@ extension VIMClient {
         return snapshot
     }
 
-    /// Removes one snapshot, not those after it; its changes are merged. One that is gone is fine.
+    /// Whether the server makes a snapshot of the VM now, or is about to.
+    func isMakingSnapshot(of vm: ObjectReference, stop: StopFlag) throws -> Bool {
+        let tasks = try properties(["recentTask"], of: vm, stop: stop)["recentTask"]?.children.compactMap(\.reference)
+        return try (tasks ?? []).contains { task in
+            do {
+                let info = try properties(["info"], of: task, stop: stop)["info"]
+                return info?.text("descriptionId") == "VirtualMachine.createSnapshot"
+                    && ["running", "queued"].contains(info?.text("state"))
+            } catch let error as MigrationError where error.code == .notFound {
+                // Long over.
+                return false
+            }
+        }
+    }
+
+    /// Removes one snapshot, not those after it; its changes are merged. One that is gone is fine. When nobody waits any
+    /// more the server goes on: a merge that is cut off would leave a chain of files.
     func removeSnapshot(_ snapshot: ObjectReference, stop: StopFlag) throws {
         let request = VIMRequest(
             "RemoveSnapshot_Task", on: snapshot, [XML.flag("removeChildren", false), XML.flag("consolidate", true)])
-        do { _ = try run(request, "snapshot \(snapshot.value)", stop: stop) } catch let error as MigrationError
-            where error.code == .notFound
-        {
+        do {
+            _ = try run(request, "snapshot \(snapshot.value)", cancels: false, stop: stop)
+        } catch let error as MigrationError where error.code == .notFound {
             return
         }
     }

@@ -1,10 +1,17 @@
 import Export
+import Glibc
 package import HostKit
 package import MigrationModel
+import Synchronization
 
 /// What an export may leave on the server, on stable storage before it is made there. The process that finds such a
 /// record of another takes it away.
 struct ExportRecord: Sendable {
+    /// Seconds that a snapshot which isn't there may still be on its way: the server may get the request late.
+    private static let patience = 3600
+    /// Of exports under way in this process.
+    private static let underWay = Mutex<Set<String>>([])
+
     /// "TASK.RANDOM".
     let path: String
     var authority: String
@@ -18,6 +25,7 @@ struct ExportRecord: Sendable {
         path = "\(folder)/\(task).\(String(UInt64.random(in: 0 ... .max), radix: 36))"
         (authority, user) = (server.authority, server.user)
         self.vm = vm
+        _ = Self.underWay.withLock { [path] in $0.insert(path) }
     }
 
     /// nil for a file that holds no record.
@@ -37,17 +45,36 @@ struct ExportRecord: Sendable {
 
     func remove() throws { try Files.remove(path) }
 
-    /// Ends the lease and removes the snapshot, if they are still there.
-    func sweep(_ client: VIMClient, stop: StopFlag) throws {
+    static func isUnderWay(_ path: String) -> Bool { underWay.withLock { $0.contains(path) } }
+
+    /// Its export is over: what that left is anybody's to take away.
+    func release() { _ = Self.underWay.withLock { $0.remove(path) } }
+
+    /// Ends the lease and removes the snapshot, if they are still there. The record stays while a snapshot that isn't there
+    /// may still come.
+    ///
+    /// - Parameter isSettled: whether the server said that it made none.
+    /// - Throws: `unavailable` while the server makes a snapshot of the VM.
+    func sweep(_ client: VIMClient, isSettled: Bool = false, stop: StopFlag) throws {
         if !lease.isEmpty {
             _ = try? client.answer(VIMRequest("HttpNfcLeaseAbort", on: ObjectReference("HttpNfcLease", lease)), stop)
         }
         if !snapshot.isEmpty {
             do {
                 let object = ObjectReference("VirtualMachine", vm)
+                // Asked first: what is made meanwhile is in the tree.
+                let isBusy = try client.isMakingSnapshot(of: object, stop: stop)
                 let tree = try client.properties(["snapshot"], of: object, stop: stop)["snapshot"]
-                for found in Self.snapshots(named: snapshot, tree?.all("rootSnapshotList") ?? []) {
-                    try client.removeSnapshot(found, stop: stop)
+                let found = Self.snapshots(named: snapshot, tree?.all("rootSnapshotList") ?? [])
+                for each in found { try client.removeSnapshot(each, stop: stop) }
+                // What has a lease was there once.
+                if found.isEmpty, lease.isEmpty, !isSettled {
+                    guard !isBusy else {
+                        throw MigrationError(
+                            .unavailable, "\(client.server.authority): a snapshot of VM \(vm) is still being made",
+                            hint: "wait until its task has ended on the source; then \(snapshot) is removed")
+                    }
+                    if try age < Self.patience { return }
                 }
             } catch let error as MigrationError where error.code == .notFound {
                 // The VM itself is gone.
@@ -67,6 +94,11 @@ struct ExportRecord: Sendable {
                 .failedPrecondition, "VM \(vmName.printable) got a snapshot from somebody else since it was captured",
                 hint: "wait until that is gone (a backup?), then run the same command again")
         }
+    }
+
+    /// Seconds since it was written.
+    private var age: Int {
+        get throws { time(nil) - Int(try File(path, O_RDONLY).status().st_mtim.tv_sec) }
     }
 
     private static func snapshots(named name: String, _ trees: [VIMNode]) -> [ObjectReference] {
@@ -107,10 +139,11 @@ package func sweepExports(_ records: [String], servers: [VIMServer], stop: StopF
     return failures
 }
 
-/// Records in the folder: of all tasks, or of one.
+/// Records in the folder: all of exports that are over, or whichever a task has.
 package func leftExports(in folder: String, task: String? = nil) throws -> [String] {
     guard Files.exists(folder) else { return [] }
     return try Files.list(folder)
         .filter { name in !name.hasSuffix(".tmp") && (task.map { name.hasPrefix($0 + ".") } ?? true) }
         .map { "\(folder)/\($0)" }
+        .filter { task != nil || !ExportRecord.isUnderWay($0) }
 }

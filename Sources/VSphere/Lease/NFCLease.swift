@@ -93,13 +93,13 @@ final class NFCLease: Sendable {
     }
 
     /// - Parameter isDone: all was fetched. A server that disagrees is no reason to distrust what was.
-    func end(isDone: Bool) {
+    func end(isDone: Bool, _ stop: StopFlag = StopFlag()) {
         over.set(MigrationError(.cancelled, "the export is over"))
         let method = isDone ? "HttpNfcLeaseComplete" : "HttpNfcLeaseAbort"
         do {
-            _ = try client.answer(VIMRequest(method, on: reference), StopFlag())
+            _ = try client.answer(VIMRequest(method, on: reference), stop)
         } catch {
-            if isDone { _ = try? client.answer(VIMRequest("HttpNfcLeaseAbort", on: reference), StopFlag()) }
+            if isDone { _ = try? client.answer(VIMRequest("HttpNfcLeaseAbort", on: reference), stop) }
         }
     }
 

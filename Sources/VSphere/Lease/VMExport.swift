@@ -19,6 +19,8 @@ package final class VMExport: Sendable {
 
     /// A server that loses this many leases is given up.
     private static let leaseLimit = 6
+    /// A snapshot of a VM that writes a lot may take hours to be merged, which the server does without us.
+    package static let removalLimit = Duration.seconds(600)
 
     private let client: VIMClient
     private let source: VSphereURL
@@ -40,7 +42,8 @@ package final class VMExport: Sendable {
         self.manifest = manifest
         source = try VSphereURL(parsing: manifest.source.url)
         vm = ObjectReference("VirtualMachine", manifest.source.vmMoid)
-        client = try VIMClient(server, stop: stop)
+        let client = try VIMClient(server, stop: stop)
+        self.client = client
         do {
             for path in try leftExports(in: folder, task: task) {
                 try ExportRecord(path: path)?.sweep(client, stop: stop)
@@ -62,7 +65,11 @@ package final class VMExport: Sendable {
                     }
                 } catch {
                     // The task may have come further than we heard.
-                    try? record.sweep(client, stop: StopFlag())
+                    let isSettled = !stop.isSet && (error as? MigrationError).map { $0.code != .unavailable } ?? false
+                    try? within(Self.removalLimit, hurry: stop) {
+                        try record.sweep(client, isSettled: isSettled, stop: $0)
+                    }
+                    record.release()
                     throw error
                 }
             }
@@ -118,35 +125,48 @@ package final class VMExport: Sendable {
         try VSphere.requireUnchanged(client, source, manifest, stop: stop)
     }
 
-    /// Ends the lease, removes the snapshot and closes the session.
+    /// Ends the lease, removes the snapshot and closes the session. What takes too long is left to those who sweep: the
+    /// disks that were read are as good as ever.
     ///
+    /// - Parameters:
+    ///   - limit: how long the removal is waited for.
+    ///   - hurry: a tenth of that, once it is set.
     /// - Returns: what is left on the server and why; nil when nothing is.
-    package func end(isDone: Bool) -> MigrationError? {
+    package func end(
+        isDone: Bool, within limit: Duration = removalLimit, hurry: StopFlag = StopFlag()
+    ) -> MigrationError? {
         let (lease, record, snapshot) = state.withLock { state in
             defer { state.lease = nil }
             return (state.lease, state.record, state.snapshot)
         }
-        defer { client.close() }
-        lease?.end(isDone: isDone)
+        defer {
+            record.release()
+            client.close()
+        }
         let name = manifest.vm.name.printable
-        do { if let snapshot { try remove(snapshot) } } catch {
+        do {
+            try within(limit, hurry: hurry) { stop in
+                lease?.end(isDone: isDone, stop)
+                if let snapshot { try remove(snapshot, stop) }
+            }
+        } catch {
             return MigrationError(
                 .unavailable, "snapshot \(record.snapshot) of \(name) is left on the source",
-                hint: "the next export or start of the worker tries again to remove it", cause: error)
+                hint: "the worker tries again every few minutes to remove it", cause: error)
         }
         do { try record.remove() } catch {
             return MigrationError(
                 .unavailable, "the export of \(name) left nothing on the source, but its record here: \(record.path)",
-                hint: "the next export or start of the worker tries again to remove it", cause: error)
+                hint: "the worker tries again every few minutes to remove it", cause: error)
         }
         return nil
     }
 
-    private func remove(_ snapshot: ObjectReference) throws {
+    private func remove(_ snapshot: ObjectReference, _ stop: StopFlag) throws {
         for attempt in 0... {
-            do { return try client.removeSnapshot(snapshot, stop: StopFlag()) } catch let error as MigrationError {
+            do { return try client.removeSnapshot(snapshot, stop: stop) } catch let error as MigrationError {
                 guard error.code == .unavailable, attempt < 3 else { throw error }
-                try StopFlag().wait(for: .seconds(1 << attempt))
+                try stop.wait(for: .seconds(1 << attempt))
             }
         }
     }
@@ -216,6 +236,24 @@ package final class VMExport: Sendable {
         location.trustHint = "the lease names another certificate than the host shows: look at the host's certificate"
         return location
     }
+}
+
+/// Runs work that can't be given up at once, with a flag that is set when it lasts longer than `limit`, or than a tenth of
+/// that once `hurry` is set.
+private func within(_ limit: Duration, hurry: StopFlag, _ body: (StopFlag) throws -> Void) rethrows {
+    let over = StopFlag()
+    defer { over.set() }
+    let start = ContinuousClock.now
+    spawnThread("export-end") {
+        while !over.isSet {
+            let longest = hurry.isSet ? limit / 10 : limit
+            if ContinuousClock.now - start > longest {
+                over.set(MigrationError(.deadlineExceeded, "the server did not end it within \(longest)"))
+            }
+            try? over.wait(for: min(limit / 20, .milliseconds(500)))
+        }
+    }
+    try body(over)
 }
 
 /// An answer that isn't there means a lease that ended: worth a new one.

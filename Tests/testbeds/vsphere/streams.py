@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 
 from bed import LEASE, OFF, ON, WIDE, Failure
 
@@ -200,6 +201,41 @@ def killed(case):
     case.migrate(vm=ON, snapshot=1)
 
 
+def killed_making(case):
+    """A snapshot that appears when the next process has looked for it already."""
+    case.fault("slow-snapshot", vm=ON, after=9000)
+    process = case.start(vm=ON, snapshot=1)
+    case.until(lambda state: state["hits"].get("slow-snapshot"), "the snapshot's task")
+    process.kill()
+    process.wait()
+    late = subprocess.run(
+        case.command(vm=ON, snapshot=1), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180)
+    case.until(lambda state: state["tasks"] == 0, "the late snapshot")
+    # Whether that one waited for it or not.
+    if late.returncode and "still being made" not in late.stdout:
+        raise Failure(f"failed for another reason: {late.stdout[-1500:]}")
+    case.migrate(vm=ON, snapshot=1)
+
+
+def removal_lasts(case):
+    """Whoever is impatient goes; the merge goes on, and the next process knows of it."""
+    case.fault("slow", vm=ON, rate=1 << 20, times=0)
+    case.fault("slow-removal", vm=ON, after=75_000)
+    process = case.start(vm=ON, snapshot=1)
+    case.until(lambda state: state["leases"] and state["hits"].get("slow"), "a transfer")
+    process.send_signal(signal.SIGTERM)
+    # A minute, not as long as it takes.
+    if process.wait(70) == 0:
+        raise Failure("it says that it is done")
+    case.happened("slow-removal")
+    case.no_images()
+    case.until(lambda state: state["tasks"] == 0, "the removal's end")
+    known = case.before
+    case.server.post("/clear")
+    case.before = known
+    case.migrate(vm=ON, snapshot=1)
+
+
 def staged(case):
     case.migrate(vm=WIDE, staged=1)
     case.kept()
@@ -272,6 +308,6 @@ def started_meanwhile(case):
 CASES = [
     plain, two_disks, fingerprint, cut, cut_one_disk, cut_always, session_expires, lease_times_out, slow_link, stall, wrong_thumbprint,
     other_host, wrong_certificate, system_roots, wrong_password, html_once, html_always, html_sdk, busy, truncated, truncated_always, corrupted,
-    corrupted_always, running, snapshot, snapshot_fails, interrupted, killed, staged, staged_progress, staged_cut, staged_corrupted_always,
+    corrupted_always, running, snapshot, snapshot_fails, interrupted, killed, killed_making, removal_lasts, staged, staged_progress, staged_cut, staged_corrupted_always,
     started_meanwhile, deleted,
 ]

@@ -196,6 +196,6 @@ func (s *server) state() interface{} {
 	}
 	return map[string]interface{}{
 		"sessions": sessions, "leases": open, "leaseCounts": counts, "snapshots": snapshots, "calls": calls, "faults": rules, "hits": hits,
-		"sent": sent, "percents": percents,
+		"sent": sent, "percents": percents, "tasks": slowTasks.Load(),
 	}
 }

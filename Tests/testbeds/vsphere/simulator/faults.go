@@ -27,7 +27,7 @@ type rule struct {
 var kinds = map[string]bool{
 	"cut": true, "truncate": true, "corrupt": true, "slow": true, "stall": true, "html": true, "status": true, "range200": true,
 	"delete-vm": true, "expire-at": true, "nfc-host": true, "thumbprint": true, "length": true, "timeout-at": true,
-	"no-tag": true,
+	"no-tag": true, "slow-snapshot": true, "slow-removal": true,
 }
 
 type faults struct {

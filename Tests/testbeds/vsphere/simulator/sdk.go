@@ -61,6 +61,10 @@ func (s *server) sdk(w http.ResponseWriter, r *http.Request) {
 			// The simulator finds methods on the object they are called on; its machines have none for this.
 			exporter := s.leases.exporter(method.This)
 			body = redirect(body, exporter)
+		case "CreateSnapshot_Task", "RemoveSnapshot_Task":
+			if to := s.slowly(method.Name, method.This); to != method.This {
+				body = redirect(body, to)
+			}
 		}
 	}
 	r.Body = io.NopCloser(bytes.NewReader(body))
