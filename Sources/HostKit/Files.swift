@@ -68,15 +68,24 @@ package enum Files {
     /// The bytes of a key or password file. Throws `permissionDenied` unless it is a plain file that only its owner,
     /// this process's user or root, can read.
     package static func readSecret(_ path: String) throws -> [UInt8] {
-        let file = try File(path, O_RDONLY | O_NONBLOCK)
+        let file: File
+        do { file = try File(path, O_RDONLY | O_NONBLOCK) } catch let error as MigrationError
+            where error.code == .permissionDenied
+        { throw unreadable(path) }
         let status = try file.status()
         guard status.st_mode & S_IFMT == S_IFREG else {
             throw MigrationError(.permissionDenied, "secret \(path) is not a plain file")
         }
-        guard status.st_mode & 0o077 == 0, status.st_uid == geteuid() || status.st_uid == 0 else {
+        guard status.st_mode & 0o077 == 0 else {
             throw MigrationError(
-                .permissionDenied, "secret \(path) can be read by others or belongs to somebody else",
-                hint: "chown it to the user that runs flotilla, and chmod 600 it")
+                .permissionDenied, "secret \(path) can be read by others, its mode is \(octal(status.st_mode))",
+                hint: "chmod 600 \(path)")
+        }
+        guard status.st_uid == geteuid() || status.st_uid == 0 else {
+            let (owner, user) = (userName(status.st_uid), userName(geteuid()))
+            throw MigrationError(
+                .permissionDenied, "secret \(path) belongs to \(owner), and \(user) runs this",
+                hint: "run it as \(owner): sudo -u \(owner) flotilla …; or, if it is \(user)'s: chown \(user) \(path)")
         }
         guard status.st_size <= 64 << 10 else {
             throw MigrationError(.outOfRange, "secret \(path) is larger than 64 KiB")
@@ -84,13 +93,28 @@ package enum Files {
         return try file.readExactly(at: 0, count: Int(status.st_size))
     }
 
+    /// A file, or a folder on the way to it, that this process's user may not read.
+    private static func unreadable(_ path: String) -> MigrationError {
+        let user = userName(geteuid())
+        var info = stat()
+        let owner =
+            stat(path, &info) == 0 ? ": it belongs to \(userName(info.st_uid)), mode \(octal(info.st_mode))" : ""
+        return MigrationError(
+            .permissionDenied, "\(user), who runs this, can't read secret \(path)\(owner)",
+            hint: "chown \(user) \(path), and let \(user) search the folders on the way to it")
+    }
+
+    private static func octal(_ mode: mode_t) -> String { String(mode & 0o7777, radix: 8) }
+
     /// Throws `permissionDenied` when somebody else than this process's user and root could change what is in a folder.
     package static func requireProtected(_ folder: String) throws {
         let status = try File(folder, O_RDONLY | O_DIRECTORY).status()
         guard status.st_mode & 0o022 == 0, status.st_uid == geteuid() || status.st_uid == 0 else {
             throw MigrationError(
-                .permissionDenied, "folder \(folder) can be changed by others",
-                hint: "chown it to the user that runs flotilla or to root, and chmod go-w it")
+                .permissionDenied,
+                "folder \(folder) can be changed by others: it belongs to \(userName(status.st_uid)), mode "
+                    + "\(octal(status.st_mode)), and \(userName(geteuid())) runs this",
+                hint: "chown root \(folder); chmod go-w \(folder)")
         }
     }
 
