@@ -80,20 +80,25 @@ package enum Enrollment {
 
     /// On the host: makes its keys if it has none, and the request. Returns the request as JSON and the id of its
     /// signing key, by which people on both ends can tell that it is the same.
-    package static func ask(host: String, in folder: FleetFolder) throws -> (json: [UInt8], keyID: String) {
+    ///
+    /// - Parameter newKeys: asks with others than it has, which lie beside those until `accept` puts them in their place: a
+    ///   worker that runs loses nothing meanwhile.
+    package static func ask(
+        host: String, in folder: FleetFolder, newKeys: Bool = false
+    ) throws -> (json: [UInt8], keyID: String) {
         guard FleetMember.isHostName(host) else {
             throw MigrationError(
                 .invalidArgument, "'\(host)' can't name a host", hint: FleetMember.hostNameRule)
         }
         try folder.prepare()
-        let key = try folder.ownKey()
+        let key = try folder.ownKey(isNext: newKeys)
+        let file = newKeys ? folder.nextTLSKey : folder.tlsKey
         let tls: Certificate.PrivateKey
-        if Files.exists(folder.tlsKey) {
-            tls = try Certificate.PrivateKey(
-                pemEncoded: String(decoding: try Files.readSecret(folder.tlsKey), as: UTF8.self))
+        if Files.exists(file) {
+            tls = try tlsKey(file)
         } else {
             let made = P256.Signing.PrivateKey()
-            try folder.write(Array(made.pemRepresentation.utf8) + [10], to: folder.tlsKey, mode: 0o600)
+            try folder.write(Array(made.pemRepresentation.utf8) + [10], to: file, mode: 0o600)
             tls = .init(made)
         }
         let wanted = try CertificateSigningRequest(
@@ -108,9 +113,11 @@ package enum Enrollment {
 
     /// On the coordinator's machine: checks a request, believes the host's key from now on, and makes the answer.
     ///
-    /// - Parameter replaces: takes the host's earlier keys away; without it they stay valid beside the new one.
+    /// - Parameters:
+    ///   - name: of the request's file, for messages.
+    ///   - replaces: takes the host's earlier keys away; without it they stay valid beside the new one.
     package static func grant(
-        _ request: [UInt8], in folder: FleetFolder, replaces: Bool
+        _ request: [UInt8], named name: String = "the file", in folder: FleetFolder, replaces: Bool
     ) throws -> (json: [UInt8], host: String, keyID: String) {
         let wanted: Request
         let key: PublicKey
@@ -120,7 +127,9 @@ package enum Enrollment {
             key = try PublicKey(pem: Array(wanted.signingKey.utf8), name: "the request's signing key")
             csr = try CertificateSigningRequest(pemEncoded: wanted.certificateRequest)
         } catch {
-            throw MigrationError(.invalidArgument, "the file holds no enrollment request", cause: error)
+            throw MigrationError(
+                .invalidArgument, "\(name) holds no host's request to join\(found(in: request))",
+                hint: "give it what this printed on the host: flotilla worker enroll --host NAME")
         }
         guard FleetMember.isHostName(wanted.host) else {
             throw MigrationError(
@@ -146,8 +155,11 @@ package enum Enrollment {
         return (try json(answer), wanted.host, key.id)
     }
 
-    /// On the host: takes the coordinator's answer.
-    package static func accept(_ answer: [UInt8], in folder: FleetFolder) throws -> Answer {
+    /// On the host: takes the coordinator's answer, and the keys that it was asked with into use. Returns the id of the
+    /// signing key if that is new.
+    package static func accept(
+        _ answer: [UInt8], named name: String = "the file", in folder: FleetFolder
+    ) throws -> (host: String, newKeyID: String?) {
         let granted: Answer
         let certificate: Certificate
         let keys: [PublicKey]
@@ -158,19 +170,51 @@ package enum Enrollment {
                 try PublicKey(pem: Array($0.utf8), name: "the coordinator's key")
             }
         } catch {
-            throw MigrationError(.invalidArgument, "the file holds no answer to an enrollment request", cause: error)
+            throw MigrationError(
+                .invalidArgument, "\(name) holds no answer to a request to join\(found(in: answer))",
+                hint: "give it what this printed on the coordinator's machine: flotilla host enroll REQUEST")
         }
-        let tls = try Certificate.PrivateKey(
-            pemEncoded: String(decoding: try Files.readSecret(folder.tlsKey), as: UTF8.self))
-        guard certificate.publicKey == tls.publicKey else {
+        func isFor(_ file: String) throws -> Bool {
+            try Files.exists(file) && certificate.publicKey == tlsKey(file).publicKey
+        }
+        let hasNewKeys = try isFor(folder.nextTLSKey)
+        guard try hasNewKeys || isFor(folder.tlsKey) else {
             throw MigrationError(
                 .failedPrecondition, "the answer is for other keys than those in \(folder.path)",
-                hint: "make a new request with: flotilla worker enroll")
+                hint: "make a new request with: flotilla worker enroll --host \(granted.host)")
         }
         for key in keys { try folder.trust(key, of: FleetMember.coordinator) }
         try folder.write(Array(granted.authority.utf8), to: folder.authority, mode: 0o644)
+        var newKeyID: String?
+        if hasNewKeys {
+            let isMoved = !Files.exists(folder.nextSigningKey)
+            newKeyID = try SigningKey(path: isMoved ? folder.signingKey : folder.nextSigningKey).publicKey.id
+            // Last the one by which the answer is known to be for these.
+            try folder.move(folder.nextSigningKey, to: folder.signingKey)
+            try folder.move(folder.nextTLSKey, to: folder.tlsKey)
+        }
         try folder.write(Array(granted.certificate.utf8), to: folder.certificate, mode: 0o644)
-        return granted
+        return (granted.host, newKeyID)
+    }
+
+    private static func tlsKey(_ file: String) throws -> Certificate.PrivateKey {
+        let text = String(decoding: try Files.readSecret(file), as: UTF8.self)
+        do { return try Certificate.PrivateKey(pemEncoded: text) } catch {
+            throw MigrationError(
+                .invalidArgument, "\(file) holds no private key in PEM", hint: "move it away, then ask for a new one")
+        }
+    }
+
+    /// What a file holds that was taken for another, as far as that can be told.
+    private static func found(in bytes: [UInt8]) -> String {
+        let data = Data(bytes)
+        if (try? JSONDecoder().decode(Request.self, from: data)) != nil { return ", but a request" }
+        if (try? JSONDecoder().decode(Answer.self, from: data)) != nil {
+            return ", but an answer, which the host takes"
+        }
+        if data.isEmpty { return ": it is empty" }
+        let label = String(decoding: bytes, as: UTF8.self).firstMatch(of: #/-----BEGIN ([A-Z0-9 ]+)-----/#)?.1
+        return label.map { ", but PEM: \($0)" } ?? ""
     }
 
     private static func json(_ value: some Encodable) throws -> [UInt8] {

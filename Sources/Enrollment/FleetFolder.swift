@@ -1,3 +1,4 @@
+import Glibc
 package import HostKit
 import MigrationModel
 import Messaging
@@ -9,6 +10,10 @@ import Synchronization
 ///     tls.key  tls.pem       its client certificate for the broker
 ///     ca.pem                 who signs such certificates, the broker's included
 ///     trusted/NAME/*.pem     the public keys it believes, by owner
+///
+/// on a host that asked for others, until they are granted:
+///
+///     signing.key.new  tls.key.new
 ///
 /// and on the coordinator's machine alone:
 ///
@@ -41,6 +46,8 @@ package struct FleetFolder: Sendable {
 
     package var signingKey: String { "\(path)/signing.key" }
     package var tlsKey: String { "\(path)/tls.key" }
+    var nextSigningKey: String { "\(signingKey).new" }
+    var nextTLSKey: String { "\(tlsKey).new" }
     package var certificate: String { "\(path)/tls.pem" }
     package var authority: String { "\(path)/ca.pem" }
     package var authorityKey: String { "\(path)/ca.key" }
@@ -69,12 +76,23 @@ package struct FleetFolder: Sendable {
         try Files.writeAtomically(bytes, to: file, mode: mode)
     }
 
+    /// Puts a file in the place of another. One that was moved before is fine.
+    func move(_ file: String, to place: String) throws {
+        guard Files.exists(file) else { return }
+        if let plan { return plan.note("move \(file) to \(place)") }
+        guard rename(file, place) == 0 else { throw systemError("rename \(file) to", place) }
+        try Files.synchronizeDirectory(of: place)
+    }
+
     /// Reads the member's signing key, or makes one.
-    func ownKey() throws -> SigningKey {
-        if Files.exists(signingKey) { return try SigningKey(path: signingKey) }
+    ///
+    /// - Parameter isNext: the one that is to take its place.
+    func ownKey(isNext: Bool = false) throws -> SigningKey {
+        let file = isNext ? nextSigningKey : signingKey
+        if Files.exists(file) { return try SigningKey(path: file) }
         let key = SigningKey()
         plan?.invent(key.publicKey.id)
-        try write(key.pem, to: signingKey, mode: 0o600)
+        try write(key.pem, to: file, mode: 0o600)
         return key
     }
 
@@ -125,7 +143,7 @@ package struct FleetFolder: Sendable {
     }
 
     /// Ids of the keys that are believed to be the owner's.
-    private func keys(of owner: String) throws -> [String] {
+    package func keys(of owner: String) throws -> [String] {
         let folder = "\(trusted)/\(owner)"
         guard Files.isDirectory(folder) else { return [] }
         return try Files.list(folder).filter { $0.hasSuffix(".pem") && !Files.isDirectory("\(folder)/\($0)") }

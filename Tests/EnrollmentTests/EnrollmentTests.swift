@@ -206,6 +206,45 @@ import Testing
         #expect(try KeyRing(folder: rig.coordinator.trusted).key(first.keyID, of: "kvm1") == nil)
     }
 
+    /// Those in use stay until the answer comes; it may be taken twice, as after a crash.
+    @Test func newKeysTakeTheirPlaceWithTheAnswer() throws {
+        let rig = try Rig()
+        let first = try Enrollment.ask(host: "kvm1", in: rig.host)
+        let answer = try Enrollment.grant(first.json, in: rig.coordinator, replaces: false).json
+        #expect(try Enrollment.accept(answer, in: rig.host).newKeyID == nil)
+        let before = try rig.files().filter { $0.key.hasPrefix(rig.host.path) }
+        let second = try Enrollment.ask(host: "kvm1", in: rig.host, newKeys: true)
+        #expect(try Enrollment.ask(host: "kvm1", in: rig.host, newKeys: true).keyID == second.keyID)
+        #expect(second.keyID != first.keyID)
+        let during = try rig.files()
+        #expect(before.allSatisfy { during[$0.key] == $0.value })
+        let next = try Enrollment.grant(second.json, in: rig.coordinator, replaces: false).json
+        #expect(try Enrollment.accept(next, in: rig.host).newKeyID == second.keyID)
+        #expect(try SigningKey(path: rig.host.signingKey).publicKey.id == second.keyID)
+        #expect(try Files.list(rig.host.path).allSatisfy { !$0.hasSuffix(".new") })
+        #expect(try Enrollment.accept(next, in: rig.host).newKeyID == nil)
+        #expect(failure { try Enrollment.accept(answer, in: rig.host) }?.code == .failedPrecondition)
+    }
+
+    /// One file of enrollment is taken for another.
+    @Test func wrongFileIsNamed() throws {
+        let rig = try Rig()
+        let request = try Enrollment.ask(host: "kvm1", in: rig.host).json
+        let answer = try Enrollment.grant(request, in: rig.coordinator, replaces: false).json
+        for (bytes, what) in [
+            (answer, "but an answer"), ([], "it is empty"), (Array("{}".utf8), "no host's request"),
+            (try Files.read(rig.coordinator.certificate), "but PEM: CERTIFICATE"),
+        ] {
+            let error = failure { try Enrollment.grant(bytes, named: "a.file", in: rig.coordinator, replaces: false) }
+            #expect(error?.code == .invalidArgument && error?.message.hasPrefix("a.file holds no") == true)
+            #expect(error?.message.contains(what) == true && error?.cause == nil, "\(what)")
+            #expect(error?.hint?.contains("flotilla worker enroll --host") == true)
+        }
+        let error = failure { try Enrollment.accept(request, named: "a.file", in: rig.host) }
+        #expect(error?.message.contains("but a request") == true)
+        #expect(error?.hint?.contains("flotilla host enroll") == true)
+    }
+
     @Test func answerForOtherKeysIsRefused() throws {
         let rig = try Rig()
         let request = try Enrollment.ask(host: "kvm1", in: rig.host)

@@ -2,6 +2,8 @@ import ArgumentParser
 import Enrollment
 import HostKit
 import Messaging
+import MessagingAMQP
+import MigrationModel
 
 struct FleetCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
@@ -89,15 +91,26 @@ struct FleetCommand: AsyncParsableCommand {
         var requesters: [String] = []
         @Option(name: .customLong("host"), help: "A host besides those enrolled. Repeatable.") var others: [String] = []
 
+        func validate() throws { for host in others { try requireHostName(host) } }
+
         func run() async throws {
             let hosts = Set(try place.folder.hosts() + others).sorted()
-            for host in hosts where !FleetMember.isHostName(host) {
-                throw ValidationError("'\(host)' can't name a host: \(FleetMember.hostNameRule)")
+            let definitions: BrokerDefinitions
+            do {
+                definitions = try BrokerDefinitions(
+                    Names(namespace: namespace), hosts: hosts, requesters: requesters, virtualHost: virtualHost)
+            } catch let error as MigrationError where error.code == .invalidArgument {
+                throw ValidationError(error.description)
             }
-            let definitions = try BrokerDefinitions(
-                Names(namespace: namespace), hosts: hosts, requesters: requesters, virtualHost: virtualHost)
             Console.line(try definitions.json())
         }
+    }
+}
+
+/// A name that can't be a host's is a mistake on the command line.
+func requireHostName(_ name: String) throws {
+    guard FleetMember.isHostName(name) else {
+        throw ValidationError("'\(name)' can't name a host: \(FleetMember.hostNameRule)")
     }
 }
 
@@ -106,30 +119,44 @@ struct WorkerEnrollCommand: AsyncParsableCommand {
         commandName: "enroll",
         abstract: "Makes this host's keys and a request to join, or takes the coordinator's answer.",
         discussion: """
-            Private keys stay on this machine. Run it again to renew the certificate. To change the keys, move \
-            signing.key and tls.key away first; the coordinator believes both until the old one is forgotten.
+            Private keys stay on this machine. Run it again to renew the certificate, or with --new-keys to change the \
+            keys: the new ones lie beside those in use, as *.new, until the answer is taken. Then restart the worker. The \
+            coordinator believes both keys until the old one is forgotten: flotilla host forget NAME --keep ID.
             """)
 
     @OptionGroup var folder: FleetCommand.ChangedFolder
     @Option(help: ArgumentHelp("This host's name in the fleet; prints the request.", valueName: "name"))
     var host: String?
+    @Flag(help: "Ask with new keys, which take the place of those in use with the answer.") var newKeys = false
     @Option(help: ArgumentHelp("The coordinator's answer.", valueName: "file"), completion: .file())
     var answer: String?
 
     func validate() throws {
+        if let host { try requireHostName(host) }
+        if newKeys, host == nil { throw ValidationError("--new-keys goes with --host") }
         if (host == nil) == (answer == nil) { throw ValidationError("Give either --host or --answer") }
     }
 
     func run() async throws {
         if let host {
-            guard let (json, key) = try folder.change({ try Enrollment.ask(host: host, in: $0) }) else { return }
+            guard
+                let (json, key) = try folder.change({
+                    try Enrollment.ask(host: host, in: $0, newKeys: newKeys)
+                })
+            else { return }
             Console.out(String(decoding: json, as: UTF8.self))
             Console.complain("request of \(host), key \(key): give it to flotilla host enroll on the coordinator")
         } else if let answer {
-            let answer = try Files.read(answer, limit: 1 << 20)
-            guard let granted = try folder.change({ try Enrollment.accept(answer, in: $0) }) else { return }
+            let bytes = try Files.read(answer, limit: 1 << 20)
+            guard let granted = try folder.change({ try Enrollment.accept(bytes, named: answer, in: $0) }) else {
+                return
+            }
             let path = try absolute(folder.place.path)
             Console.line("\(granted.host) is enrolled; \(path) holds what its worker's configuration names")
+            if let key = granted.newKeyID {
+                Console.line("next: systemctl restart flotilla-worker, so that it signs with its new key")
+                Console.line("then on the coordinator: flotilla host forget \(granted.host) --keep \(key)")
+            }
         }
     }
 }
@@ -148,11 +175,17 @@ struct HostEnrollCommand: AsyncParsableCommand {
     @Flag(help: "Believe the new key only, not those the host had before.") var replace = false
 
     func run() async throws {
-        let request = try Files.read(request, limit: 1 << 20)
-        let granted = try folder.change { try Enrollment.grant(request, in: $0, replaces: replace) }
+        let bytes = try Files.read(request, limit: 1 << 20)
+        let granted = try folder.change { try Enrollment.grant(bytes, named: request, in: $0, replaces: replace) }
         guard let (json, host, key) = granted else { return }
         Console.out(String(decoding: json, as: UTF8.self))
         Console.complain("\(host) joins with key \(key)")
+        let others = try folder.place.folder.keys(of: host).filter { $0 != key }
+        if !others.isEmpty {
+            Console.complain(
+                "it is believed with its earlier keys, too (\(others.joined(separator: ", "))); when its worker has taken the "
+                    + "answer and was restarted: flotilla host forget \(host) --keep \(key)")
+        }
     }
 }
 
@@ -160,17 +193,38 @@ struct HostForgetCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "forget", abstract: "Believes a host's keys no more, all of them or all but one.",
         discussion: """
-            Takes effect within a minute. Its broker user and queues stay: delete them with rabbitmqctl. On a host, \
-            'coordinator' with --keep drops the coordinator's earlier keys.
+            Takes effect within a minute: the host gets no tasks any more, and its migrations wait until it has a key \
+            again or they are cancelled. Its broker user and queues stay; the commands that delete them are printed. On \
+            a host, 'coordinator' with --keep drops the coordinator's earlier keys.
             """)
 
     @OptionGroup var folder: FleetCommand.ChangedFolder
     @Argument(help: "The host's name.") var name: String
     @Option(help: "Id of the key to keep.") var keep: String?
 
+    func validate() throws {
+        if name != FleetMember.coordinator { try requireHostName(name) }
+    }
+
     func run() async throws {
         guard let removed = try folder.change({ try $0.forget(name, except: keep) }) else { return }
         let none = "\(name) has no \(keep == nil ? "" : "other ")keys"
         Console.line(removed.isEmpty ? none : "\(name): forgot \(removed.joined(separator: ", "))")
+        if keep == nil { for line in try rest { Console.line(line) } }
+    }
+
+    /// What is left to do, with the names that the coordinator's configuration beside the keys gives.
+    private var rest: [String] {
+        get throws {
+            let file = "\(try folder.place.folder.path)/coordinator.yaml"
+            let settings = try? CoordinatorConfiguration(path: file)
+            let (names, place) = (settings?.names ?? Names(), settings?.broker.virtualHost ?? "/")
+            return ["next:", "  on \(name): systemctl disable --now flotilla-worker"]
+                + [
+                    "delete_user \(name)", "delete_queue --vhost \(place) \(names.tasks(of: name))",
+                    "delete_queue --vhost \(place) \(names.control(of: name))",
+                ].map { "  at the broker: rabbitmqctl \($0)" }
+                + ["  its migrations that are open: flotilla migration list, flotilla migration cancel ID"]
+        }
     }
 }
