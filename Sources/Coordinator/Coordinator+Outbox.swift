@@ -22,11 +22,28 @@ extension Coordinator {
                 }
                 if !sent.isEmpty { Failpoint.coordinatorTaskSent.hit() }
                 for (host, rows) in Dictionary(grouping: rows, by: \.host) {
+                    guard member.knows(host) else {
+                        try await park(rows)
+                        continue
+                    }
                     let portion = Array(rows.prefix(sending.begin(host)))
                     group.addTask { await self.send(portion, to: host, sending) }
                 }
                 // Behind these may wait those of other hosts.
                 if rows.count == limit { outboxContinuation.yield() }
+            }
+        }
+    }
+
+    /// Their host was forgotten since: the tasks wait until it has a key again.
+    private func park(_ rows: [OutboxRecord]) async throws {
+        try await decide { transitions in
+            for row in rows {
+                try transitions.store.markSent(row.id, at: transitions.now)
+                guard let task = try transitions.store.task(id: row.identity.task),
+                    task.machine.fence == row.identity.fence
+                else { continue }
+                _ = try transitions.apply(.orphaned, to: task)
             }
         }
     }

@@ -52,6 +52,8 @@ package final class Coordinator: Sendable {
     let silences = Silences()
     let settings: Settings
     private let submitted = Mutex<Set<String>>([])
+    /// Hosts that were heard of once and of which there is no key, as of the last look.
+    let forgotten = Mutex<Set<String>>([])
     let bus: any MessageBus
     let member: FleetMember
     let logger: Logger
@@ -100,49 +102,6 @@ package final class Coordinator: Sendable {
         }
     }
 
-    /// Throws `notFound` for a host of which nothing is known. In one process the worker tells of its host in a moment;
-    /// that is waited for, and what earlier processes were told doesn't count.
-    func requireHost(_ name: String) async throws {
-        if !bus.isDurable { return await watchers.waitForHost(name) }
-        guard try await store.write({ try $0.host(name) }) != nil else {
-            throw MigrationError(
-                .notFound, "no worker of a host \(name) has been heard of",
-                hint: "flotilla host list shows those that have")
-        }
-    }
-
-    /// Gives hosts their queues that joined since the start, or whose queues are gone.
-    private func welcome(_ hosts: @Sendable () throws -> [String]) async throws {
-        var known: Set<String> = []
-        var declared = ContinuousClock.now
-        while !Task.isCancelled {
-            do {
-                let present = Set(try hosts())
-                if present != known || declared + settings.queueInterval <= .now {
-                    // Not tried, nor complained of, more often while the broker is away.
-                    declared = .now
-                    try await declare(present.sorted())
-                }
-                known = present
-            } catch let error as MigrationError {
-                logger.error("hosts not looked after", metadata: ["error": "\(error)"])
-            }
-            try await Task.sleep(for: settings.hostInterval)
-        }
-    }
-
-    /// One host's queue that the broker refuses, say because somebody else made it, is nobody else's trouble.
-    private func declare(_ hosts: [String]) async throws {
-        do { return try await bus.declare(settings.names.topology(hosts: hosts)) } catch {
-            try await bus.declare(settings.names.topology(hosts: []))
-        }
-        for host in hosts {
-            do { try await bus.declare(settings.names.topology(hosts: [host])) } catch {
-                logger.error("host has no queues", metadata: ["host": "\(host)", "error": "\(error)"])
-            }
-        }
-    }
-
     /// Applies one decision: a transaction, then what it asks to be told to workers and watchers.
     func decide<Value: Sendable>(
         _ body: @escaping @Sendable (inout Transitions) throws -> Value
@@ -150,9 +109,9 @@ package final class Coordinator: Sendable {
         let policy = settings.policy
         let notifies = !settings.requesters.isEmpty
         let active = settings.startsOnlySubmitted ? submitted.withLock { $0 } : nil
-        let (value, effects) = try await store.write { [watchers] transaction in
+        let (value, effects) = try await store.write { [watchers, member] transaction in
             var transitions = Transitions(
-                store: transaction, now: .now, policy: policy, active: active, notifies: notifies,
+                store: transaction, now: .now, policy: policy, active: active, knows: member.knows, notifies: notifies,
                 isWatched: watchers.hasWatcher)
             let value = try body(&transitions)
             return (value, transitions.effects)
@@ -187,9 +146,10 @@ package final class Coordinator: Sendable {
     private func watchTime() async throws {
         while !Task.isCancelled {
             let hears = hasHeard(for: settings.policy.leaseDuration)
+            let parked = forgotten.withLock { $0 }
             let (due, expired) = try await store.write { [policy = settings.policy] in
                 (
-                    try $0.dueTasks(now: .now, or: .now + policy.longestWait),
+                    try $0.dueTasks(now: .now, or: .now + policy.longestWait, except: parked),
                     try $0.expiredTasks(now: .now, grace: policy.leaseDuration)
                 )
             }

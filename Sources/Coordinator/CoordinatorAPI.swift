@@ -1,6 +1,7 @@
 package import FlotillaProtocol
 package import GRPCCore
 import HostKit
+import Messaging
 import MigrationModel
 import SwiftProtobuf
 
@@ -36,8 +37,10 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
     }
 
     package func getMigration(request: GetMigrationRequest, context: ServerContext) async throws -> Migration {
-        let found = try await coordinator.store.write { store in
-            try store.migration(id: request.id).map { Migration($0, tasks: try store.tasks(ofMigration: $0.id)) }
+        let found = try await coordinator.store.write { [member = coordinator.member] store in
+            try store.migration(id: request.id).map {
+                Migration($0, tasks: try store.tasks(ofMigration: $0.id), knows: member.knows)
+            }
         }
         guard let found else { throw MigrationError(.notFound, "there is no migration \(request.id)") }
         return coordinator.silences.told(found)
@@ -47,8 +50,10 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
         request: ListMigrationsRequest, context: ServerContext
     ) async throws -> ListMigrationsResponse {
         let limit = request.limit == 0 ? nil : Int(request.limit)
-        let found = try await coordinator.store.write { store in
-            try store.migrations(limit: limit).map { Migration($0, tasks: try store.tasks(ofMigration: $0.id)) }
+        let found = try await coordinator.store.write { [member = coordinator.member] store in
+            try store.migrations(limit: limit).map {
+                Migration($0, tasks: try store.tasks(ofMigration: $0.id), knows: member.knows)
+            }
         }
         return .with { $0.migrations = found.map(coordinator.silences.told) }
     }
@@ -90,7 +95,7 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
 
     package func listHosts(request: ListHostsRequest, context: ServerContext) async throws -> ListHostsResponse {
         let hosts = try await coordinator.store.write { try $0.hosts() }
-        return .with { $0.hosts = hosts.map { Host($0, coordinator.clocks) } }
+        return .with { $0.hosts = hosts.map { Host($0, coordinator) } }
     }
 
     package func rollbackMigration(
@@ -98,14 +103,14 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
     ) async throws -> Migration { try await coordinator.decide { try $0.rollBack(request) } }
 
     package func drainHost(request: DrainHostRequest, context: ServerContext) async throws -> Host {
-        try await coordinator.decide { [clocks = coordinator.clocks] transitions in
+        try await coordinator.decide { [coordinator] transitions in
             try transitions.store.setDrained(!request.undrain, host: request.name)
             guard let host = try transitions.store.host(request.name) else {
                 throw MigrationError(
                     .notFound, "no worker of a host \(request.name) has been heard of",
                     hint: "flotilla host list shows those that have")
             }
-            return Host(host, clocks)
+            return Host(host, coordinator)
         }
     }
 
@@ -145,12 +150,13 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
 }
 
 extension Host {
-    init(_ record: HostRecord, _ clocks: HostClocks) {
+    init(_ record: HostRecord, _ coordinator: Coordinator) {
         self.init()
         profile = record.profile
         if record.seenAt.milliseconds > 0 { seenAt = record.seenAt.timestamp }
         drained = record.isDrained
         tasks = UInt32(record.tasks)
-        if let ahead = clocks.ahead(record.profile.name) { clockAheadMs = ahead }
+        if let ahead = coordinator.clocks.ahead(record.profile.name) { clockAheadMs = ahead }
+        forgotten = !coordinator.member.knows(record.profile.name)
     }
 }

@@ -23,9 +23,9 @@ package protocol JobTransaction {
     /// In stage order.
     func tasks(ofMigration id: String) throws -> [TaskRecord]
     /// Ids of tasks whose wait is over or whose lease has run out. Of drained hosts only those that run, or take
-    /// something back. Also those that would wait beyond `horizon`, farther than any task waits: the clock was set
-    /// back.
-    func dueTasks(now: Moment, or horizon: Moment) throws -> [String]
+    /// something back; of `hosts` only those that run. Also those that would wait beyond `horizon`, farther than any task
+    /// waits: the clock was set back.
+    func dueTasks(now: Moment, or horizon: Moment, except hosts: Set<String>) throws -> [String]
     /// Tasks that wait in the queue of a host since before `moment`, for all the store knows, or since after `horizon`.
     func tasksSent(to host: String, before moment: Moment, or horizon: Moment) throws -> [TaskRecord]
     /// Ids of open tasks whose deadline has passed: by more than `grace`, of those that run.

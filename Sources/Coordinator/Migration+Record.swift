@@ -33,7 +33,8 @@ extension TaskEnded {
 }
 
 extension Migration {
-    init(_ record: MigrationRecord, tasks: [TaskRecord]) {
+    /// - Parameter knows: whether the coordinator has a key of a host.
+    init(_ record: MigrationRecord, tasks: [TaskRecord], knows: (String) -> Bool) {
         self.init()
         id = record.id
         request = record.request
@@ -41,6 +42,7 @@ extension Migration {
         if let manifest = record.manifest { self.manifest = manifest }
         if let result = record.result { self.result = result }
         findings = record.findings
+        if !state.isFinal, !knows(request.host) { findings.append(.waits(id, for: request.host)) }
         if let error = record.error {
             errorCode = error.code
             errorMessage = error.message
@@ -61,6 +63,31 @@ extension Migration {
                 if let ended = task.endedAt { $0.endedAt = ended.timestamp }
             }
         }
+    }
+}
+
+extension Finding {
+    /// Of a migration that is open while the coordinator has no key of its host.
+    fileprivate static func waits(_ migration: String, for host: String) -> Finding {
+        let error = MigrationError.forgotten(host)
+        return .with {
+            $0.severity = .warning
+            $0.subject = enrollment
+            $0.message = "it waits: \(error.message)"
+            $0.remedy = (error.hint ?? "") + "; or end it: flotilla migration cancel \(migration)"
+        }
+    }
+
+    /// The subject of what is said of a host that the coordinator has no key of.
+    package static let enrollment = "enrollment"
+}
+
+extension MigrationError {
+    static func forgotten(_ host: String) -> MigrationError {
+        MigrationError(
+            .failedPrecondition,
+            "the coordinator has no key of host \(host), which gets no tasks and isn't heard",
+            hint: "let it join again: flotilla worker enroll --host \(host) there, then flotilla host enroll here")
     }
 }
 

@@ -33,7 +33,7 @@ extension NotificationRecord {
 
     /// The migration's new state. Its data is a `flotilla.v1.Migration` in protobuf's JSON, without the manifest.
     static func of(_ record: MigrationRecord, at moment: Moment) throws -> NotificationRecord {
-        var migration = Migration(record, tasks: [])
+        var migration = Migration(record, tasks: [], knows: { _ in true })
         migration.clearManifest()
         return NotificationRecord(
             type: "migration.\(record.state.word)", subject: record.id, at: moment, data: try migration.jsonString())

@@ -100,14 +100,15 @@ struct SQLiteTransaction: JobTransaction {
         return (Stage.way + [.undeploy]).compactMap { stage in found.first { $0.stage == stage } }
     }
 
-    func dueTasks(now: Moment, or horizon: Moment) throws -> [String] {
+    func dueTasks(now: Moment, or horizon: Moment, except hosts: Set<String>) throws -> [String] {
         try all(
             """
             SELECT id FROM task WHERE (due_at <= ? OR due_at > ?)
-                AND (has_worker OR stage = 'undeploy' OR host NOT IN (SELECT name FROM host WHERE drained))
+                AND (has_worker OR host NOT IN (SELECT value FROM json_each(?))
+                    AND (stage = 'undeploy' OR host NOT IN (SELECT name FROM host WHERE drained)))
             ORDER BY due_at
             """,
-            [now.milliseconds, horizon.milliseconds]
+            [now.milliseconds, horizon.milliseconds, names(hosts)]
         ) { $0[0] }
     }
 
@@ -213,7 +214,7 @@ struct SQLiteTransaction: JobTransaction {
             SELECT id, task_id, attempt, fence, method, host, deadline, body FROM outbox
             WHERE host NOT IN (SELECT value FROM json_each(?)) ORDER BY number LIMIT ?
             """,
-            [String(decoding: JSONEncoder().encode(hosts), as: UTF8.self), limit]
+            [names(hosts), limit]
         ) { row in
             OutboxRecord(
                 id: row[0], identity: CallIdentity(task: row[1], attempt: row[2], fence: UInt64(row[3] as Int64)),
@@ -327,6 +328,10 @@ struct SQLiteTransaction: JobTransaction {
     }
 
     // MARK: Messages
+
+    private func names(_ hosts: Set<String>) throws -> String {
+        String(decoding: try JSONEncoder().encode(hosts), as: UTF8.self)
+    }
 
     private func data(_ message: some SwiftProtobuf.Message) throws -> Data { try message.serializedBytes() }
 

@@ -214,7 +214,7 @@ extension Transitions {
 
     mutating func announce(_ id: String) throws {
         guard isWatched(id), let record = try store.migration(id: id) else { return }
-        let migration = Migration(record, tasks: try store.tasks(ofMigration: id))
+        let migration = try present(record)
         if let last = effects.changed.lastIndex(where: { $0.id == id }) { effects.changed.remove(at: last) }
         effects.changed.append(migration)
     }

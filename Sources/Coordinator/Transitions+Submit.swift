@@ -9,6 +9,7 @@ extension Transitions {
     /// something else is asked of it now; then, and when it has ended, it is looked at again from the export, which is
     /// cheap and finds a changed source. What is done stays done: other options don't touch a domain in use.
     mutating func submit(_ request: SubmitMigrationRequest) throws -> Migration {
+        try requireKey(of: request.host)
         if request.hasDeadline, request.deadline.moment <= now {
             throw MigrationError(
                 .invalidArgument, "the deadline, \(request.deadline.text), has passed", hint: TaskEnded.laterDeadline)
@@ -70,7 +71,7 @@ extension Transitions {
             try save(record)
             try startExport(record)
         }
-        return Migration(record, tasks: try store.tasks(ofMigration: record.id))
+        return try present(record)
     }
 
     private mutating func startExport(_ record: MigrationRecord) throws {
@@ -88,7 +89,6 @@ extension Transitions {
         guard var record = try store.migration(id: request.id) else {
             throw MigrationError(.notFound, "there is no migration \(request.id)")
         }
-        func present() throws -> Migration { Migration(record, tasks: try store.tasks(ofMigration: record.id)) }
         guard record.state.isFinal || record.state == .rollingBack else {
             throw MigrationError(
                 .failedPrecondition, "migration \(record.id) is still \(record.state.word)",
@@ -98,7 +98,8 @@ extension Transitions {
             throw MigrationError(
                 .failedPrecondition, "migration \(record.id) never defined a domain: there is nothing to take back")
         }
-        if request.dryRun { return try present() }
+        try requireKey(of: record.request.host)
+        if request.dryRun { return try present(record) }
         activate(record.id)
         let undeploy = try undeploy(record, force: request.force)
         if record.state == .rollingBack {
@@ -108,14 +109,14 @@ extension Transitions {
                 try store.save(task)
                 _ = try apply(.dispatch, to: task)
             }
-            return try present()
+            return try present(record)
         }
         record.findings = []
         record.error = nil
         record.state = .rollingBack
         try save(record)
         try start(.undeploy, of: record, undeploy)
-        return try present()
+        return try present(record)
     }
 
     /// Ends what is open of it. A convert that failed keeps its images for another attempt; they go, too.
@@ -126,6 +127,6 @@ extension Transitions {
         for task in try store.tasks(ofMigration: id) where !task.machine.isEnded || task.stage == .convert {
             _ = try apply(.cancel, to: task)
         }
-        return Migration(try store.migration(id: id) ?? record, tasks: try store.tasks(ofMigration: id))
+        return try present(try store.migration(id: id) ?? record)
     }
 }

@@ -23,6 +23,8 @@ struct Transitions {
     let policy: TaskMachine.Policy
     /// Migrations whose tasks may be sent; nil: all.
     let active: Set<String>?
+    /// Whether the coordinator has a key of a host. One without gets no tasks: what its worker says isn't heard.
+    let knows: (String) -> Bool
     /// Whether other programs are told of changes.
     let notifies: Bool
     /// Whether somebody watches a migration. Who begins to after this was asked reads the migration after this
@@ -35,13 +37,14 @@ struct Transitions {
     private var drained: [String: Bool] = [:]
 
     init(
-        store: any JobTransaction, now: Moment, policy: TaskMachine.Policy, active: Set<String>? = nil, notifies: Bool,
-        isWatched: @escaping (String) -> Bool
+        store: any JobTransaction, now: Moment, policy: TaskMachine.Policy, active: Set<String>? = nil,
+        knows: @escaping (String) -> Bool, notifies: Bool, isWatched: @escaping (String) -> Bool
     ) {
         self.store = store
         self.now = now
         self.policy = policy
         self.active = active
+        self.knows = knows
         self.notifies = notifies
         self.isWatched = isWatched
     }
@@ -50,6 +53,15 @@ struct Transitions {
 
     func isActive(_ migration: String) -> Bool {
         active?.contains(migration) ?? true || effects.submitted.contains(migration)
+    }
+
+    /// Throws `failedPrecondition` for a host without a key, whose tasks would never end.
+    func requireKey(of host: String) throws {
+        guard knows(host) else { throw MigrationError.forgotten(host) }
+    }
+
+    func present(_ record: MigrationRecord) throws -> Migration {
+        Migration(record, tasks: try store.tasks(ofMigration: record.id), knows: knows)
     }
 
     // MARK: - Workers' events
@@ -104,9 +116,9 @@ struct Transitions {
     ) throws -> TaskRecord {
         if case .dispatch = event {
             // What a drained host has is its own to take back.
-            guard isActive(record.migrationID), try record.stage == .undeploy || !isDrained(record.host) else {
-                return record
-            }
+            guard isActive(record.migrationID), knows(record.host),
+                try record.stage == .undeploy || !isDrained(record.host)
+            else { return record }
         }
         var task = record
         let actions = task.machine.handle(event, now: now, policy: policy)

@@ -58,6 +58,9 @@ package struct FleetMember: Sendable {
     /// Whom it believes: for the coordinator, the hosts of its fleet. Reads the keys' folder again if it is due.
     package func believed() throws -> [String] { try ring.owners() }
 
+    /// Whether there is a key by which the other could be believed.
+    package func knows(_ other: String) -> Bool { ring.hasKey(of: other) }
+
     /// A coordinator and the worker of one host with keys made for this process, who know each other.
     package static func pair(host: String) -> (coordinator: FleetMember, worker: FleetMember) {
         let (ours, theirs) = (SigningKey(), SigningKey())
@@ -131,7 +134,10 @@ package struct FleetMember: Sendable {
         guard let key = try ring.key(keyID, of: issuer) else {
             throw MigrationError(
                 .unauthenticated, "it is signed by \(issuer) with key \(keyID), which \(name) does not believe",
-                hint: "if the key is new, add its public half to \(name)'s keys of \(issuer)")
+                hint: name == Self.coordinator
+                    ? "enroll the host (again) with: flotilla host enroll; one that was to be forgotten: stop its worker"
+                    : "take the coordinator's keys with: flotilla worker enroll --host \(name), "
+                        + "flotilla host enroll there, flotilla worker enroll --answer")
         }
         guard verifies(signature, of: message, by: key) else {
             throw MigrationError(.unauthenticated, "its signature by \(issuer)'s key \(keyID) is wrong")

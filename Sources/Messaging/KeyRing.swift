@@ -44,6 +44,14 @@ package final class KeyRing: Sendable {
         }
     }
 
+    /// False for an owner without a key. One whose keys can't be read any more has those that were known.
+    package func hasKey(of owner: String) -> Bool {
+        state.withLock { state in
+            refresh(&state, isUrgent: state.keys[owner]?.isEmpty ?? true)
+            return state.keys[owner]?.isEmpty == false || state.failures[owner] != nil
+        }
+    }
+
     /// Those who have a key.
     package func owners() throws -> [String] {
         try state.withLock { state in

@@ -178,8 +178,11 @@ import Testing
                         method: "flotilla.v1.ExportService/Export", host: number < 600 ? "kvm2" : "kvm1", body: [1]))
             }
         }
+        let keys = ["kvm1", "kvm2"].map { ($0, [SigningKey().publicKey]) }
+        let member = FleetMember(
+            name: FleetMember.coordinator, key: SigningKey(), believes: KeyRing(Dictionary(uniqueKeysWithValues: keys)))
         let coordinator = Coordinator(
-            store: store, bus: bus, member: rig.members.coordinator,
+            store: store, bus: bus, member: member,
             logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() })
         try await bus.declare(Names().topology(hosts: ["kvm1", "kvm2"]))
         var tasks = try await bus.subscribe(Names().tasks(of: "kvm1"), prefetch: 1).deliveries.makeAsyncIterator()

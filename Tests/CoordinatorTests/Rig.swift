@@ -18,10 +18,11 @@ struct Rig {
     static let host = "kvm1"
 
     let folder: TemporaryFolder
-    let members = FleetMember.pair(host: host)
+    var members = FleetMember.pair(host: host)
     var policy = TaskMachine.Policy()
     var startsOnlySubmitted = false
     var acceptanceTimeout = Duration.seconds(120)
+    var hostInterval = Duration.seconds(5)
 
     init(policy: TaskMachine.Policy = .init()) throws {
         folder = try TemporaryFolder()
@@ -36,6 +37,7 @@ struct Rig {
         var settings = Coordinator.Settings(
             names: names, policy: policy, tick: .milliseconds(10), startsOnlySubmitted: startsOnlySubmitted)
         settings.acceptanceTimeout = acceptanceTimeout
+        settings.hostInterval = hostInterval
         let coordinator = Coordinator(
             store: try SQLiteStore(path: "\(folder.path)/store.sqlite"), bus: bus, member: members.coordinator,
             settings: settings,

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 
 import pika
 
@@ -14,6 +15,7 @@ def operator(fleet):
     hosts(fleet)
     letters(fleet)
     lost_task(fleet)
+    forgotten(fleet)
     fleet.wait_ended()
 
 
@@ -113,3 +115,34 @@ def lost_task(fleet):
     if attempts != 2:
         raise Violation(f"the replayed task took {attempts} attempts")
     print("  a task that was dead-lettered was sent again", flush=True)
+
+
+def forgotten(fleet):
+    """A host whose keys are taken away while it has a task: it is told of everywhere, and goes on once it has a key again."""
+    folder = fleet.members / "coordinator"
+    keys = {path: path.read_bytes() for path in (folder / "trusted/kvm3").glob("*.pem")}
+    fleet.kill("kvm3")
+    fleet.submit(["kvm3"])
+    name = fleet.names[-1][0]
+    done = subprocess.run([fleet.flotilla, "host", "forget", "kvm3", "--dir", folder], check=True, stdout=subprocess.PIPE, text=True)
+    for line in ("rabbitmqctl delete_user kvm3", "rabbitmqctl delete_queue --vhost / flotilla.tasks.kvm3"):
+        if line not in done.stdout:
+            raise Violation(f"host forget does not say '{line}': {done.stdout}")
+    try:
+        wait(30, "kvm3 to be forgotten", lambda: re.search("^ *kvm3 .* forgotten ", fleet.api("host", "list").stdout, re.M))
+        say(fleet, "kvm3: the coordinator has no key of it", "host", "list")
+        say(fleet, "export sent, host has no key", "migration", "list")
+        say(fleet, "warning +it waits: the coordinator has no key of host kvm3.*\n.*flotilla host enroll.*; or end it: "
+            "flotilla migration cancel", "migration", "show", fleet.migrations()[name]["id"])
+        say(fleet, "no key of host kvm3.*\n.*flotilla host enroll", "migration", "submit", "ova:/other.ova", "--host", "kvm3",
+            "--pool", "default", "--detach", code=1)
+        fleet.begin("kvm3")
+        wait(30, "its letters to be dead", lambda: "kvm3 with key" in fleet.api("queue", "dead").stdout)
+        say(fleet, "flotilla host enroll", "queue", "dead")
+    finally:
+        for path, content in keys.items():
+            path.write_bytes(content)
+    wait(60, f"{name} to end", lambda: fleet.migrations()[name]["state"] == "DONE")
+    say(fleet, "^ *kvm3 .* open ", "host", "list")
+    say(fleet, r"^letters removed: \d+$", "queue", "discard", "--all")
+    print("  a host that was forgotten: refused, told of, and back", flush=True)

@@ -136,7 +136,7 @@ extension Examination {
             let hosts = try await fleet.connect { try await $0.listHosts(.init()) }.hosts
             for host in hosts {
                 note(host, quietFor: Duration.milliseconds(Moment.now.milliseconds - host.seenAt.moment.milliseconds))
-                noteClock(of: host)
+                if !host.forgotten { noteClock(of: host) }
             }
             if hosts.isEmpty { note("hosts", .warn, "no worker was heard of yet", "see flotilla fleet --help") }
         } catch let error as MigrationError where error.code == .unavailable {
@@ -146,7 +146,9 @@ extension Examination {
 
     private mutating func note(_ host: Host, quietFor silence: Duration) {
         let name = host.profile.name
-        if host.hasSeenAt, silence < .seconds(120) {
+        if host.forgotten {
+            note("host \(name)", .warn, Host.forgottenText, Host.forgottenRemedy)
+        } else if host.hasSeenAt, silence < .seconds(120) {
             note("host \(name)", .pass, "heard of \(age(host.seenAt.moment)) ago")
         } else {
             note(

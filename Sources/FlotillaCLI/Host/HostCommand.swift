@@ -26,13 +26,16 @@ struct HostCommand: AsyncParsableCommand {
                 "host", "heard of", "clock", "state", "tasks", "cpus", "memory", "free in pools", "IOMMU", "domains",
             ]
             for line in table(head, response.hosts.map(row)) { Console.line(line) }
+            for host in response.hosts where host.forgotten {
+                Console.complain("\(host.profile.name): \(Host.forgottenText); \(Host.forgottenRemedy)")
+            }
         }
 
         private func row(_ host: Host) -> [String] {
             let profile = host.profile
             return [
                 profile.name, host.hasSeenAt ? "\(age(host.seenAt.moment)) ago" : "never",
-                host.clockText, host.drained ? "drained" : "open", "\(host.tasks)", "\(profile.cpus)",
+                host.clockText, host.stateText, "\(host.tasks)", "\(profile.cpus)",
                 byteText(profile.memoryBytes),
                 profile.pools.map { "\($0.name) \(byteText($0.freeBytes))" }.joined(separator: ", "),
                 profile.iommuEnabled ? "on" : "off", "\(profile.domains.count)",
@@ -45,6 +48,8 @@ struct HostCommand: AsyncParsableCommand {
 
         @OptionGroup var fleet: FleetOptions
         @Argument(help: "The host's name.") var name: String
+
+        func validate() throws { try requireHostName(name) }
 
         func run() async throws {
             Console.line(try await fleet.host(name).jsonString())
@@ -80,6 +85,8 @@ struct HostCommand: AsyncParsableCommand {
         @Argument(help: "The host's name.") var name: String
         @Flag(help: "Change nothing; say what would be.") var dryRun = false
 
+        func validate() throws { try requireHostName(name) }
+
         var verb: String { dryRun ? "would be" : "is" }
 
         /// The host as it is then or, of a dry run, now.
@@ -106,6 +113,13 @@ extension FleetOptions {
 }
 
 extension Host {
+    static let forgottenText = "the coordinator has no key of it: it gets no tasks, and what it says isn't heard"
+    static let forgottenRemedy =
+        "let it join again with flotilla host enroll; or stop its worker there, and delete its broker user and queues "
+        + "(flotilla host forget shows how)"
+
+    fileprivate var stateText: String { forgotten ? "forgotten" : drained ? "drained" : "open" }
+
     /// "right", "75 s behind".
     var clockText: String {
         guard hasClockAheadMs else { return "-" }

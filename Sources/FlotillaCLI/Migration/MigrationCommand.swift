@@ -33,6 +33,7 @@ struct MigrationCommand: AsyncParsableCommand {
         @Flag(help: "Print JSON.") var json = false
 
         func validate() throws {
+            try requireHostName(host)
             guard let name else { return }
             guard isValidDomainName(name) else { throw ValidationError("'\(name)' can't be a domain's name") }
             if sources.count > 1 { throw ValidationError("--name goes with one VM only") }
@@ -86,7 +87,8 @@ struct MigrationCommand: AsyncParsableCommand {
             let rows = response.migrations.map {
                 [
                     $0.id, $0.title, $0.request.host, "\($0.state)",
-                    $0.stages.last.map { "\($0.name) \($0.state)" } ?? "-", "\(age($0.updatedAt.moment)) ago",
+                    ($0.stages.last.map { "\($0.name) \($0.state)" } ?? "-")
+                        + ($0.waitsForHost == nil ? "" : ", host has no key"), "\(age($0.updatedAt.moment)) ago",
                 ]
             }
             for line in table(["migration", "VM", "host", "state", "stage", "changed"], rows) { Console.line(line) }

@@ -1,3 +1,4 @@
+import Coordinator
 import FlotillaProtocol
 import HostKit
 import Synchronization
@@ -27,19 +28,8 @@ struct Narrator {
             names[migration.id] = migration.title
             let stage = migration.stages.last { $0.state == "running" || $0.state == "waiting" }
             let text =
-                switch migration.state {
-                case .exporting, .converting, .deploying:
-                    stage.map {
-                        $0.state != "running" ? "" : "\($0.name): \(migration.request.dryRun ? "planned" : "started")"
-                    } ?? ""
-                case .done: "done"
-                case .ready: "nothing stands in the way"
-                case .preflightBlocked: "blocked: nothing was changed"
-                case .failed: "failed: \(migration.errorMessage)"
-                case .cancelled: "cancelled"
-                case .rollingBack: stage.map { $0.state != "running" ? "" : "\($0.name): started" } ?? ""
-                case .rolledBack: "rolled back"
-                case .unspecified, .UNRECOGNIZED: ""
+                if let reason = migration.waitsForHost { "\(reason.message); \(reason.remedy)" } else {
+                    words(for: migration, stage)
                 }
             // The same attempt's start is told once; a retry is news.
             let key = "\(text) \(stage?.attempt ?? 0)"
@@ -55,6 +45,24 @@ struct Narrator {
         case .progress, nil: return []
         }
     }
+
+    /// Empty where there is nothing to say yet.
+    private func words(for migration: Migration, _ stage: StageSummary?) -> String {
+        switch migration.state {
+        case .exporting, .converting, .deploying:
+            stage.map {
+                $0.state != "running" ? "" : "\($0.name): \(migration.request.dryRun ? "planned" : "started")"
+            } ?? ""
+        case .done: "done"
+        case .ready: "nothing stands in the way"
+        case .preflightBlocked: "blocked: nothing was changed"
+        case .failed: "failed: \(migration.errorMessage)"
+        case .cancelled: "cancelled"
+        case .rollingBack: stage.map { $0.state != "running" ? "" : "\($0.name): started" } ?? ""
+        case .rolledBack: "rolled back"
+        case .unspecified, .UNRECOGNIZED: ""
+        }
+    }
 }
 
 extension Migration {
@@ -63,4 +71,7 @@ extension Migration {
         if !manifest.vm.name.isEmpty { return manifest.vm.name }
         return request.vmName.isEmpty ? Files.name(of: request.sourceURL) : request.vmName
     }
+
+    /// Why its host can't go on with it: the coordinator has no key of the host.
+    var waitsForHost: Finding? { findings.first { $0.subject == Finding.enrollment } }
 }

@@ -602,6 +602,9 @@ package nonisolated struct Host: Sendable {
   /// Clears the value of `clockAheadMs`. Subsequent reads from it will return its default value.
   package mutating func clearClockAheadMs() {self._clockAheadMs = nil}
 
+  /// The coordinator has no key of it (any more): it gets no tasks, and nothing that its worker says is heard.
+  package var forgotten: Bool = false
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -1796,7 +1799,7 @@ nonisolated extension ListHostsResponse: SwiftProtobuf.Message, SwiftProtobuf._M
 
 nonisolated extension Host: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".Host"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}profile\0\u{3}seen_at\0\u{1}drained\0\u{1}tasks\0\u{3}clock_ahead_ms\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}profile\0\u{3}seen_at\0\u{1}drained\0\u{1}tasks\0\u{3}clock_ahead_ms\0\u{1}forgotten\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1809,6 +1812,7 @@ nonisolated extension Host: SwiftProtobuf.Message, SwiftProtobuf._MessageImpleme
       case 3: try { try decoder.decodeSingularBoolField(value: &self.drained) }()
       case 4: try { try decoder.decodeSingularUInt32Field(value: &self.tasks) }()
       case 5: try { try decoder.decodeSingularSInt64Field(value: &self._clockAheadMs) }()
+      case 6: try { try decoder.decodeSingularBoolField(value: &self.forgotten) }()
       default: break
       }
     }
@@ -1834,6 +1838,9 @@ nonisolated extension Host: SwiftProtobuf.Message, SwiftProtobuf._MessageImpleme
     try { if let v = self._clockAheadMs {
       try visitor.visitSingularSInt64Field(value: v, fieldNumber: 5)
     } }()
+    if self.forgotten != false {
+      try visitor.visitSingularBoolField(value: self.forgotten, fieldNumber: 6)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -1843,6 +1850,7 @@ nonisolated extension Host: SwiftProtobuf.Message, SwiftProtobuf._MessageImpleme
     if lhs.drained != rhs.drained {return false}
     if lhs.tasks != rhs.tasks {return false}
     if lhs._clockAheadMs != rhs._clockAheadMs {return false}
+    if lhs.forgotten != rhs.forgotten {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
