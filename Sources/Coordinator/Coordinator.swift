@@ -80,6 +80,7 @@ package final class Coordinator: Sendable {
     /// that were out when the last process ended are taken back first if the bus forgot them with it.
     @concurrent
     package func run(hosts: @escaping @Sendable () throws -> [String]) async throws {
+        try await bus.connected()
         try await declare(hosts())
         if !bus.isDurable { try await takeBackOrphans() }
         let events = try await bus.subscribe(settings.names.coordinatorEvents, prefetch: 256)

@@ -348,9 +348,9 @@ package final class BusServerTransport: ServerTransport {
     /// Journals and publishes the end. A publish that fails is made up for by the heartbeat.
     private func end(_ call: RunningCall, _ ended: TaskEnded) async {
         let event = TaskEvent(call.identity, sequence: call.nextSequence(), .ended(ended.thatFits))
-        logger.info(
-            "task ended",
-            metadata: call.identity.logged(["code": "\(ended.code)", "message": "\(ended.message)"]))
+        var said: Logger.Metadata = ["code": "\(ended.code)"]
+        if !ended.message.isEmpty { said["message"] = "\(ended.message)" }
+        logger.info("task ended", metadata: call.identity.logged(said))
         do {
             try await ledger.recordEnd(of: call.identity, event)
         } catch {

@@ -15,7 +15,7 @@ package struct BusStatus: Sendable, Equatable {
         /// What it is for: "publish" or "consume".
         package var name: String
         package var state: State
-        /// "host:port" of the broker it has, or had last.
+        /// "host:port" of the broker it has, or had or tried last.
         package var broker: String?
         /// When the broker was last heard of, heartbeats included.
         package var lastInbound: Moment?
@@ -110,6 +110,17 @@ package struct BusStatus: Sendable, Equatable {
             }
         }
         return nil
+    }
+}
+
+extension MessageBus {
+    /// Returns when it is connected, however long that takes: who starts while the broker is away waits for it, and the
+    /// bus itself tells what keeps it.
+    package func connected() async throws {
+        func isConnected(_ connection: BusStatus.Connection) -> Bool {
+            if case .connected = connection.state { true } else { false }
+        }
+        while !status.connections.allSatisfy(isConnected) { try await Task.sleep(for: .milliseconds(100)) }
     }
 }
 

@@ -14,9 +14,14 @@ extension Connection {
         var timeout = timeval(configuration.requestTimeout)
         amqp_set_handshake_timeout(handle, &timeout)
         amqp_set_rpc_timeout(handle, &timeout)
-        let socket = try socket(handle, broker, configuration.tls)
+        let socket = try socket(handle, configuration.tls)
         let status = amqp_socket_open_noblock(socket, broker.host, Int32(broker.port), &timeout)
-        guard status == AMQP_STATUS_OK.rawValue else { throw failure(status, broker) }
+        guard status == AMQP_STATUS_OK.rawValue else {
+            let isUnreached = [AMQP_STATUS_SOCKET_ERROR, AMQP_STATUS_HOSTNAME_RESOLUTION_FAILED].contains {
+                $0.rawValue == status
+            }
+            throw failure(status, broker, isUnreached ? obstacle(before: broker) : nil)
+        }
         // A broker that does not read would otherwise stop the thread for good, heartbeats or not.
         let patience = UInt32(clamping: configuration.publishTimeout.milliseconds)
         guard flotilla_set_tcp_user_timeout(amqp_get_sockfd(handle), patience) == 0 else {
@@ -26,13 +31,12 @@ extension Connection {
         if let error = failure(reply, broker) { throw error }
     }
 
-    private static func socket(
-        _ handle: amqp_connection_state_t, _ broker: AMQPConfiguration.Broker, _ tls: AMQPConfiguration.TLS?
-    ) throws -> OpaquePointer {
+    /// A socket of the connection with what TLS needs, not connected.
+    static func socket(_ handle: amqp_connection_state_t, _ tls: AMQPConfiguration.TLS?) throws -> OpaquePointer {
         // The connection owns its socket.
         let socket = tls == nil ? amqp_tcp_socket_new(handle) : amqp_ssl_socket_new(handle)
         guard let socket else {
-            throw MigrationError(.resourceExhausted, "no memory for a connection to broker \(broker)")
+            throw MigrationError(.resourceExhausted, "no memory for a connection to a broker")
         }
         guard let tls else { return socket }
         amqp_ssl_socket_set_verify_peer(socket, 1)
@@ -73,8 +77,15 @@ extension Connection {
 
     // MARK: - Errors
 
-    static func failure(_ status: Int32, _ broker: AMQPConfiguration.Broker) -> MigrationError {
-        let text = amqp_error_string2(status).map { String(cString: $0) } ?? "error \(status)"
+    /// - Parameter reason: what the system said, if that is known. Else, of a connection that was there, its last error.
+    static func failure(
+        _ status: Int32, _ broker: AMQPConfiguration.Broker, _ reason: String? = nil
+    ) -> MigrationError {
+        let last = errno
+        let isOfSystem = status == AMQP_STATUS_SOCKET_ERROR.rawValue && Self.networkErrors.contains(last)
+        let text =
+            reason ?? (isOfSystem ? String(cString: strerror(last)) : nil)
+            ?? amqp_error_string2(status).map { String(cString: $0) } ?? "error \(status)"
         switch status {
         case AMQP_STATUS_SSL_HOSTNAME_VERIFY_FAILED.rawValue:
             return MigrationError(

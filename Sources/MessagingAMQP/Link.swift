@@ -112,7 +112,10 @@ final class Link: Sendable {
                 if ContinuousClock.now - started > configuration.backoff.limit { attempt = 0 }
                 attempt += 1
                 let error = error as? MigrationError ?? MigrationError(.internal, "\(error)")
-                change { $0.status.state = .connecting(attempt: attempt, lastError: error.description) }
+                change { state in
+                    state.status.broker = broker.description
+                    state.status.state = .connecting(attempt: attempt, lastError: error.description)
+                }
                 role.disconnected(error)
                 rest(configuration.backoff.delay(after: attempt), role)
             }

@@ -11,6 +11,7 @@ import Passthrough
 package final class Worker: Sendable {
     private let configuration: WorkerConfiguration
     private let journal: Journal
+    private let bus: any MessageBus
     private let transport: BusServerTransport
     private let logger: Logger
     private let server: GRPCServer<BusServerTransport>
@@ -22,6 +23,7 @@ package final class Worker: Sendable {
         _ configuration: WorkerConfiguration, bus: any MessageBus, member: FleetMember, logger: Logger
     ) throws {
         self.configuration = configuration
+        self.bus = bus
         self.logger = logger
         let pools = WorkPools(configuration.pools)
         let convert = ConvertService.Method.Convert.descriptor.fullyQualifiedMethod
@@ -52,6 +54,7 @@ package final class Worker: Sendable {
     @concurrent
     package func run() async throws {
         await recoverDevices()
+        try await bus.connected()
         try await Self.announce(configuration, transport)
         await transport.release(journal.interrupted)
         await transport.republish()

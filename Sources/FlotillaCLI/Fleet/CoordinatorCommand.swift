@@ -15,7 +15,7 @@ struct CoordinatorCommand: AsyncParsableCommand {
         abstract: "Decides which host does what, and keeps the fleet's records.",
         discussion: """
             Runs until SIGTERM. Nothing is lost when it is killed: its database is what counts, and the next process \
-            goes on from there. Hosts are those whose keys it has: a new one joins with `flotilla host enroll`.
+            goes on from there. While the broker can't be reached it waits, and logs what is in the way. Hosts are those whose keys it has: a new one joins with `flotilla host enroll`.
             """)
 
     @Option(help: ArgumentHelp("The coordinator's configuration.", valueName: "file"), completion: .file())
@@ -32,7 +32,7 @@ struct CoordinatorCommand: AsyncParsableCommand {
             configuration.stateDirectory, role: "coordinator.lock",
             hint: "stop that one, or give this one a state folder of its own")
         defer { withExtendedLifetime(lock) {} }
-        let bus = try AMQPBus(configuration.broker) { logger.note($0) }
+        let bus = try AMQPBus(configuration.broker, onChange: ConnectionLog(logger).note)
         var settings = Coordinator.Settings(names: configuration.names, policy: configuration.policy)
         settings.requesters = Set(configuration.requesters)
         settings.acceptanceTimeout = configuration.policy.leaseDuration * 2
@@ -56,7 +56,11 @@ struct CoordinatorCommand: AsyncParsableCommand {
                     publishTimeout: configuration.broker.publishTimeout, logger)
             }
             group.addTask { try await watchConsumers(of: bus, every: configuration.broker.heartbeat * 30, logger) }
-            group.addTask { await signals.first() }
+            group.addTask {
+                await signals.first()
+                try Task.checkCancellation()
+                endUnlessServing(bus, logger)
+            }
             defer { group.cancelAll() }
             try await group.next()
             server.beginGracefulShutdown()

@@ -3,6 +3,7 @@ import HostKit
 import Logging
 import Messaging
 import MigrationModel
+import Synchronization
 
 /// A logger to standard error, one line per message with its metadata as key=value, as journald wants it.
 func serviceLogger(_ label: String, verbose: Bool) -> Logger {
@@ -11,21 +12,48 @@ func serviceLogger(_ label: String, verbose: Bool) -> Logger {
     return logger
 }
 
-extension Logger {
-    /// What became of a connection to the broker.
+/// What becomes of the connections to the broker. Both of them, and every attempt, fail for the same reason: that is said
+/// once a minute.
+final class ConnectionLog: Sendable {
+    private let logger: Logger
+    private let said = Mutex<[String: ContinuousClock.Instant]>([:])
+
+    init(_ logger: Logger) { self.logger = logger }
+
     func note(_ connection: BusStatus.Connection) {
-        let place: Logger.Metadata = [
-            "connection": "\(connection.name)", "broker": "\(connection.broker ?? "-")",
-        ]
+        var place: Logger.Metadata = ["connection": "\(connection.name)"]
+        if let broker = connection.broker { place["broker"] = "\(broker)" }
         switch connection.state {
-        case .connected: info("connected", metadata: place)
-        case .blocked(_, let reason): warning("the broker takes no messages: \(reason)", metadata: place)
+        case .connected:
+            said.withLock { $0 = [:] }
+            logger.info("connected", metadata: place)
+        case .blocked(_, let reason): logger.warning("the broker takes no messages: \(reason)", metadata: place)
         case .connecting(let attempt, let error):
-            warning(
-                "not connected: \(error ?? "first attempt")", metadata: place.merging(["attempt": "\(attempt)"]) { $1 })
-        case .closed: info("closed", metadata: place)
+            let broker = connection.broker ?? ""
+            let reason = error ?? "first attempt"
+            let text = reason.contains(broker) ? reason : "broker \(broker): \(reason)"
+            guard isNews(text) else { return }
+            logger.warning("not connected: \(text)", metadata: ["attempt": "\(attempt)"])
+        case .closed: logger.info("closed", metadata: place)
         }
     }
+
+    private func isNews(_ text: String) -> Bool {
+        said.withLock { said in
+            let now = ContinuousClock.now
+            if let last = said[text], now - last < .seconds(60) { return false }
+            said[text] = now
+            return true
+        }
+    }
+}
+
+/// Ends the process at once, in good order, if it consumes nothing yet: nothing has begun that would have to end.
+func endUnlessServing(_ bus: any MessageBus, _ logger: Logger) {
+    guard bus.status.consumers.isEmpty else { return }
+    logger.info("ended before it served")
+    Console.flush()
+    _exit(Exit.done.rawValue)
 }
 
 /// Ends the process, by throwing, when it looks alive but isn't: a consumer that the broker does not have, a connection

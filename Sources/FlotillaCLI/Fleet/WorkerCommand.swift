@@ -20,7 +20,7 @@ struct WorkerRunCommand: AsyncParsableCommand {
         discussion: """
             SIGTERM drains: no task is taken any more, and the process ends when those it has are done, or after the \
             configured time at their last checkpoint; the next process goes on from there. A second signal ends it at \
-            once.
+            once. While the broker can't be reached it waits, and logs what is in the way.
             """)
 
     @Option(help: ArgumentHelp("The worker's configuration.", valueName: "file"), completion: .file())
@@ -37,7 +37,7 @@ struct WorkerRunCommand: AsyncParsableCommand {
             file.worker.stateDirectory, role: "worker.lock",
             hint: "stop that one, or give this one a state folder of its own")
         defer { withExtendedLifetime(lock) {} }
-        let bus = try AMQPBus(file.broker) { logger.note($0) }
+        let bus = try AMQPBus(file.broker, onChange: ConnectionLog(logger).note)
         let worker = try Worker(file.worker, bus: bus, member: member, logger: logger)
         logger.info("worker starts", metadata: ["host": "\(file.host)", "version": "\(version)"])
         let signals = Signals(SIGTERM, SIGINT)
@@ -53,6 +53,7 @@ struct WorkerRunCommand: AsyncParsableCommand {
             group.addTask {
                 await signals.first()
                 try Task.checkCancellation()
+                endUnlessServing(bus, logger)
                 logger.info("worker drains", metadata: ["for at most": "\(file.drain)"])
                 worker.drain()
                 try await Task.sleep(for: file.drain)
