@@ -26,6 +26,7 @@ struct CoordinatorCommand: AsyncParsableCommand {
 
     func run() async throws {
         let configuration = try CoordinatorConfiguration(path: config)
+        try configuration.broker.requireFiles()
         let logger = serviceLogger("coordinator", verbose: verbose)
         let member = try configuration.member()
         let lock = try lockStateFolder(

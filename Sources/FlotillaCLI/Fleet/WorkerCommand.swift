@@ -31,6 +31,7 @@ struct WorkerRunCommand: AsyncParsableCommand {
 
     func run() async throws {
         let file = try WorkerFile(path: config)
+        try file.broker.requireFiles()
         let logger = serviceLogger("worker", verbose: verbose)
         let member = try file.keys.member(named: file.host)
         let lock = try lockStateFolder(
