@@ -21,11 +21,13 @@ struct CoordinatorConfiguration {
     var requesters: [String]
 
     init(path: String) throws {
-        var file = try ConfigurationSection(path: path)
-        var brokerSection = try file.section("broker")
-        broker = try AMQPConfiguration(&brokerSection, name: FleetMember.coordinator)
+        let file = try ConfigurationSection(
+            path: path,
+            ["namespace", "state", "socket", "lease", "attempts", "lost-attempts", "requesters"]
+                + AMQPConfiguration.settings + KeyFiles.settings)
+        broker = try AMQPConfiguration(file.section("broker"), name: FleetMember.coordinator)
         names = Names(namespace: try file.text("namespace", default: "flotilla"))
-        keys = try KeyFiles(&file)
+        keys = try KeyFiles(file)
         stateDirectory = try file.text("state", default: "/var/lib/flotilla")
         socket = try file.text("socket", default: FleetSocket.standard)
         policy = TaskMachine.Policy()
@@ -33,7 +35,6 @@ struct CoordinatorConfiguration {
         policy.maximumFailures = try file.number("attempts", default: policy.maximumFailures, in: 1...100)
         policy.maximumLosses = try file.number("lost-attempts", default: policy.maximumLosses, in: 1...1000)
         requesters = try file.texts("requesters")
-        try file.end()
     }
 
     func member() throws -> FleetMember { try keys.member(named: FleetMember.coordinator) }
@@ -49,21 +50,24 @@ struct WorkerFile {
     var drain: Duration
 
     init(path: String) throws {
-        var file = try ConfigurationSection(path: path)
+        let file = try ConfigurationSection(
+            path: path,
+            [
+                "host", "libvirt", "pools.name", "pools.path", "sources", "state", "namespace", "tasks", "heartbeat",
+                "lease", "rate", "drain",
+            ] + AMQPConfiguration.settings + KeyFiles.settings + VSphereSource.settings)
         host = try file.text("host")
         guard FleetMember.isHostName(host) else {
             throw file.problem("host", "'\(host)' can't name a host", hint: FleetMember.hostNameRule)
         }
-        var brokerSection = try file.section("broker")
-        broker = try AMQPConfiguration(&brokerSection, name: host)
-        keys = try KeyFiles(&file)
+        broker = try AMQPConfiguration(file.section("broker"), name: host)
+        keys = try KeyFiles(file)
         var pools: [PoolFolder] = []
-        for var section in try file.sections("pools") {
+        for section in try file.sections("pools") {
             let pool = PoolFolder(name: try section.text("name"), path: try section.text("path"))
             guard pool.path.hasPrefix("/"), Files.isDirectory(pool.path) else {
                 throw section.problem("path", "\(pool.path) is not a folder", hint: "create it, owned by root")
             }
-            try section.end()
             pools.append(pool)
         }
         guard !pools.isEmpty else { throw file.problem("pools", "has to name at least one folder for disks") }
@@ -78,7 +82,6 @@ struct WorkerFile {
         worker.rateLimit = try file.bytes("rate").map { RateLimit(bytesPerSecond: $0) }
         worker.vsphere = VSphereSources(try file.sections("vsphere").map(VSphereSource.init(section:)))
         drain = try file.duration("drain", default: .seconds(300))
-        try file.end()
         // A misspelt heartbeat is not one of 10 s.
         guard worker.transport.heartbeat * 3 <= worker.transport.leaseDuration else {
             throw file.problem("lease", "has to be at least three heartbeats")
@@ -87,9 +90,11 @@ struct WorkerFile {
 }
 
 extension VSphereSource {
+    fileprivate static let settings = ["server", "password-file", "fingerprint", "ca", "host-rate", "datastore-rate"]
+        .map { "vsphere.\($0)" }
+
     /// One server of the list `vsphere`.
-    init(section: ConfigurationSection) throws {
-        var section = section
+    fileprivate init(section: ConfigurationSection) throws {
         let url = try VSphereURL(parsing: try section.text("server"))
         guard url.datacenter == nil, url.vm == nil else {
             throw section.problem("server", "has to be vsphere://USER@HOST and no more")
@@ -105,7 +110,6 @@ extension VSphereSource {
         self.init(VIMServer(authority: url.authority, user: url.user, trust: trust, passwordFile: passwordFile))
         hostRate = try section.bytes("host-rate")
         datastoreRate = try section.bytes("datastore-rate")
-        try section.end()
     }
 }
 
@@ -114,11 +118,12 @@ struct KeyFiles {
     var own: String
     var trusted: String
 
-    init(_ file: inout ConfigurationSection) throws {
-        var section = try file.section("keys")
+    fileprivate static let settings = ["keys.own", "keys.trusted"]
+
+    init(_ file: ConfigurationSection) throws {
+        let section = try file.section("keys")
         own = try section.text("own")
         trusted = try section.text("trusted")
-        try section.end()
     }
 
     func member(named name: String) throws -> FleetMember {
@@ -127,8 +132,13 @@ struct KeyFiles {
 }
 
 extension AMQPConfiguration {
+    fileprivate static let settings = [
+        "addresses", "tls.ca", "tls.certificate", "tls.key", "password-file", "user", "virtual-host", "plaintext",
+        "heartbeat",
+    ].map { "broker.\($0)" }
+
     /// - Parameter name: the broker user unless another is named, and what the connections are called.
-    init(_ section: inout ConfigurationSection, name: String) throws {
+    init(_ section: ConfigurationSection, name: String) throws {
         var brokers: [Broker] = []
         for address in try section.texts("addresses") {
             guard let colon = address.lastIndex(of: ":"), colon != address.startIndex,
@@ -138,19 +148,21 @@ extension AMQPConfiguration {
         }
         var tls: TLS?
         if section.has("tls") {
-            var part = try section.section("tls")
+            let part = try section.section("tls")
             tls = TLS(authorities: try part.text("ca"))
-            if part.has("certificate") {
+            if part.has("certificate") || part.has("key") {
                 tls?.certificate = try part.text("certificate")
                 tls?.key = try part.text("key")
             }
-            try part.end()
         }
         let authentication: Authentication
         if section.has("password-file") {
             authentication = .plain(
                 user: try section.text("user", default: name), passwordFile: try section.text("password-file"))
         } else {
+            if section.has("user") {
+                throw section.problem("user", "goes with password-file: a certificate names its user itself")
+            }
             authentication = .external
         }
         self.init(brokers: brokers, tls: tls, authentication: authentication)
@@ -158,7 +170,6 @@ extension AMQPConfiguration {
         allowsPlaintext = try section.flag("plaintext", default: false)
         heartbeat = try section.duration("heartbeat", default: heartbeat)
         connectionName = "flotilla \(name)"
-        try section.end()
         try validate()
     }
 }
