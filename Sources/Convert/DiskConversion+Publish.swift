@@ -88,6 +88,13 @@ extension DiskConversion {
             hint: "move it away or choose another target; it was not touched")
     }
 
+    var another: MigrationError {
+        MigrationError(
+            .alreadyExists,
+            "\(finalPath) exists, and nothing proves that it was made from \(source.path) as that is now with these options",
+            hint: "move it away or choose another target; it was not touched")
+    }
+
     /// The final name is taken: fine if by this very conversion.
     func published(_ log: CheckpointLog) throws -> (CheckpointLog.Finished, capacity: UInt64) {
         guard let contents = try log.read(), contents.binding.target == targetFormat,

@@ -24,6 +24,9 @@ package struct DiskConversion: Sendable {
     /// A volume's name where that is the target.
     package let finalPath: String
     package var options = Options()
+    /// Whether the source is compared when its image was published already. Without it whoever owns the work directory
+    /// must know that everything there is of this source.
+    package var comparesPublished = false
     /// Whether a volume may be overwritten that seems to hold something.
     package var overwrites = false
     private let origin: Source
@@ -214,13 +217,17 @@ package struct DiskConversion: Sendable {
         defer { log.unlock() }
         if try isPublished(log) {
             _ = try published(log)
+            if comparesPublished {
+                let disk = try openDisk(stop)
+                guard try log.read(stop: stop)?.binding == makeBinding(disk?.identity, disk?.capacity ?? 0) else {
+                    throw another
+                }
+            }
             return (.alreadyPublished, nil)
         }
         let disk = try openDisk(stop)
         let (feed, capacity) = try feed(disk, stop)
-        let binding = CheckpointLog.Binding(
-            region: source, format: sourceFormat, capacity: capacity, identity: disk?.identity, target: targetFormat,
-            volume: volume, options: options)
+        let binding = makeBinding(disk?.identity, capacity)
         let notice = try prepare(log, binding, stop)
         let writer = try makeWriter(capacity)
         Failpoint.convertImageCreated.hit()
@@ -245,6 +252,13 @@ package struct DiskConversion: Sendable {
         case .disk(_, let open): try open(stop)
         case .stream: nil
         }
+    }
+
+    /// - Parameter identity: nil for a stream.
+    private func makeBinding(_ identity: [String]?, _ capacity: UInt64) -> CheckpointLog.Binding {
+        CheckpointLog.Binding(
+            region: source, format: sourceFormat, capacity: capacity, identity: identity, target: targetFormat,
+            volume: volume, options: options)
     }
 
     private func makeWriter(_ capacity: UInt64) throws -> any DiskWriter {

@@ -55,6 +55,26 @@ import Testing
         try scene.judge(result)
     }
 
+    /// Its process died before it could tell, and somebody asks for another source's.
+    @Test(arguments: ["the same", "another source", "other options"])
+    func aPublishedImageIsOfItsSource(_ what: String) async throws {
+        let scene = try await interrupted("convert.disk-published", .qcow2)
+        var conversion = scene.conversion
+        conversion.comparesPublished = true
+        if what == "other options" { conversion.options.checksum = .none }
+        if what == "another source" {
+            try makeRawDisk(scene.folder.file("made.raw"), size: 40 << 20, seed: 41)
+            _ = try SourceKind.stream.make(from: scene.folder.file("made.raw"), in: scene.folder)
+        }
+        if what == "the same" {
+            #expect(try conversion.run().notice == .alreadyPublished)
+        } else {
+            let error = failure { _ = try conversion.run() }
+            #expect(error?.code == .alreadyExists && error?.message.contains("nothing proves") == true)
+        }
+        #expect(Files.exists(conversion.finalPath))
+    }
+
     @Test(arguments: TargetFormat.allCases)
     func tamperedChunksAreConvertedAnew(_ target: TargetFormat) async throws {
         let scene = try await interrupted("convert.checkpoint:3", target)

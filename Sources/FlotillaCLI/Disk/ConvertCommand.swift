@@ -195,6 +195,7 @@ struct DiskConvertCommand: AsyncParsableCommand {
         }
         var conversion = DiskConversion(origin, to: target, workDirectory: work, name: "disk", options: options)
         conversion.overwrites = force
+        conversion.comparesPublished = true
         let result = try conversion.run(stop: stop) { view.show($0) }
         return Report(
             path: result.path, format: result.format.rawValue, capacityBytes: result.capacity,
