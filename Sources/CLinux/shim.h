@@ -9,6 +9,12 @@ static inline int flotilla_rename_noreplace(const char *from, const char *to) {
     return (int)syscall(SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, 1U);
 }
 
+// openat2(2) with RESOLVE_NO_SYMLINKS (4): fails with ELOOP when any component of the path is a link.
+static inline int flotilla_open_resolved(const char *path, int flags) {
+    struct { unsigned long long flags, mode, resolve; } how = {(unsigned int)flags, 0, 4};
+    return (int)syscall(437, AT_FDCWD, path, &how, sizeof how);
+}
+
 // O_TMPFILE of open(2): a file without a name, gone when it is closed.
 static const int flotilla_o_tmpfile = __O_TMPFILE;
 

@@ -11,6 +11,8 @@ package struct QEMUImage: Sendable {
 
     package let path: String
     package let format: Format
+    /// Whether `path` has no links, and is not to be followed through any that appear.
+    private let isResolved: Bool
 
     /// Where qemu-img lies; nil when `PATH` leads to none.
     package static var program: String? {
@@ -18,10 +20,20 @@ package struct QEMUImage: Sendable {
         return Program.find("qemu-img", in: path.split(separator: ":").map(String.init))
     }
 
-    package init(path: String, format: Format) {
+    package init(path: String, format: Format, isResolved: Bool = false) {
         self.path = path
         self.format = format
+        self.isResolved = isResolved
     }
+
+    package func open() throws -> File { try FileRegion(path: path, isResolved: isResolved).open().0 }
+
+    /// What qemu-img is given: a name, or the open file itself under a number of its own.
+    private func input() throws -> (name: String, file: File?) {
+        isResolved ? ("/proc/self/fd/\(Self.inputNumber)", try open()) : (path, nil)
+    }
+
+    private static let inputNumber: Int32 = 3
 
     /// By its magic number; nil for anything else.
     package static func detect(_ path: String) throws -> QEMUImage? {
@@ -47,7 +59,9 @@ package struct QEMUImage: Sendable {
     /// `qemu-img info` as JSON. Throws `failedPrecondition` for an image that leads to other files: one from elsewhere
     /// must not pull a file of this host into a disk.
     package func info(stop: StopFlag = StopFlag()) throws -> String {
-        let text = try Self.run(["info", "--output=json", "-f", format.rawValue, path], stop: stop)
+        let input = try input()
+        let text = try Self.run(
+            ["info", "--output=json", "-f", format.rawValue, input.name], input.file, stop: stop)
         for key in ["backing-filename", "data-file"] where text.contains("\"\(key)\":") {
             throw MigrationError(
                 .failedPrecondition, "\(path): depends on another file (\(key))",
@@ -73,7 +87,8 @@ package struct QEMUImage: Sendable {
         case .zstd: arguments += ["-c", "-o", "compression_type=zstd"]
         case nil: break
         }
-        try Self.run(arguments + [path, target], stop: stop) {
+        let input = try input()
+        try Self.run(arguments + [input.name, target], input.file, stop: stop) {
             // "    (12.34/100%)\r"
             guard let open = $0.lastIndex(of: "("), let slash = $0[open...].firstIndex(of: "/") else { return }
             if let percent = Double($0[$0.index(after: open)..<slash]) { progress(percent / 100) }
@@ -97,10 +112,13 @@ package struct QEMUImage: Sendable {
 
     @discardableResult
     private static func run(
-        _ arguments: [String], stop: StopFlag, output: (String) -> Void = { _ in }
+        _ arguments: [String], _ input: File?, stop: StopFlag, output: (String) -> Void = { _ in }
     ) throws -> String {
-        let (status, text) = try launch(arguments, stop: stop, output)
-        guard status == 0 else { throw failure(arguments[0], text) }
+        let (status, text) = try launch(arguments, input, stop: stop, output)
+        guard status == 0 else {
+            let said = input.map { text.replacing("/proc/self/fd/\(inputNumber)", with: $0.path) } ?? text
+            throw failure(arguments[0], said)
+        }
         return text
     }
 
@@ -110,8 +128,10 @@ package struct QEMUImage: Sendable {
 
     /// Runs qemu-img with no shell in between; its output and errors go to `output` as they come and, up to 1 MiB, into
     /// the result. Killed when the flag is set.
+    ///
+    /// - Parameter input: what it gets as its file `inputNumber`.
     private static func launch(
-        _ arguments: [String], stop: StopFlag, _ output: (String) -> Void
+        _ arguments: [String], _ input: File? = nil, stop: StopFlag, _ output: (String) -> Void
     ) throws -> (status: Int32, text: String) {
         var ends: [Int32] = [0, 0]
         guard pipe(&ends) == 0 else { throw systemError("pipe to", "qemu-img") }
@@ -123,6 +143,7 @@ package struct QEMUImage: Sendable {
         posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0)
         posix_spawn_file_actions_adddup2(&actions, ends[1], STDOUT_FILENO)
         posix_spawn_file_actions_adddup2(&actions, ends[1], STDERR_FILENO)
+        if let input { posix_spawn_file_actions_adddup2(&actions, input.descriptor, inputNumber) }
         var attributes = posix_spawnattr_t()
         posix_spawnattr_init(&attributes)
         defer { posix_spawnattr_destroy(&attributes) }

@@ -9,6 +9,12 @@ package protocol ByteSource: AnyObject {
     var name: String { get }
     /// Blocks until there are bytes; reads at most `buffer.count` of them. Returns 0 at the end, and only there.
     func read(into buffer: UnsafeMutableRawBufferPointer) throws -> Int
+    /// Of all bytes, where that is known; not before the first read.
+    var length: UInt64? { get }
+}
+
+extension ByteSource {
+    package var length: UInt64? { nil }
 }
 
 /// A region of a file, front to back, read ahead by the kernel. What wasn't in the page cache before is dropped from
@@ -26,7 +32,7 @@ package final class FileSource: ByteSource {
 
     package init(_ source: SourceFile) throws {
         name = source.path
-        file = try File(source.path, O_RDONLY | O_NONBLOCK)
+        file = try source.open()
         position = source.offset
         end = source.offset + source.length
         residency = Residency(file, length: end)

@@ -1,5 +1,5 @@
 package import Glibc
-import HostKit
+package import HostKit
 import MigrationModel
 
 /// A virtual disk that is read, never written. Immutable after opening, so every thread makes a reader of its own.
@@ -87,11 +87,14 @@ package struct FileRegion: Sendable, Equatable {
     package var offset: UInt64
     /// nil: to the end of the file.
     package var length: UInt64?
+    /// Whether `path` has no links, and is not to be followed through any that appear.
+    package var isResolved = false
 
-    package init(path: String, offset: UInt64 = 0, length: UInt64? = nil) {
+    package init(path: String, offset: UInt64 = 0, length: UInt64? = nil, isResolved: Bool = false) {
         self.path = path
         self.offset = offset
         self.length = length
+        self.isResolved = isResolved
     }
 }
 
@@ -103,6 +106,11 @@ package struct SourceFile: Sendable, Equatable {
     package let identity: FileIdentity
     /// What the whole file occupies on disk, in bytes; less than its size when it has holes.
     package let allocatedBytes: UInt64
+    /// As the region's.
+    package let isResolved: Bool
+
+    /// Opens it again.
+    func open() throws -> File { try FileRegion(path: path, isResolved: isResolved).open().0 }
 }
 
 /// Tells whether a file is still the same one with the same content.
@@ -130,10 +138,9 @@ package struct FileIdentity: Sendable, Equatable {
 extension FileRegion {
     /// Opens the file for reading and checks that the region lies in it. Only regular files: opening a FIFO or a
     /// device that a hostile descriptor names must not hang or have effects.
-    ///
-    /// - Parameter flags: added to `O_RDONLY`; `O_NOFOLLOW` for names that came from a descriptor.
-    func open(flags: Int32 = 0) throws -> (File, SourceFile) {
-        let file = try File(path, O_RDONLY | O_NONBLOCK | flags)
+    package func open() throws -> (File, SourceFile) {
+        let flags = O_RDONLY | O_NONBLOCK
+        let file = try isResolved ? File(resolved: path, flags) : File(path, flags)
         let info = try file.status()
         guard info.st_mode & S_IFMT == S_IFREG else {
             throw MigrationError(.invalidArgument, "\(path): not a regular file")
@@ -148,7 +155,7 @@ extension FileRegion {
         }
         let source = SourceFile(
             path: path, offset: offset, length: wanted, identity: FileIdentity(info),
-            allocatedBytes: UInt64(max(0, info.st_blocks)) * 512)
+            allocatedBytes: UInt64(max(0, info.st_blocks)) * 512, isResolved: isResolved)
         return (file, source)
     }
 }

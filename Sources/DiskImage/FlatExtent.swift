@@ -6,16 +6,12 @@ import MigrationModel
 struct FlatExtent: Extent {
     /// Guest bytes; up to 511 more than `stored` for a raw file that doesn't end on a sector.
     let capacity: UInt64
-    let path: String
+    let file: SourceFile
     let fileOffset: UInt64
     /// Bytes in the file. The rest of the capacity reads as zero.
     let stored: UInt64
-    /// Added to `O_RDONLY`.
-    let flags: Int32
 
-    func makeReader() throws -> sending any ExtentReader {
-        Reader(self, try FileRegion(path: path).open(flags: flags).0)
-    }
+    func makeReader() throws -> sending any ExtentReader { Reader(self, try file.open()) }
 
     private final class Reader: ExtentReader {
         private let extent: FlatExtent
@@ -56,7 +52,7 @@ struct FlatExtent: Extent {
                 let got = try file.read(at: extent.fileOffset + data, into: part)
                 guard got == part.count else {
                     throw MigrationError.truncated(
-                        extent.path, "it ended at byte \(extent.fileOffset + data + UInt64(got)) while being read",
+                        extent.file.path, "it ended at byte \(extent.fileOffset + data + UInt64(got)) while being read",
                         missing: extent.stored - data - UInt64(got))
                 }
                 hasData = true
@@ -81,8 +77,7 @@ package enum Raw {
         let (_, source) = try region.open()
         guard source.length <= Chunk.maximumCapacity else { throw tooLarge(region.path, "\(source.length) bytes") }
         let extent = FlatExtent(
-            capacity: (source.length + 511) / 512 * 512, path: region.path, fileOffset: source.offset,
-            stored: source.length, flags: 0)
+            capacity: (source.length + 511) / 512 * 512, file: source, fileOffset: source.offset, stored: source.length)
         return try ExtentDisk([extent], formatName: "raw", files: [source], name: region.path)
     }
 }

@@ -16,13 +16,14 @@ extension VMDK {
 
         /// - Parameters:
         ///   - descriptor: the delta's.
-        ///   - path: the file that holds it, alone: not a part of an archive.
-        init(_ delta: ExtentDisk, _ descriptor: Descriptor, path: String) throws {
+        ///   - file: holds it, alone: not a part of an archive.
+        init(_ delta: ExtentDisk, _ descriptor: Descriptor, file: SourceFile) throws {
             var layers = [delta]
-            var (child, childPath) = (descriptor, path)
+            var (child, childPath, isResolved) = (descriptor, file.path, file.isResolved)
             while child.isDelta {
                 guard layers.count < Self.maximumDepth else {
-                    throw MigrationError.malformed(path, "a snapshot chain of more than \(Self.maximumDepth) disks")
+                    throw MigrationError.malformed(
+                        file.path, "a snapshot chain of more than \(Self.maximumDepth) disks")
                 }
                 guard let hint = child.parentHint else {
                     try child.requireWholeDisk(name: childPath)
@@ -30,8 +31,9 @@ extension VMDK {
                 }
                 // The path is that of the machine it came from; the parent lies beside its child.
                 let name = hint.split(whereSeparator: { $0 == "/" || $0 == "\\" }).last.map(String.init) ?? hint
-                let parentPath = try VMDK.resolve(name, beside: childPath)
-                let (parent, parentDescriptor) = try VMDK.openLayer(parentPath)
+                let region = try VMDK.resolve(name, beside: childPath, isResolved: isResolved)
+                let parentPath = region.path
+                let (parent, parentDescriptor) = try VMDK.openLayer(region)
                 guard parentDescriptor?.cid == child.parentCID else {
                     throw MigrationError(
                         .failedPrecondition,
@@ -44,7 +46,7 @@ extension VMDK {
                 }
                 layers.append(parent)
                 guard let parentDescriptor else { break }
-                (child, childPath) = (parentDescriptor, parentPath)
+                (child, childPath, isResolved) = (parentDescriptor, parentPath, true)
             }
             self.layers = layers
             capacity = delta.capacity

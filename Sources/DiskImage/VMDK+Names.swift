@@ -1,14 +1,12 @@
-import Glibc
 import HostKit
 import MigrationModel
 
 extension VMDK {
-    /// Extents are opened by their resolved name: a link put in its place meanwhile must not be followed.
-    static let extentFlags = O_NOFOLLOW
-
-    /// The path of the file a descriptor names, which must lie in the descriptor's own directory. Descriptors come
-    /// from elsewhere: one that names `/etc/shadow` must not turn it into a disk of a guest.
-    static func resolve(_ name: String, beside descriptor: String) throws -> String {
+    /// The file a descriptor names, which must lie in the descriptor's own directory. Descriptors come from elsewhere: one
+    /// that names `/etc/shadow` must not turn it into a disk of a guest.
+    ///
+    /// - Parameter isResolved: whether the descriptor's path has no links, so that its directory is that and no other.
+    static func resolve(_ name: String, beside descriptor: String, isResolved: Bool) throws -> FileRegion {
         func refused(_ why: String) -> MigrationError {
             MigrationError(
                 .invalidArgument, "\(descriptor): extent name \"\(printable(name))\" \(why)",
@@ -17,7 +15,8 @@ extension VMDK {
         guard !name.isEmpty, name != ".", name != ".." else { throw refused("is not a file name") }
         guard !name.utf8.contains(UInt8(ascii: "/")) else { throw refused("contains a path") }
         guard name.utf8.allSatisfy({ $0 >= 0x20 && $0 != 0x7F }) else { throw refused("has control characters") }
-        let directory = try Files.canonical(Files.parent(of: descriptor))
+        let parent = Files.parent(of: descriptor)
+        let directory = try isResolved ? parent : Files.canonical(parent)
         let path = directory == "/" ? "/\(name)" : "\(directory)/\(name)"
         guard Files.exists(path) else {
             throw MigrationError(
@@ -28,7 +27,7 @@ extension VMDK {
         guard Files.parent(of: resolved) == directory else {
             throw refused("is a symbolic link that leads out of the descriptor's directory")
         }
-        return resolved
+        return FileRegion(path: resolved, isResolved: true)
     }
 
     /// Text from a descriptor as it may appear in a message: short and without control characters.

@@ -11,9 +11,8 @@ extension VMDK {
         let source: SourceFile
         /// Guest bytes; a descriptor may give less than the header.
         let capacity: UInt64
-        private let flags: Int32
 
-        init(_ file: File, _ source: SourceFile, flags: Int32) throws {
+        init(_ file: File, _ source: SourceFile) throws {
             let start = try file.readExactly(at: source.offset, count: Int(min(source.length, 512)))
             guard start.count == Header.size else {
                 throw MigrationError.truncated(
@@ -25,7 +24,6 @@ extension VMDK {
                 ? try SparseExtent.footer(file, source, matching: first) : first
             descriptor = first.descriptor
             self.source = source
-            self.flags = flags
             capacity = header.capacity * sectorSize
             if let descriptor {
                 try source.require(
@@ -42,7 +40,6 @@ extension VMDK {
             header = other.header
             descriptor = other.descriptor
             source = other.source
-            flags = other.flags
             self.capacity = capacity
         }
 
@@ -50,15 +47,13 @@ extension VMDK {
         func limited(to capacity: UInt64) -> SparseExtent { SparseExtent(self, capacity: capacity) }
 
         func makeReader() throws -> sending any ExtentReader {
-            let file = try FileRegion(path: source.path).open(flags: flags).0
-            return SparseReader(self, file)
+            SparseReader(self, try source.open())
         }
 
         /// nil unless the extent is compressed and the whole of its file.
         func makeForwardReader(_ stream: any ByteSource) throws -> ForwardReader? {
             guard header.isCompressed, capacity == header.capacity * sectorSize else { return nil }
-            let file = try FileRegion(path: source.path).open(flags: flags).0
-            return try ForwardReader(stream, self, GrainTables(self, file))
+            return try ForwardReader(stream, self, GrainTables(self, source.open()))
         }
 
         /// Finds the footer at the end of a stream. A few sectors of zero padding behind the end are tolerated.

@@ -32,7 +32,7 @@ package enum VMDK {
                 try descriptor.requireWholeDisk(name: source.path)
                 return disk
             }
-            return try Chain(disk, descriptor, path: source.path)
+            return try Chain(disk, descriptor, file: source)
         }
         try refuseForeign(start, name: region.path)
         throw MigrationError(
@@ -40,9 +40,10 @@ package enum VMDK {
             hint: start.isEmpty ? "the file is empty" : "a -flat.vmdk holds raw data: give its descriptor instead")
     }
 
-    /// A disk of a chain, by a path that was resolved.
-    static func openLayer(_ path: String) throws -> (ExtentDisk, Descriptor?) {
-        let (file, source) = try FileRegion(path: path).open(flags: extentFlags)
+    /// A disk of a chain.
+    static func openLayer(_ region: FileRegion) throws -> (ExtentDisk, Descriptor?) {
+        let path = region.path
+        let (file, source) = try region.open()
         let start = try file.readExactly(at: 0, count: Int(min(source.length, 512)))
         if let layer = try openLayer(file, source, start) { return layer }
         try refuseForeign(start, name: path)
@@ -85,7 +86,7 @@ package enum VMDK {
     }
 
     private static func openSparse(_ file: File, _ source: SourceFile) throws -> (ExtentDisk, Descriptor?) {
-        let extent = try SparseExtent(file, source, flags: 0)
+        let extent = try SparseExtent(file, source)
         var found: Descriptor?
         if let place = extent.descriptor {
             let bytes = try file.readExactly(
@@ -120,7 +121,7 @@ package enum VMDK {
         var extents: [any Extent] = []
         var files = [source]
         for line in descriptor.extents {
-            guard let (extent, file) = try openExtent(line, beside: source.path) else {
+            guard let (extent, file) = try openExtent(line, beside: source) else {
                 extents.append(ZeroExtent(capacity: line.sectors * sectorSize))
                 continue
             }
@@ -134,11 +135,13 @@ package enum VMDK {
 
     /// nil for an extent of zeros.
     private static func openExtent(
-        _ line: Descriptor.ExtentLine, beside descriptor: String
+        _ line: Descriptor.ExtentLine, beside owner: SourceFile
     ) throws -> (any Extent, SourceFile)? {
         guard line.kind != .zero else { return nil }
-        let path = try resolve(line.fileName, beside: descriptor)
-        let (file, source) = try FileRegion(path: path).open(flags: extentFlags)
+        let descriptor = owner.path
+        let region = try resolve(line.fileName, beside: descriptor, isResolved: owner.isResolved)
+        let path = region.path
+        let (file, source) = try region.open()
         let bytes = line.sectors * sectorSize
         switch line.kind {
         case .zero: return nil
@@ -149,11 +152,10 @@ package enum VMDK {
                     path, "the descriptor \(descriptor) says it holds \(start + bytes) bytes, it has \(source.length)",
                     missing: start + bytes - source.length)
             }
-            let extent = FlatExtent(
-                capacity: bytes, path: path, fileOffset: start, stored: bytes, flags: extentFlags)
+            let extent = FlatExtent(capacity: bytes, file: source, fileOffset: start, stored: bytes)
             return (extent, source)
         case .sparse:
-            let extent = try SparseExtent(file, source, flags: extentFlags)
+            let extent = try SparseExtent(file, source)
             guard extent.header.capacity >= line.sectors else {
                 throw MigrationError.malformed(
                     path, "holds \(extent.header.capacity) sectors where \(descriptor) says \(line.sectors)")

@@ -6,6 +6,7 @@ import MigrationModel
 /// tell that the content is still the same.
 package final class HTTPSource: ByteSource {
     package var name: String { location.name }
+    package var length: UInt64? { total ?? nil }
     private let location: HTTPLocation
     private let transfer: HTTPTransfer
     private var retries: Retries

@@ -7,13 +7,18 @@ struct Region: Sendable {
     let path: String
     let offset: UInt64
     let length: UInt64
+    /// `path` without its links, where it was checked that those lead nowhere else.
+    var resolved: String?
+
+    /// Opens the file that was checked.
+    func open() throws -> File { try resolved.map { try File(resolved: $0) } ?? File(path, O_RDONLY) }
 
     /// All bytes of a small text file.
     func read(limit: Int, name: String) throws -> [UInt8] {
         guard length <= UInt64(limit) else {
             throw MigrationError(.invalidArgument, "\(name): larger than the \(limit) bytes such a file may have")
         }
-        return try File(path, O_RDONLY).readExactly(at: offset, count: Int(length))
+        return try open().readExactly(at: offset, count: Int(length))
     }
 }
 
@@ -45,11 +50,11 @@ struct SourceFolder: Sendable {
                 .permissionDenied, "\(owner): \(name.printable) is a link that leaves \(path)", hint: remedy)
         }
         // Not blocking: a FIFO of that name would hold the open until someone writes to it.
-        let info = try File(real, O_RDONLY | O_NONBLOCK).status()
+        let info = try File(resolved: real, O_RDONLY | O_NONBLOCK).status()
         guard info.st_mode & S_IFMT == S_IFREG else {
             throw MigrationError(.invalidArgument, "\(owner): \(name.printable) is not a regular file")
         }
-        return Region(path: full, offset: 0, length: UInt64(info.st_size))
+        return Region(path: full, offset: 0, length: UInt64(info.st_size), resolved: real)
     }
 
     /// Refuses names that can't be plain relative ones.

@@ -18,6 +18,19 @@ package final class File: Sendable {
         self.path = path
     }
 
+    /// Opens a file for reading by a path that was resolved. A link that was put anywhere in it since is not followed.
+    package init(resolved path: String, _ flags: Int32 = O_RDONLY) throws {
+        let descriptor = Files.openResolved(path, flags | O_CLOEXEC)
+        guard descriptor >= 0 || errno != ELOOP else {
+            throw MigrationError(
+                .failedPrecondition, "open \(path): a link was put there since the path was checked",
+                hint: "make sure that nothing writes to the source's folder and run the same command again")
+        }
+        guard descriptor >= 0 else { throw systemError("open", path) }
+        self.descriptor = descriptor
+        self.path = path
+    }
+
     deinit { close(descriptor) }
 
     /// Bytes in the file, for regular files.

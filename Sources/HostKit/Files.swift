@@ -214,6 +214,13 @@ package enum Files {
         return UInt64(info.f_bavail) * UInt64(info.f_frsize)
     }
 
+    /// As open(2), but fails with `ELOOP` for a path with a link.
+    static func openResolved(_ path: String, _ flags: Int32) -> Int32 {
+        let descriptor = flotilla_open_resolved(path, flags)
+        // Kernels before 5.6: the last component is what others can change most often.
+        return descriptor < 0 && errno == ENOSYS ? open(path, flags | O_NOFOLLOW) : descriptor
+    }
+
     /// The absolute path with every symbolic link resolved.
     package static func canonical(_ path: String) throws -> String {
         guard let resolved = realpath(path, nil) else { throw systemError("resolve", path) }

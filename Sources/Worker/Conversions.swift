@@ -46,7 +46,8 @@ struct DiskWork: Sendable {
     init(_ disk: Disk, _ configuration: WorkerConfiguration, _ place: DiskPlace) throws {
         var options = DiskConversion.Options()
         options.rateLimit = configuration.rateLimit
-        if let image = disk.foreignImage {
+        let path = try configuration.requireSource(disk.source.path)
+        if let image = disk.foreignImage(at: path) {
             let staging = Staging(image, of: disk, work: place.work, rate: configuration.rateLimit)
             try self.init(
                 disk, .disk(name: disk.source.path) { try staging.open($0) }, place, options, staging: staging,
@@ -64,8 +65,8 @@ struct DiskWork: Sendable {
             options.expectedDigests[algorithm] = digest.hex
         }
         let region = FileRegion(
-            path: disk.source.path, offset: disk.source.offset,
-            length: disk.source.length == 0 ? nil : disk.source.length)
+            path: path, offset: disk.source.offset, length: disk.source.length == 0 ? nil : disk.source.length,
+            isResolved: true)
         try self.init(disk, .file(region, format), place, options)
     }
 }

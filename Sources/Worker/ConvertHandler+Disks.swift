@@ -62,8 +62,8 @@ extension ConvertHandler {
 
     /// The digest of a file that was read by another program, which must be the promised one.
     func take(_ work: DiskWork, _ disk: inout Disk) async throws {
-        guard work.foreign != nil else { return }
-        let (digest, bytes) = try await blockingCancellable("convert") { try work.disk.checkedFile(stop: $0) }
+        guard let image = work.foreign else { return }
+        let (digest, bytes) = try await blockingCancellable("convert") { try work.disk.check(image, stop: $0) }
         disk.source.sha256 = digest
         disk.source.streamBytes = bytes
     }
@@ -85,7 +85,9 @@ extension ConvertHandler {
         let (reports, continuation) = AsyncStream<DiskReport>.makeStream(bufferingPolicy: .bufferingNewest(1))
         let phase = work.foreign == nil ? "downloading" : "reading"
         work.staging?.observe {
-            staged($0)
+            // Of a stream that says nothing of its length this is the least that has come of the disk.
+            let share = $1 > 0 ? Double($0) / Double($1) * Double(work.disk.capacityBytes) : Double($0)
+            staged(UInt64(share))
             continuation.yield(DiskReport(phase: phase, done: $0, total: $1))
         }
         let notice = try await withThrowingTaskGroup(of: Void.self) { group in

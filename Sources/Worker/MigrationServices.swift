@@ -37,7 +37,7 @@ struct ExportHandler: ExportService.ServiceProtocol {
                 manifest = try await blockingCancellable("export") { stop in
                     try configuration.requireSource(source.path)
                     return try captureManifest(
-                        from: source, vmName: vmName, stop: stop, allow: configuration.requireSource)
+                        from: source, vmName: vmName, stop: stop, allow: { try configuration.requireSource($0) })
                 }
             }
             manifest.migrationID = request.migrationID
@@ -105,14 +105,14 @@ struct ConvertHandler: ConvertService.ServiceProtocol {
             var works: [DiskWork] = []
             do {
                 let place = DiskPlace(format: format, work: folder, pool: pool.path, domain: request.domainName)
-                works = try request.manifest.disks.map { disk in
-                    guard let export else { return try DiskWork(disk, configuration, place) }
-                    return try DiskWork(disk, of: export, request.manifest, configuration, place)
-                }
                 // All disks are complete and verified before the first gets its final name.
                 var notices: [DiskConversion.Notice] = []
                 var disks = request.manifest.disks
                 do {
+                    works = try request.manifest.disks.map { disk in
+                        guard let export else { return try DiskWork(disk, configuration, place) }
+                        return try DiskWork(disk, of: export, request.manifest, configuration, place)
+                    }
                     for (index, work) in works.enumerated() {
                         do {
                             notices.append(try await fetch(work, export, request.manifest, writer))

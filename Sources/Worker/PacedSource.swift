@@ -13,6 +13,7 @@ final class PacedSource: ByteSource {
     }
 
     var name: String { source.name }
+    var length: UInt64? { source.length }
 
     func read(into buffer: UnsafeMutableRawBufferPointer) throws -> Int {
         let count = try source.read(into: buffer)

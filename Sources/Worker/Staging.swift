@@ -10,6 +10,7 @@ import VSphere
 /// A disk's file that is made in the task's folder before it is converted: a VMDK that is to be kept, or the raw disk
 /// that qemu-img reads out of a format of its own. It has its name once it is complete and on stable storage.
 final class Staging: Sendable {
+    /// A total of 0 is not known.
     typealias Report = (_ done: UInt64, _ total: UInt64) -> Void
 
     let format: DiskFormat
@@ -22,7 +23,6 @@ final class Staging: Sendable {
         var report: (@Sendable (UInt64, UInt64) -> Void)?
         /// Whether a file that is there holds what this attempt wants.
         var isCurrent: Bool
-        var isKept = false
     }
 
     private let state: Mutex<State>
@@ -46,6 +46,8 @@ final class Staging: Sendable {
     func open(_ stop: StopFlag) throws -> any DiskSource {
         if !state.withLock({ $0.isCurrent }) { try Files.remove(path) }
         if !Files.exists(path) {
+            // An earlier attempt's, whose image is gone.
+            if let keptPath, try KeptFile(of: path)?.isThere(keptPath) == true { try Files.remove(keptPath) }
             if let keptPath, Files.exists(keptPath) {
                 throw MigrationError(
                     .alreadyExists, "\(keptPath) exists, and the source's disk would be kept there",
@@ -66,14 +68,14 @@ final class Staging: Sendable {
 
     /// Gives a file that is kept its final name, unless an earlier attempt did.
     func keep() throws {
-        guard let keptPath else { return }
-        if Files.exists(path) || !Files.exists(keptPath) { try Files.publish(path, as: keptPath) }
-        state.withLock { $0.isKept = true }
+        guard let keptPath, Files.exists(path) || !Files.exists(keptPath) else { return }
+        try KeptFile(path, name: Files.name(of: keptPath)).save()
+        try Files.publish(path, as: keptPath)
     }
 
-    /// Takes back what `keep` did.
+    /// Takes back what `keep` did, in this attempt or an earlier one.
     func withdraw() throws {
-        guard let keptPath, state.withLock({ $0.isKept }) else { return }
+        guard let keptPath, try KeptFile(of: path)?.isThere(keptPath) == true else { return }
         try Files.publish(keptPath, as: path)
     }
 }
@@ -128,8 +130,7 @@ extension Staging {
                 if count == 0 { break }
                 try file.write(UnsafeRawBufferPointer(rebasing: buffer[..<count]), at: done)
                 done += UInt64(count)
-                // A stream's length is not known beforehand; compressed it is rarely longer than the disk.
-                report(min(done, disk.capacityBytes), disk.capacityBytes)
+                report(done, source.length ?? 0)
             }
             try file.synchronize()
         }
@@ -138,12 +139,12 @@ extension Staging {
 
 extension Disk {
     /// How qemu-img reads it, where this program can't.
-    var foreignImage: QEMUImage? {
-        QEMUImage.Format(rawValue: source.format).map { QEMUImage(path: source.path, format: $0) }
+    func foreignImage(at resolved: String) -> QEMUImage? {
+        QEMUImage.Format(rawValue: source.format).map { QEMUImage(path: resolved, format: $0, isResolved: true) }
     }
 
     /// SHA-256 and length of the file, which must have the digests it was promised to have.
-    func checkedFile(stop: StopFlag) throws -> (sha256: String, bytes: UInt64) {
+    func check(_ image: QEMUImage, stop: StopFlag) throws -> (sha256: String, bytes: UInt64) {
         var digests: [String: Digest] = ["sha256": Digest(.sha256)]
         for promise in source.expected where digests[promise.algorithm] == nil {
             guard let algorithm = Digest.Algorithm(rawValue: promise.algorithm) else {
@@ -151,7 +152,7 @@ extension Disk {
             }
             digests[promise.algorithm] = Digest(algorithm)
         }
-        let file = try File(source.path, O_RDONLY)
+        let file = try image.open()
         let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: 4 << 20, alignment: 4096)
         defer { buffer.deallocate() }
         var bytes: UInt64 = 0

@@ -45,7 +45,7 @@ struct WorkDirectory: Sendable {
         let folder = try adopt(fence: fence)
         let mark = "\(folder)/source"
         if Files.exists(mark), try Files.read(mark) == Array(source.utf8) { return folder }
-        try DiskConversion.removePublished(workDirectory: folder, from: pool)
+        try removeResults(folder)
         for name in try Files.list(folder) { try Files.remove("\(folder)/\(name)") }
         try Files.writeAtomically(Array(source.utf8), to: mark)
         return folder
@@ -63,12 +63,18 @@ struct WorkDirectory: Sendable {
         guard try Files.isThere(root) else { return }
         if try !keepsResult && Files.isThere(path) {
             for fence in try Files.list(path) where UInt64(fence) != nil {
-                try DiskConversion.removePublished(workDirectory: "\(path)/\(fence)", from: pool)
+                try removeResults("\(path)/\(fence)")
             }
         }
         try Files.remove(path)
         // Stays while other tasks have folders in it.
         try Files.removeDirectoryIfEmpty(root)
+    }
+
+    /// Removes what work in the folder has put into the pool.
+    private func removeResults(_ folder: String) throws {
+        try DiskConversion.removePublished(workDirectory: folder, from: pool)
+        try KeptFile.removeAll(workDirectory: folder, from: pool)
     }
 }
 

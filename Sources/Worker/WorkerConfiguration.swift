@@ -76,7 +76,10 @@ package struct WorkerConfiguration: Sendable {
     }
 
     /// Throws `permissionDenied` unless `path`, with its links resolved, lies in one of the source folders. Blocking.
-    func requireSource(_ path: String) throws {
+    ///
+    /// - Returns: the path without links, by which the file is to be opened: others may change the links.
+    @discardableResult
+    func requireSource(_ path: String) throws -> String {
         let resolved = try Files.canonical(path)
         func holds(_ folder: String) -> Bool {
             folder == "/" || !folder.isEmpty && resolved.hasPrefix(folder + "/")
@@ -91,5 +94,6 @@ package struct WorkerConfiguration: Sendable {
                 .permissionDenied, "source \(path) lies in none of host \(host)'s source folders",
                 hint: "add its folder to the worker's configuration")
         }
+        return resolved
     }
 }

@@ -40,6 +40,29 @@ import Testing
         #expect(error?.code == .failedPrecondition && error?.message.contains("backing-filename") == true)
     }
 
+    /// A path that was checked, where somebody puts a link afterwards.
+    @Test func aLinkIsNotFollowedWhereThePathWasResolved() throws {
+        let folder = try TemporaryFolder("work")
+        let path = try Files.canonical(folder.path) + "/disk.qcow2"
+        try makeRawDisk(folder.file("made.raw"), size: 1 << 20, seed: 1)
+        try run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", folder.file("made.raw"), path)
+        let image = QEMUImage(path: path, format: .qcow2, isResolved: true)
+        let target = folder.file("disk.out")
+        func convert() throws {
+            try image.convert(
+                to: target, .raw, options: DiskConversion.Options(), bytesPerSecond: nil, stop: StopFlag()
+            ) { _ in }
+        }
+        try convert()
+        #expect(try Files.read(target) == Files.read(folder.file("made.raw")))
+        try Files.writeAtomically([1, 2, 3], to: path)
+        let damaged = failure { try convert() }
+        #expect(damaged?.message.contains(path) == true && damaged?.message.contains("/proc") == false)
+        try run("mv", path, folder.file("other.qcow2"))
+        try run("ln", "-s", folder.file("other.qcow2"), path)
+        #expect(failure { try convert() }?.message.contains("a link was put there") == true)
+    }
+
     @Test func cancellingKillsIt() throws {
         let folder = try TemporaryFolder("work")
         try run("qemu-img", "create", "-f", "qcow2", folder.file("disk.qcow2"), "1G")

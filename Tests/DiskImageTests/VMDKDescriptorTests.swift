@@ -85,6 +85,25 @@ import Testing
         #expect(try open(folder, descriptor("RW 8 FLAT \"link.vmdk\" 0")) == nil)
     }
 
+    /// A path that was checked, where somebody puts a link afterwards.
+    @Test(arguments: ["folder", "descriptor", "extent"]) func resolvedPathsAreNotFollowed(_ changed: String) throws {
+        let place = try folder()
+        let path = try Files.canonical(place.path)
+        let disk = "\(path)/vm/disk.vmdk"
+        try Files.createDirectories("\(path)/vm")
+        try #require(rename("\(path)/a-flat.vmdk", "\(path)/vm/a-flat.vmdk") == 0)
+        try Files.writeAtomically(descriptor("RW 8 FLAT \"a-flat.vmdk\" 0"), to: disk)
+        let region = FileRegion(path: disk, isResolved: true)
+        let opened = try DiskFormat.vmdk.open(region)
+        #expect(try opened.contents().count == 4096)
+        let name = ["folder": "\(path)/vm", "descriptor": disk, "extent": "\(path)/vm/a-flat.vmdk"][changed] ?? ""
+        try #require(rename(name, "\(path)/moved") == 0)
+        try #require(symlink("\(path)/moved", name) == 0)
+        #expect(failure { _ = try DiskFormat.vmdk.open(region).contents() } != nil)
+        // What was opened before reads its files through no link either.
+        #expect(changed == "descriptor" || failure { _ = try opened.contents() }?.code == .failedPrecondition)
+    }
+
     @Test func descriptorsInsideArchivesAreRefused() throws {
         let folder = try folder()
         let text = descriptor()

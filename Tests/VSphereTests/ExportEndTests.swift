@@ -121,6 +121,26 @@ import Testing
         #expect(try leftExports(in: records) == [])
     }
 
+    /// Whether a change between capture and export is noticed.
+    @Test(arguments: ["poweredOff", "poweredOn"]) func contentsOfAVMThatIsOffAreCompared(_ power: String) throws {
+        var machine = MachineXML()
+        machine.properties["runtime.powerState"] = "<val>\(power)</val>"
+        let captured = try machine.captured("?snapshot=1")
+        #expect(captured.source.fingerprint.count == 64)
+        machine.diskDetail += "<contentId>c2</contentId>"
+        let server = try FakeVCenter(places: machine.places, machines: [machine.xml])
+        let client = try server.client()
+        defer { client.close() }
+        let source = try VSphereURL(parsing: "vsphere://me@\(server.authority)/?snapshot=1")
+        func check(isOff: Bool) -> MigrationError? {
+            failure { try requireUnchanged(client, source, captured, isOff: isOff, stop: StopFlag()) }
+        }
+        let isChanged = power == "poweredOff"
+        #expect(check(isOff: false)?.message.contains("changed since it was captured") == (isChanged ? true : nil))
+        // When it is started at its target, a snapshot of ours was on its disks meanwhile.
+        #expect(check(isOff: true)?.message.contains("is running") == (isChanged ? nil : true))
+    }
+
     @Test func anExportUnderWayIsNobodysToSweep() throws {
         let server = try server()
         let export = try export("?snapshot=1", from: server)

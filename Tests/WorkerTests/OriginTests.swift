@@ -41,6 +41,32 @@ import Testing
         #expect(Files.exists(raw))
     }
 
+    private func staging(_ work: String) -> Staging {
+        Staging(
+            path: "\(work)/disk0.vmdk", format: .vmdk, keptAs: "\(folder.path)/web-disk0.vmdk", isLasting: false
+        ) { path, _, _ in try Files.writeAtomically([1, 2, 3], to: path) }
+    }
+
+    /// A VMDK that is kept beside its image goes with it, whichever process is asked for that.
+    @Test(arguments: ["cancelled", "changed", "withdrawn", "somebody's", "done"])
+    func keptFileIsOfItsTask(_ end: String) throws {
+        let kept = "\(folder.path)/web-disk0.vmdk"
+        let first = try work.adopt(fence: 1, of: "as it was")
+        try Files.writeAtomically([1, 2, 3], to: "\(first)/disk0.vmdk")
+        try staging(first).keep()
+        #expect(Files.exists(kept))
+        switch end {
+        case "cancelled": try work.remove(keepsResult: false)
+        case "changed": _ = try work.adopt(fence: 2, of: "something else")
+        case "withdrawn": try staging(try work.adopt(fence: 2, of: "as it was")).withdraw()
+        case "somebody's":
+            try Files.writeAtomically([4, 5, 6], to: kept)
+            try work.remove(keepsResult: false)
+        default: try work.remove()
+        }
+        #expect(Files.exists(kept) == ["somebody's", "done"].contains(end))
+    }
+
     private func request(_ url: String) -> ConvertRequest {
         .with {
             $0.manifest.source = .with { ($0.kind, $0.url, $0.fingerprint) = (.vsphere, url, "f") }

@@ -12,7 +12,7 @@ enum ForeignImage {
                 .unimplemented, "\(owner): a \(format) image inside of another file is not read",
                 hint: "extract it into a file of its own")
         }
-        let file = try File(region.path, O_RDONLY)
+        let file = try region.open()
         func bytes(_ offset: UInt64, _ count: Int) throws -> [UInt8] {
             guard offset <= region.length, UInt64(count) <= region.length - offset else {
                 throw MigrationError(.dataLoss, "\(owner): \(region.path) is truncated", hint: "copy the file again")

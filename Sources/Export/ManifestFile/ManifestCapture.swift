@@ -51,7 +51,8 @@ struct ManifestCapture {
         }
         let part = Region(
             path: region.path, offset: disk.source.offset,
-            length: isOwn && disk.source.length > 0 ? disk.source.length : region.length - disk.source.offset)
+            length: isOwn && disk.source.length > 0 ? disk.source.length : region.length - disk.source.offset,
+            resolved: region.resolved)
         let capacity = try capacity(&disk, part, owner)
         if isOwn {
             guard capacity == 0 || disk.capacityBytes == capacity else {

@@ -32,7 +32,7 @@ struct VMDKSummary {
 
     /// - Parameter owner: what the messages call the image.
     init(_ region: Region, owner: String) throws {
-        let file = try File(region.path, O_RDONLY)
+        let file = try region.open()
         guard region.length >= 4 else {
             throw MigrationError(.dataLoss, "\(owner): \(region.length) bytes are too few for a VMDK")
         }

@@ -30,7 +30,7 @@ final class LiveView: MigrationView {
                     }()
                 state.bars[index].bar.update(
                     done: report.bytesDone, total: report.bytesTotal, written: report.bytesWritten, now: .now)
-                if report.bytesDone == report.bytesTotal {
+                if report.bytesDone == report.bytesTotal, report.bytesTotal > 0 {
                     lines.append(state.bars[index].bar.text(width: Self.width, ended: true))
                     state.bars.remove(at: index)
                 }

@@ -11,7 +11,10 @@ struct ProgressBar {
 
     init(title: String) { self.title = title }
 
+    /// - Parameter total: 0 where it is not known.
     mutating func update(done: UInt64, total: UInt64, written: UInt64, now: ContinuousClock.Instant) {
+        // Something else is counted now.
+        if total != self.total { (samples, first) = ([], nil) }
         (self.done, self.total) = (done, total)
         if first == nil { first = (now, done) }
         samples.append((now, done))
@@ -28,7 +31,10 @@ struct ProgressBar {
     }
 
     func text(width: Int, ended: Bool) -> String {
-        let share = total > 0 ? min(Double(done) / Double(total), 1) : 0
+        guard total > 0 else {
+            return "\(title)  \(byteText(done))\(rate(ended: ended).map { "  \(byteText(UInt64($0)))/s" } ?? "")"
+        }
+        let share = min(Double(done) / Double(total), 1)
         let rate = rate(ended: ended)
         var right = "\(Int(share * 100))%  \(byteText(done)) of \(byteText(total))"
         if let rate { right += "  \(byteText(UInt64(rate)))/s" }

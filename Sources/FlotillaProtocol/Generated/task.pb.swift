@@ -36,6 +36,7 @@ package nonisolated struct TaskProgress: Sendable {
 
   package var bytesDone: UInt64 = 0
 
+  /// 0 where it is not known.
   package var bytesTotal: UInt64 = 0
 
   package var bytesWritten: UInt64 = 0

@@ -169,21 +169,28 @@ struct VMCapture {
     }
 
     /// Changes when the disks' contents or places may have: SHA-256 over the VM's and each disk's identity and, where the
-    /// server tells it, the id of the disk's content.
+    /// server tells it, the id of the disk's content. Under a snapshot its first half is of the identities alone: what runs
+    /// writes to new files all the time. The second is of the contents while the VM is off; the configuration's own
+    /// version is in neither, since each snapshot that we make or remove changes it.
     private var fingerprint: String {
-        let digest = Digest()
-        func add(_ text: String) { digest.update(Array("\(text.utf8.count):\(text)\n".utf8)) }
-        add(manifest.source.vcenterInstanceUuid)
-        add(manifest.source.vmMoid)
-        add(manifest.vm.instanceUuid)
-        for disk in manifest.disks {
-            for text in [disk.label, "\(disk.capacityBytes)", disk.uuid] { add(text) }
-            // Under a snapshot the running VM writes to new files all the time.
-            guard !source.snapshot else { continue }
-            add(disk.source.path)
-            let key = labels.first { $0.value == disk.label }?.key
-            add(key.flatMap { devices[$0]?["backing"]?.text("contentId") } ?? "")
+        let identity = Digest()
+        let content = Digest()
+        func add(_ text: String, to digests: Digest...) {
+            for digest in digests { digest.update(Array("\(text.utf8.count):\(text)\n".utf8)) }
         }
-        return hex(digest.finalize())
+        for text in [manifest.source.vcenterInstanceUuid, manifest.source.vmMoid, manifest.vm.instanceUuid] {
+            add(text, to: identity, content)
+        }
+        for disk in manifest.disks {
+            for text in [disk.label, "\(disk.capacityBytes)", disk.uuid] { add(text, to: identity, content) }
+            let key = labels.first { $0.value == disk.label }?.key
+            let contentID = key.flatMap { devices[$0]?["backing"]?.text("contentId") } ?? ""
+            for text in [disk.source.path, contentID] { add(text, to: content) }
+        }
+        guard source.snapshot else { return hex(content.finalize()) }
+        let whole = hex(identity.finalize())
+        guard manifest.vm.powerState == .poweredOff else { return whole }
+        let half = whole.count / 2
+        return String(whole.prefix(half)) + hex(content.finalize()).suffix(half)
     }
 }

@@ -65,7 +65,8 @@ extension VIMClient {
         return try (tasks ?? []).contains { task in
             do {
                 let info = try properties(["info"], of: task, stop: stop)["info"]
-                return info?.text("descriptionId") == "VirtualMachine.createSnapshot"
+                // A vCenter's; an ESXi host puts "vim." before it.
+                return info?.text("descriptionId")?.hasSuffix("VirtualMachine.createSnapshot") == true
                     && ["running", "queued"].contains(info?.text("state"))
             } catch let error as MigrationError where error.code == .notFound {
                 // Long over.

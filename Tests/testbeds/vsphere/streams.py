@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 
-from bed import LEASE, OFF, ON, WIDE, Failure
+from bed import LEASE, OFF, ON, OTHER, WIDE, Failure
 
 
 def plain(case):
@@ -236,13 +236,43 @@ def removal_lasts(case):
     case.migrate(vm=ON, snapshot=1)
 
 
+def snapshot_of_changed(case):
+    """A VM that is off was written to between its capture and the snapshot."""
+    case.fault("slow", vm=OTHER, rate=1 << 20, times=0)
+    process = case.start(vm=OTHER, snapshot=1)
+    case.until(lambda state: state["leases"] and state["hits"].get("slow"), "a transfer")
+    process.kill()
+    process.wait()
+    known = case.before
+    case.server.post("/clear")
+    case.before = known
+    case.server.post("/rewrite", vm=OTHER, id=1)
+    case.migrate(vm=OTHER, snapshot=1, expect="changed since it was captured")
+
+
 def staged(case):
     case.migrate(vm=WIDE, staged=1)
     case.kept()
 
 
 def staged_progress(case):
-    """The user and the lease hear of a disk that is only kept for now."""
+    """The user and the lease hear of a disk that is only kept for now. Its length is not known beforehand."""
+    progress = staged_downloading(case)
+    if any("bytesTotal" in each for each in progress):
+        raise Failure(f"a total is told that nobody knows: {progress[-1]}")
+
+
+def staged_length(case):
+    """A server that says how long the stream is."""
+    case.fault("length", times=0)
+    progress = staged_downloading(case)
+    if {int(each.get("bytesTotal", 0)) for each in progress} != {case.size()}:
+        raise Failure(f"the total of {case.size()} bytes was told as {progress[-1]}")
+    if not any(50 <= percent < 100 for percent in case.state()["percents"]):
+        raise Failure(f"the lease was told {case.state()['percents']} percent")
+
+
+def staged_downloading(case):
     case.fault("slow", rate=max(case.size() // (3 * LEASE), 1))
     done = case.migrate(staged=1, options=["--json"])
     case.kept()
@@ -254,6 +284,7 @@ def staged_progress(case):
     if max(each.get("bytesDone", 0) for each in progress) < case.size() * 0.6:
         raise Failure(f"the download of {case.size()} bytes was told until {progress[-1]}")
     case.rising(case.state()["percents"], 3)
+    return progress
 
 
 def staged_cut(case):
@@ -308,6 +339,7 @@ def started_meanwhile(case):
 CASES = [
     plain, two_disks, fingerprint, cut, cut_one_disk, cut_always, session_expires, lease_times_out, slow_link, stall, wrong_thumbprint,
     other_host, wrong_certificate, system_roots, wrong_password, html_once, html_always, html_sdk, busy, truncated, truncated_always, corrupted,
-    corrupted_always, running, snapshot, snapshot_fails, interrupted, killed, killed_making, removal_lasts, staged, staged_progress, staged_cut, staged_corrupted_always,
+    corrupted_always, running, snapshot, snapshot_fails, interrupted, killed, killed_making, removal_lasts, snapshot_of_changed, staged, staged_progress,
+    staged_length, staged_cut, staged_corrupted_always,
     started_meanwhile, deleted,
 ]
