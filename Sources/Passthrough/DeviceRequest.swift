@@ -59,7 +59,11 @@ struct DeviceRequest {
 func unsupportedBacking(_ device: AssignedDevice) -> Finding? {
     let drop = "leave it out with `--gpu drop`, or give the VM a whole passthrough GPU on the source first"
     switch device.backing {
-    case .vgpu: return nil
+    case .vgpu(let vgpu):
+        guard vgpu.profile.isEmpty else { return nil }
+        return .blocked(
+            device.id, "\(device.id): the source has an NVIDIA vGPU without a profile",
+            remedy: "choose its profile on the source, or leave it out with `--gpu drop`")
     case .passthrough, .dynamic:
         guard device.allowedIDs.isEmpty else { return nil }
         return .blocked(

@@ -188,4 +188,28 @@ import Testing
         #expect(gpu.dynamic.customLabel == "Training" && gpu.dynamic.allowed.first?.device == 0x20f1)
         #expect(gpu.guestSlot == 64 && gpu.label == "item 20")
     }
+
+    /// Keys belong to the device of their number, whichever devices have any, and don't say what it is.
+    @Test func keysGoToTheDeviceOfTheirNumber() throws {
+        try folder.write("web-disk1.vmdk", image)
+        func item(_ id: Int, _ subtype: String, _ more: String) -> String {
+            OVFText.item(id, 1, "<rasd:ResourceSubType>vmware.\(subtype)</rasd:ResourceSubType>\(more)")
+        }
+        let whole = """
+            <vmw:Config vmw:key="backing.vendorId" vmw:value="0x10de"/>\
+            <vmw:Config vmw:key="backing.deviceId" vmw:value="0x20f1"/>
+            """
+        let keys = [("vgpu", "grid_a100-40c"), ("virtualDev", "vmiop"), ("cfg.enable_uvm", "1")].map {
+            "<vmw:ExtraConfig vmw:key=\"pciPassthru1.\($0)\" vmw:value=\"\($1)\"/>"
+        }
+        try folder.write(
+            "web.ovf",
+            OVFText.small(
+                items: item(20, "pcipassthrough", whole)
+                    + item(21, "vmiop.vgpu", "<rasd:HostResource>grid_a100-10c</rasd:HostResource>"),
+                settings: keys.joined()))
+        let gpus = try folder.capture("ovf", "web.ovf").gpus
+        #expect(gpus.map(\.passthrough.id.device) == [0x20f1, 0] && gpus.map(\.vgpu.profile) == ["", "grid_a100-10c"])
+        #expect(gpus.map(\.config) == [[:], ["cfg.enable_uvm": "1"]])
+    }
 }

@@ -222,7 +222,6 @@ import Testing
         Blocker(testDescription: "suspended", lines: "checkpoint.vmState = \"a.vmss\"", says: "suspended"),
         Blocker(testDescription: "running", directory: "a.vmx.lck", says: "in use: a.vmx.lck"),
         Blocker(testDescription: "running on NFS", directory: ".lck-3e0000000000", says: "in use: .lck-3e"),
-        Blocker(testDescription: "DVX", lines: "pciPassthru0.virtualDev = \"dvx\"", says: "DVX"),
     ]
 
     @Test(arguments: blockers) func blocked(_ example: Blocker) throws {

@@ -15,6 +15,9 @@ package struct PassthroughKeys {
 
     package var isEmpty: Bool { written.isEmpty }
 
+    /// Of a message: "pciSlotNumber, cfg.enable_uvm".
+    private var keys: String { written.map(\.key).joined(separator: ", ").printable }
+
     package mutating func set(_ key: String, _ value: String) {
         if values.updateValue(value, forKey: key.lowercased()) != nil {
             written.removeAll { $0.key.lowercased() == key.lowercased() }
@@ -27,19 +30,31 @@ package struct PassthroughKeys {
         for (key, value) in other.written where values[key.lowercased()] == nil { set(key, value) }
     }
 
+    private static let identity: Set<String> = [
+        "present", "id", "deviceid", "vendorid", "systemid", "subvendorid", "subdeviceid", "revisionid",
+        "class", "devicename", "alloweddevices", "customlabel", "assignedid", "virtualdev", "vgpu",
+    ]
+
     /// Without the keys that say which device it is.
     package var settings: PassthroughKeys {
-        let identity: Set<String> = [
-            "present", "id", "deviceid", "vendorid", "systemid", "subvendorid", "subdeviceid", "revisionid",
-            "class", "devicename", "alloweddevices", "customlabel", "assignedid", "virtualdev", "vgpu",
-        ]
         var rest = PassthroughKeys(label: label)
-        for (key, value) in written where !identity.contains(key.lowercased()) { rest.set(key, value) }
+        for (key, value) in written where !Self.identity.contains(key.lowercased()) { rest.set(key, value) }
         return rest
+    }
+
+    /// Whether they say that there is a device, and not only how one that was there is to be treated.
+    private var nameADevice: Bool {
+        values.keys.contains { Self.identity.contains($0) || $0 == "pfid" || $0.hasPrefix("dvx.") }
     }
 
     /// Nil for a device that isn't there (`present = FALSE`) or keys that describe none.
     mutating func device(findings manifest: inout Manifest) -> (device: AssignedDevice, kind: GPUKind)? {
+        guard nameADevice else {
+            manifest.note(
+                label,
+                "\(label) is no device: the source only has settings of it (\(settings.keys)), which are not carried")
+            return nil
+        }
         if take("present")?.asFlag == false {
             manifest.note(label, "\(label) is switched off on the source (present = FALSE) and not carried")
             return nil
@@ -68,10 +83,6 @@ package struct PassthroughKeys {
                 device.dvx.parameters[String(key.dropFirst("dvx.config.".count))] = value
                 consumed.insert(key.lowercased())
             }
-            manifest.block(
-                label,
-                "\(label) is a DVX device of class '\(device.dvx.deviceClass.printable)', which KVM has no equal of",
-                remedy: "remove it from the VM, or map it to a virtual GPU of the target by hand")
             return .gpu
         }
         if virtualDevice == "vmiop" || !profile.isEmpty {
@@ -82,10 +93,6 @@ package struct PassthroughKeys {
                 device.vgpu.migrateDataBytes = bytes
             }
             device.vgpu.migrateSupported = take("migrateSupported")?.asFlag ?? false
-            if profile.isEmpty {
-                manifest.block(
-                    label, "\(label) is an NVIDIA vGPU without a profile", remedy: "choose its profile on the source")
-            }
             return .gpu
         }
         let id = identifiers(&manifest)

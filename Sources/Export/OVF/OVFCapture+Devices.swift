@@ -114,17 +114,13 @@ extension OVFCapture {
                         + "carried", remedy: "check that the VM works without it")
             }
         }
-        // Extra configuration describes the same devices once more; keys that only tune one don't make a device.
-        let tuning = groups.keys.sorted().compactMap { groups[$0] }
-        if devices.isEmpty {
-            devices = tuning
-        } else {
-            for (index, keys) in tuning.enumerated() {
-                if index < devices.count {
-                    devices[index].add(keys)
-                } else {
-                    devices.append(keys)
-                }
+        // Extra configuration describes the same devices once more, by number; what they are, items say better.
+        let described = devices.count
+        for (index, keys) in groups.sorted(by: { $0.key < $1.key }) {
+            if index < described {
+                devices[index].add(keys.settings)
+            } else {
+                devices.append(keys)
             }
         }
         try manifest.assign(devices)
@@ -132,6 +128,7 @@ extension OVFCapture {
 
     private func passthrough(_ item: OVFItem) -> PassthroughKeys {
         var keys = PassthroughKeys(label: item.name)
+        keys.set("present", "TRUE")
         for (key, value) in item.settings {
             let short = key.lowercased().hasPrefix("backing.") ? String(key.dropFirst("backing.".count)) : key
             keys.set(short == "slotInfo.pciSlotNumber" ? "pciSlotNumber" : short, value)
