@@ -47,6 +47,14 @@ import Testing
         }
     }
 
+    private static func runningWith(_ backing: String) -> @Sendable (inout MachineXML) -> Void {
+        {
+            $0.properties["runtime.powerState"] = "<val>poweredOn</val>"
+            $0.devices = MachineXML.device(
+                "VirtualPCIPassthrough", 13000, "<backing xsi:type=\"VirtualPCIPassthrough\(backing)BackingInfo\"/>")
+        }
+    }
+
     private static let key = "<keyId>k</keyId><providerId><id>kms</id></providerId>"
     private static let snapshots = set(
         "snapshot",
@@ -108,6 +116,17 @@ import Testing
         Case(
             "running", query: "?snapshot=1", .warning, "what it writes later is not",
             set("runtime.powerState", "<val>poweredOn</val>")),
+        Case("running with a device", .blocked, "the VM is running", runningWith("Device")),
+        Case(
+            "running with a device", query: "?snapshot=1", .blocked, "vSphere makes no snapshot", runningWith("Device")),
+        Case(
+            "running with a dynamic device", query: "?snapshot=1", .blocked, "vSphere makes no snapshot",
+            runningWith("Dynamic")),
+        Case("running with a vGPU", query: "?snapshot=1", .warning, "not every vSphere", runningWith("Vmiop")),
+        Case("running with a virtual function", query: "?snapshot=1", .blocked, "vSphere makes no snapshot") {
+            $0.properties["runtime.powerState"] = "<val>poweredOn</val>"
+            $0.devices = MachineXML.device("VirtualSriovEthernetCard", 4001, "")
+        },
         Case("suspended", .blocked, "suspended", set("runtime.powerState", "<val>suspended</val>")),
         Case("unknown power state", .blocked, "power state is not known") { $0.properties["runtime.powerState"] = nil },
         Case("unreachable", .blocked, "no configuration of it (connection state: orphaned)") {
@@ -148,6 +167,8 @@ import Testing
         let found = findings.filter { $0.subject == each.subject && $0.message.contains(each.words) }
         #expect(found.map(\.severity) == [each.severity], "\(findings)")
         #expect(each.severity == .note || found.allSatisfy { !$0.remedy.isEmpty })
+        // Of no use to such a VM.
+        #expect(!each.name.hasPrefix("running with") || !findings.contains { $0.remedy.contains("--snapshot") })
     }
 
     /// Nothing is said of an ordinary VM, nor of what the way its disks are read makes harmless.

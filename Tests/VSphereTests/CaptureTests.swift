@@ -109,6 +109,42 @@ import Testing
         #expect(manifest.gpus.map(\.name) == ["GPU 19"] && manifest.source.hostName == "esx")
     }
 
+    /// At the address it had on another host, or before a card was added, may be something else by now.
+    @Test(arguments: [false, true]) func aDeviceIsNotTakenForAnother(_ isThere: Bool) throws {
+        var machine = MachineXML()
+        func function(_ bus: String, _ code: Int, _ vendor: Int, _ id: Int, _ name: String) -> String {
+            """
+            <HostPciDevice><id>0000:\(bus):00.0</id><classId>\(code)</classId><vendorId>\(vendor)</vendorId>\
+            <deviceId>\(id)</deviceId><deviceName>\(name)</deviceName></HostPciDevice>
+            """
+        }
+        let functions =
+            function("3b", 264, 5197, 43, "NVMe") + (isThere ? function("5e", 770, 4318, 8373, "A100") : "")
+        machine.places.append(
+            objectXML(
+                "HostSystem", "host-1", ["name": "<val>esx</val>", "hardware.pciDevice": "<val>\(functions)</val>"]))
+        machine.properties["runtime.host"] = "<val type=\"HostSystem\">host-1</val>"
+        machine.devices =
+            MachineXML.device(
+                "VirtualPCIPassthrough", 13000,
+                """
+                <backing xsi:type="VirtualPCIPassthroughDeviceBackingInfo"><id>0000:3b:00.0</id>\
+                <deviceId>8373</deviceId><systemId>host</systemId><vendorId>4318</vendorId></backing>
+                """)
+            + MachineXML.device(
+                "VirtualPCIPassthrough", 13001,
+                """
+                <backing xsi:type="VirtualPCIPassthroughDynamicBackingInfo"><assignedId>0000:3b:00.0</assignedId>\
+                <allowedDevice><vendorId>4318</vendorId><deviceId>8373</deviceId></allowedDevice></backing>
+                """)
+        let manifest = try machine.captured()
+        #expect(
+            manifest.gpus.map(\.classCode) == (isThere ? [0x302, 0x302] : [0, 0]) && manifest.otherDevices.isEmpty)
+        #expect(manifest.gpus.map(\.name) == (isThere ? ["A100", "A100"] : ["", ""]))
+        let warned = manifest.findings.filter { $0.message.contains("host esx has no device 0x10de:0x20b5") }
+        #expect(warned.map(\.severity) == (isThere ? [] : [.warning]), "\(manifest.findings)")
+    }
+
     @Test func snapshotsAreListedWithTheCurrentOne() throws {
         var machine = MachineXML()
         machine.properties["snapshot"] = """

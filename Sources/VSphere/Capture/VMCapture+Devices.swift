@@ -21,6 +21,7 @@ extension VMCapture {
             // Their keys count from 13000, the extra configuration's names from 0.
             let index = Int(clamping: max(0, device.number("key") ?? 13000) - 13000)
             var keys = PassthroughKeys(label: "pciPassthru\(index)")
+            keys.set("present", "TRUE")
             describe(device, host, &keys)
             // What the running configuration says of the device itself is stated better above.
             if let extra = groups[index] { keys.add(extra.settings) }
@@ -36,7 +37,9 @@ extension VMCapture {
         }
     }
 
-    private func describe(_ device: VIMNode, _ host: Infrastructure.Host?, _ keys: inout PassthroughKeys) {
+    private mutating func describe(
+        _ device: VIMNode, _ host: Infrastructure.Host?, _ keys: inout PassthroughKeys
+    ) {
         let backing = device["backing"]
         if let slot = device["slotInfo"]?.text("pciSlotNumber") { keys.set("pciSlotNumber", slot) }
         switch backing?.type {
@@ -57,25 +60,44 @@ extension VMCapture {
             if let label = backing?.text("customLabel") { keys.set("customLabel", label) }
             let assigned = backing?.text("assignedId")
             if let assigned { keys.set("assignedId", assigned) }
-            let function =
-                assigned.flatMap { host?.functions[PCIText.address($0) ?? $0] }
-                // Of several that would do, each capture names the same.
-                ?? host?.functions.sorted { $0.key < $1.key }.first { _, function in
-                    allowed.contains { $0.vendor == function.id.vendor && $0.device == function.id.device }
-                }?.value
-            describe(function, backing?.text("deviceName"), &keys)
+            describe(function(of: host, at: assigned, allowed), backing?.text("deviceName"), &keys)
         default:
             let raw = backing?.text("id") ?? ""
             if !raw.isEmpty { keys.set("id", raw) }
             if let system = backing?.text("systemId") { keys.set("systemId", system) }
-            if let vendor = unsigned16(backing?.text("vendorId")) { keys.set("vendorId", Self.hexadecimal(vendor)) }
-            if let device = unsigned16(backing?.text("deviceId")) { keys.set("deviceId", Self.hexadecimal(device)) }
-            describe(host?.functions[PCIText.address(raw) ?? raw], backing?.text("deviceName"), &keys)
-            if let id = host?.functions[PCIText.address(raw) ?? raw]?.id {
+            var wanted = PciId()
+            wanted.vendor = unsigned16(backing?.text("vendorId")) ?? 0
+            wanted.device = unsigned16(backing?.text("deviceId")) ?? 0
+            if wanted.vendor != 0 { keys.set("vendorId", Self.hexadecimal(wanted.vendor)) }
+            if wanted.device != 0 { keys.set("deviceId", Self.hexadecimal(wanted.device)) }
+            let function = function(of: host, at: raw, wanted.vendor == 0 ? [] : [wanted])
+            if let host, function == nil, !host.functions.isEmpty {
+                manifest.warn(
+                    keys.label,
+                    "\(keys.label): its host \(host.name.printable) has no device \(Self.text(wanted)); only the host "
+                        + "knows its class", remedy: "assign the device on the source again, or remove it there")
+            }
+            describe(function, backing?.text("deviceName"), &keys)
+            if let id = function?.id {
                 if id.subsystemVendor != 0 { keys.set("subVendorId", Self.hexadecimal(id.subsystemVendor)) }
                 if id.subsystemDevice != 0 { keys.set("subDeviceId", Self.hexadecimal(id.subsystemDevice)) }
             }
         }
+    }
+
+    /// The function at an address, if it is one of the wanted. Else another that is: addresses change with the host's
+    /// slots and with the host, and what is there by now may be something else.
+    private func function(of host: Infrastructure.Host?, at address: String?, _ wanted: [PciId]) -> HostFunction? {
+        func isWanted(_ function: HostFunction) -> Bool {
+            wanted.contains { $0.vendor == function.id.vendor && $0.device == function.id.device }
+        }
+        if let function = address.flatMap({ host?.functions[PCIText.address($0) ?? $0] }),
+            wanted.isEmpty || isWanted(function)
+        {
+            return function
+        }
+        // Of several that would do, each capture names the same.
+        return host?.functions.sorted { $0.key < $1.key }.first { isWanted($0.value) }?.value
     }
 
     /// Class and name, which only the host knows for certain.

@@ -14,7 +14,18 @@ extension VMCapture {
         }
         switch manifest.vm.powerState {
         case .poweredOff: break
+        case .poweredOn where hasHostDevice:
+            manifest.block(
+                "vm",
+                source.snapshot
+                    ? "it is running with a device of its host, and of such a VM vSphere makes no snapshot"
+                    : "the VM is running", remedy: "shut it down on the source")
         case .poweredOn where source.snapshot:
+            if orderedDevices.contains(where: \.isVirtualGPU) {
+                manifest.warn(
+                    "vm", "it is running with a vGPU: not every vSphere makes a snapshot of such a VM",
+                    remedy: "shut it down on the source if the snapshot is refused")
+            }
             manifest.warn(
                 "vm", "it is running: its disks are moved as a snapshot finds them, and what it writes later is not",
                 remedy: "shut it down on the source before the target's VM is started, or migrate it shut down")
@@ -42,6 +53,13 @@ extension VMCapture {
         }
     }
 
+    /// DirectPath I/O, whole or a virtual function.
+    private var hasHostDevice: Bool {
+        orderedDevices.contains {
+            $0.type == "VirtualSriovEthernetCard" || $0.type == "VirtualPCIPassthrough" && !$0.isVirtualGPU
+        }
+    }
+
     /// Depth and count are bounded by what was parsed.
     private mutating func add(_ tree: VIMNode, _ current: ObjectReference?) {
         var snapshot = Snapshot()
@@ -55,6 +73,10 @@ extension VMCapture {
         manifest.vm.snapshots.append(snapshot)
         for child in tree.all("childSnapshotList") { add(child, current) }
     }
+}
+
+extension VIMNode {
+    fileprivate var isVirtualGPU: Bool { self["backing"]?.type == "VirtualPCIPassthroughVmiopBackingInfo" }
 }
 
 extension Moment {

@@ -223,3 +223,21 @@ func (w *world) nic(vm *simulator.VirtualMachine, m *machine, p place, n int, de
 		add(&types.VirtualVmxnet3{VirtualVmxnet: types.VirtualVmxnet{VirtualEthernetCard: card}})
 	}
 }
+
+// runsOnHostDevice tells whether a machine runs with a DirectPath device: vSphere makes no snapshot of it then.
+func runsOnHostDevice(vm *simulator.VirtualMachine) bool {
+	if vm.Runtime.PowerState != types.VirtualMachinePowerStatePoweredOn {
+		return false
+	}
+	for _, device := range vm.Config.Hardware.Device {
+		switch device := device.(type) {
+		case *types.VirtualSriovEthernetCard:
+			return true
+		case *types.VirtualPCIPassthrough:
+			if _, ok := device.Backing.(*types.VirtualPCIPassthroughVmiopBackingInfo); !ok {
+				return true
+			}
+		}
+	}
+	return false
+}

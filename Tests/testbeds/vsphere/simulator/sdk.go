@@ -56,6 +56,10 @@ func (s *server) sdk(w http.ResponseWriter, r *http.Request) {
 				`<object type="%s">%s</object><privilegeId>System.View</privilegeId>`, escape(method.This.Type), escape(method.This.Value)))
 			return
 		}
+		if vm, ok := simulator.Map.Get(method.This).(*simulator.VirtualMachine); ok && method.Name == "CreateSnapshot_Task" && runsOnHostDevice(vm) {
+			fault(w, "The operation is not supported on the object.", "NotSupported", "")
+			return
+		}
 		switch method.Name {
 		case "ExportVm", "ExportSnapshot":
 			// The simulator finds methods on the object they are called on; its machines have none for this.
