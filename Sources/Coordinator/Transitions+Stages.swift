@@ -95,7 +95,7 @@ extension Transitions {
 
     private mutating func afterExport(_ migration: inout MigrationRecord, _ captured: Manifest) throws {
         let request = migration.request
-        let options = request.options.settled(for: captured.vm)
+        let options = try settledOptions(of: migration, for: captured.vm)
         guard let host = try store.host(request.host)?.profile else {
             throw MigrationError(
                 .unavailable, "host \(request.host) has not told of itself yet", hint: "is its worker running?")
@@ -163,15 +163,29 @@ extension Transitions {
         return host
     }
 
+    /// A domain that has a name already keeps it, whatever would be made of the VM's name today.
+    func settledOptions(of migration: MigrationRecord, for vm: VirtualMachine) throws -> DeployOptions {
+        var options = migration.request.options
+        let earlier = domainName(for: vm.name, tellsScriptsApart: false)
+        if options.domainName.isEmpty, earlier != domainName(for: vm.name),
+            let task = try store.task(id: Stage.convert.taskID(ofMigration: migration.id)),
+            try ConvertRequest(serializedBytes: task.request).domainName == earlier
+        {
+            options.domainName = earlier
+        }
+        return options.settled(for: vm)
+    }
+
     private mutating func startDeploy(_ migration: inout MigrationRecord, _ mode: DeployMode) throws {
         migration.state = .deploying
         try save(migration)
-        let (manifest, request) = (migration.manifest ?? Manifest(), migration.request)
+        let manifest = migration.manifest ?? Manifest()
+        let options = try settledOptions(of: migration, for: manifest.vm)
         try start(
             .deploy, of: migration,
             DeployRequest.with {
                 $0.manifest = manifest
-                $0.options = request.options.settled(for: manifest.vm)
+                $0.options = options
                 $0.mode = mode
             })
     }

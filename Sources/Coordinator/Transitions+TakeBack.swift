@@ -89,7 +89,7 @@ extension Transitions {
         let deploy = try store.task(id: Stage.deploy.taskID(ofMigration: migration.id)).map {
             try DeployRequest(serializedBytes: $0.request)
         }
-        let options = migration.request.options.settled(for: migration.manifest?.vm ?? VirtualMachine())
+        let options = try settledOptions(of: migration, for: migration.manifest?.vm ?? VirtualMachine())
         return .with {
             $0.migrationID = migration.id
             $0.domainName = deploy?.options.domainName ?? options.domainName

@@ -9,7 +9,9 @@ package import FlotillaProtocol
 package func preflight(
     manifest: Manifest, options: DeployOptions, pool: String, diskFormat: String = "qcow2", host: HostProfile
 ) -> [Finding] {
-    (manifest.findings + sourceFindings(manifest)).filter { $0.severity == .blocked }
+    // What the target gets of a TPM is told below.
+    (manifest.findings + sourceFindings(manifest))
+        .filter { !($0.subject == "vm" && $0.severity == .warning && $0.message.contains("TPM")) || !manifest.vm.tpm }
         + domainFindings(manifest, options, host)
         + sizeFindings(manifest.vm, host)
         + firmwareFindings(manifest.vm, host)

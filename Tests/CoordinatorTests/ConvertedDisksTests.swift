@@ -1,3 +1,4 @@
+import Coordinator
 import FlotillaProtocol
 import GRPCCore
 import Messaging
@@ -74,6 +75,35 @@ import Testing
             #expect(again.identity.fence > convert.identity.fence)
             try await worker.work(.deploy)
             #expect(try await client.end(id).state == .done)
+        }
+    }
+
+    /// A domain whose name an earlier version made keeps it.
+    @Test func aDomainThatHasANameKeepsIt() async throws {
+        let rig = try Rig()
+        var manifest = Rig.manifest
+        manifest.vm.name = "Büro 1"
+        try await rig.process { client, worker in
+            let id = try await client.submitMigration(Rig.request).id
+            try await worker.work(.export, manifest: manifest)
+            let first = try ConvertRequest(serializedBytes: try await worker.work(.convert).body)
+            #expect(first.domainName.hasPrefix("B-ro-1-"))
+            try await worker.work(.deploy)
+            _ = try await client.end(id)
+            var earlier = first
+            earlier.domainName = "B-ro-1"
+            let bytes: [UInt8] = try earlier.serializedBytes()
+            try await SQLiteStore(path: "\(rig.folder.path)/store.sqlite").write { store in
+                var task = try #require(try store.task(id: Stage.convert.taskID(ofMigration: id)))
+                task.request = bytes
+                try store.save(task)
+            }
+            _ = try await client.submitMigration(Rig.request)
+            try await worker.work(.export, manifest: manifest)
+            let convert = try ConvertRequest(serializedBytes: try await worker.work(.convert).body)
+            #expect(convert.domainName == "B-ro-1")
+            let deploy = try DeployRequest(serializedBytes: try await worker.work(.deploy).body)
+            #expect(deploy.options.domainName == "B-ro-1")
         }
     }
 

@@ -53,8 +53,9 @@ import Testing
         }
         let found = preflight(
             manifest: running, options: Self.options { $0.start = starts }, pool: "main", host: gpuHost())
-        #expect(found.map(\.severity) == (starts ? [.blocked] : []))
-        #expect(!starts || found[0].message.contains("runs on the source"))
+        #expect(found.map(\.severity) == (starts ? [.warning, .blocked] : [.warning]))
+        #expect(found[0].message.contains("as a snapshot finds them"))
+        #expect(!starts || found[1].message.contains("runs on the source"))
         // A file says how it was, not how it is.
         let file = Self.manifest { ($0.source.kind, $0.vm.powerState) = (.ova, .poweredOn) }
         #expect(
@@ -181,11 +182,26 @@ import Testing
         Case(
             testDescription: "export's own verdict", subject: "disk0", contains: "physical RDM",
             manifest: manifest {
-                $0.findings = [
-                    .blocked("disk0", "disk0 is a physical RDM", remedy: "copy it"),
-                    .warning("vm", "a snapshot", remedy: ""),
-                ]
+                $0.findings = [.blocked("disk0", "disk0 is a physical RDM", remedy: "copy it")]
             }),
+        Case(
+            testDescription: "export's own warning", severity: .warning, subject: "vm", contains: "connected to pipe",
+            manifest: manifest {
+                $0.findings = [.warning("vm", "its serial port is connected to pipe '/tmp/com'", remedy: "connect it")]
+            }),
+        Case(
+            testDescription: "disk that forgets", severity: .warning, subject: "disk0", contains: "forgets its changes",
+            manifest: manifest { $0.disks[0].mode = "independent_nonpersistent" }),
+        Case(
+            testDescription: "TPM, as the capture says it", severity: .warning, subject: "vm",
+            contains: "new, empty TPM",
+            manifest: manifest {
+                $0.vm.tpm = true
+                $0.findings = [.warning("vm", "its virtual TPM's secrets can't be carried", remedy: "-")]
+            }),
+        Case(
+            testDescription: "vGPU without a profile", subject: "gpu0", contains: "without a profile",
+            manifest: manifest { $0.gpus = [.with { ($0.id, $0.vgpu) = ("gpu0", VgpuBacking()) }] }),
     ]
 
     @Test(arguments: cases) func finds(_ test: Case) throws {
@@ -230,6 +246,13 @@ import Testing
         let name = domainName(for: vmName)
         #expect(expected == "vm-" ? name.hasPrefix("vm-") && name.count == 11 : name == expected)
         #expect(isValidDomainName(name) && domainName(for: vmName) == name)
+    }
+
+    /// Letters of other scripts can't be kept, but tell names apart.
+    @Test func namesOfOtherScriptsStayApart() {
+        let names = ["Büro 1", "Baro 1", "机器 1", "学习 1", "größe", "grüße"].map { domainName(for: $0) }
+        #expect(Set(names).count == names.count && names.allSatisfy(isValidDomainName), "\(names)")
+        #expect(names[0].hasPrefix("B-ro-1-") && names[1] == "Baro-1" && names[2].hasPrefix("1-"))
     }
 
     @Test func longNamesStayApart() {
