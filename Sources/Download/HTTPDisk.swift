@@ -18,11 +18,22 @@ package struct HTTPDisk: DiskSource {
     /// Throws `unimplemented` for a server that doesn't answer ranges.
     package init(_ location: HTTPLocation, stop: StopFlag) throws {
         let transfer = try HTTPTransfer(location, stop)
-        let response: HTTPResponse
-        do {
-            response = try transfer.start((0, 0), validator: nil)
-        } catch let interruption as HTTPTransfer.Interrupted {
-            throw MigrationError(.unavailable, "\(location.name): \(interruption.reason)")
+        var response = HTTPResponse()
+        var retries = Retries(location, stop)
+        while true {
+            do {
+                response = try transfer.start((0, 0), validator: nil)
+                // A session's server knows ranges; a proxy before it may not.
+                guard location.headers == nil || response.status != 200 else {
+                    throw HTTPTransfer.Interrupted(lasting: "the server answered a range with everything")
+                }
+                break
+            } catch let interruption as HTTPTransfer.Interrupted {
+                guard interruption.isLasting, location.headers != nil else {
+                    throw MigrationError(.unavailable, "\(location.name): \(interruption.reason)")
+                }
+                try retries.failed(interruption)
+            }
         }
         guard response.status == 206, response.range == 0...0, let size = response.total, size > 0 else {
             throw MigrationError(
@@ -93,7 +104,7 @@ package struct HTTPDisk: DiskSource {
             let response = try transfer.start((offset, last), validator: disk.validator)
             // Taking it for the range would corrupt the disk; the next answer may be one.
             if response.status == 200, response.total == disk.size, response.validator == disk.validator {
-                throw HTTPTransfer.Interrupted(reason: "the server answered a range with everything")
+                throw HTTPTransfer.Interrupted(lasting: "the server answered a range with everything")
             }
             guard response.status == 206, response.range == offset...last, response.total == disk.size,
                 response.validator == disk.validator

@@ -39,7 +39,9 @@ package final class HTTPSource: ByteSource {
             } catch let interruption as HTTPTransfer.Interrupted {
                 isOpen = false
                 // What never answered is more likely misspelt than overloaded.
-                guard total != nil else { throw MigrationError(.unavailable, "\(name): \(interruption.reason)") }
+                guard total != nil || interruption.isLasting && location.headers != nil else {
+                    throw MigrationError(.unavailable, "\(name): \(interruption.reason)")
+                }
                 guard validator != nil || position == 0 else { throw lost(interruption.reason) }
                 try retries.failed(interruption)
             }

@@ -9,8 +9,23 @@ package final class HTTPTransfer: @unchecked Sendable {
     /// The connection broke or the server is overloaded: the same request may succeed later.
     package struct Interrupted: Error {
         package let reason: String
+        /// What it is mostly done by lasts: another attempt may succeed, but if none does it is no use to come back later.
+        var isLasting = false
 
         package init(reason: String) { self.reason = reason }
+
+        init(lasting reason: String) { (self.reason, isLasting) = (reason, true) }
+
+        /// After the last attempt.
+        func error(_ name: String) -> MigrationError {
+            guard isLasting else {
+                return MigrationError(.unavailable, "\(name): \(reason)", hint: "look at the server, then try again")
+            }
+            return MigrationError(
+                .permissionDenied, "\(name): \(reason)",
+                hint: "find out what answers in the server's place, as a proxy or a login page does, and let this host "
+                    + "reach the server itself")
+        }
     }
 
     /// Initialising libcurl isn't safe from several threads.
@@ -275,6 +290,12 @@ package final class HTTPTransfer: @unchecked Sendable {
         case CURLE_PEER_FAILED_VERIFICATION, CURLE_SSL_CACERT_BADFILE:
             return MigrationError(
                 .unauthenticated, "\(location.name): the server can't be trusted: \(text)", hint: location.trustHint)
+        // OpenSSL's words for an answer that is no TLS.
+        case CURLE_SSL_CONNECT_ERROR
+        where ["wrong version number", "packet length too long", "http request"].contains(where: { text.contains($0) }):
+            return MigrationError(
+                .unauthenticated, "\(location.name): the server doesn't speak TLS on that port: \(text)",
+                hint: "check the port: vCenter and ESXi listen on 443")
         case CURLE_COULDNT_RESOLVE_HOST, CURLE_COULDNT_RESOLVE_PROXY, CURLE_COULDNT_CONNECT, CURLE_PARTIAL_FILE,
             CURLE_OPERATION_TIMEDOUT, CURLE_RECV_ERROR, CURLE_SEND_ERROR, CURLE_GOT_NOTHING, CURLE_SSL_CONNECT_ERROR:
             return Interrupted(reason: text)
@@ -290,7 +311,7 @@ package final class HTTPTransfer: @unchecked Sendable {
             }
             // A login page or a proxy's excuse, whatever its status says.
             guard response.mediaType != "text/html" else {
-                throw Interrupted(reason: "the server answered with a web page (text/html), not with a disk")
+                throw Interrupted(lasting: "the server answered with a web page (text/html), not with a disk")
             }
         case 401 where location.headers != nil:
             throw MigrationError(
@@ -303,6 +324,9 @@ package final class HTTPTransfer: @unchecked Sendable {
         case 403: throw MigrationError(.permissionDenied, "\(location.name): the server forbids it (403)")
         case 404, 410: throw MigrationError(.notFound, "\(location.name): not on the server (\(response.status))")
         case 408, 429, 500...599: throw Interrupted(reason: "the server answered \(response.status)")
+        // To where, a session's cookie doesn't follow.
+        case 300...399 where location.headers != nil:
+            throw Interrupted(lasting: "the server sends us elsewhere (\(response.status))").error(location.name)
         default: throw MigrationError(.unavailable, "\(location.name): the server answered \(response.status)")
         }
     }
@@ -325,8 +349,7 @@ struct Retries {
     /// Waits, or throws when it was the last time.
     mutating func failed(_ interruption: HTTPTransfer.Interrupted) throws {
         guard failures < location.retries else {
-            throw MigrationError(
-                .unavailable, "\(location.name): \(interruption.reason)", hint: "look at the server, then try again")
+            throw interruption.error(location.name)
         }
         defer { failures += 1 }
         try stop.wait(for: .milliseconds(200 << failures))

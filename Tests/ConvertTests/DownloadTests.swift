@@ -129,6 +129,23 @@ import Testing
         #expect(error.hint?.contains(".netrc") == !hasSession && error.hint?.contains("it ended") == hasSession)
     }
 
+    /// A session's server that answers with a page may do so once; when it goes on, coming back later is no use.
+    @Test(arguments: [true, false]) func aPageInPlaceOfADiskIsFinal(_ raw: Bool) throws {
+        let name = raw ? "made.raw" : stream
+        var location = HTTPLocation(
+            "\(server.base)/html/\(name)", name: "disk", trust: .system, headers: ["Cookie: a=b"])
+        location.retries = 1
+        let error = try #require(
+            failure {
+                if raw { _ = try HTTPDisk(location, stop: StopFlag()) }
+                _ = try HTTPSource(location, stop: StopFlag()).read(
+                    into: UnsafeMutableRawBufferPointer(start: nil, count: 0))
+            })
+        #expect(error.code == .permissionDenied && error.message.contains("text/html"), "\(error)")
+        #expect(error.hint?.contains("in the server's place") == true)
+        #expect(try server.daemon.said().split(separator: "\n").filter { $0.contains("/html/") }.count == 2)
+    }
+
     @Test(arguments: ["no-tag", "no-range", "changing"])
     func aBrokenStreamIsNotPatchedWithOtherContent(_ fault: String) throws {
         let error = try #require(failure { _ = try conversion("first-300000/\(fault)/\(stream)", raw: false).run() })

@@ -14,6 +14,8 @@ final class FakeVCenter: Sendable {
         case expired
         /// The connection ends without an answer, or with half of it.
         case cut, cutInside
+        /// A login page.
+        case page
         /// The fault's type and its properties.
         case fault(String, String)
         /// What the response holds.
@@ -93,6 +95,8 @@ final class FakeVCenter: Sendable {
             let count = read(connection, &buffer, buffer.count)
             guard count > 0 else { return }
             bytes += buffer[..<count]
+            // TLS, which it doesn't speak.
+            if bytes[0] == 0x16 { return Self.sendPage(400, connection) }
             text = String(decoding: bytes, as: UTF8.self)
             if text.contains("</soapenv:Envelope>") { break }
         }
@@ -105,6 +109,7 @@ final class FakeVCenter: Sendable {
         var (status, answer, cut) = (200, "", false)
         switch trouble(method, count, text) {
         case .cut: return
+        case .page: return Self.sendPage(200, connection)
         case .expired:
             state.withLock { $0.session += 1 }
             (status, answer) = (500, Self.fault("NotAuthenticated", ""))
@@ -137,6 +142,11 @@ final class FakeVCenter: Sendable {
             guard count > 0 else { return }
             sent += count
         }
+    }
+
+    private static func sendPage(_ status: Int, _ connection: Int32) {
+        let page = Array("HTTP/1.1 \(status) X\r\nContent-Type: text/html\r\nConnection: close\r\n\r\n<html>".utf8)
+        _ = page.withUnsafeBytes { send(connection, $0.baseAddress, $0.count, Int32(MSG_NOSIGNAL)) }
     }
 
     private var session: String { "s\(state.withLock { $0.session })" }

@@ -1,6 +1,7 @@
 import FlotillaProtocol
 import HostKit
 import MigrationModel
+import Synchronization
 import TestKit
 import Testing
 
@@ -80,6 +81,38 @@ import Testing
         let error = try #require(failure { try names(from: server, client) })
         #expect(error.code == .unavailable && error.message.contains("broke off"), "\(error)")
         #expect(server.calls("ContinueRetrievePropertiesEx") == 3)
+    }
+
+    /// Nobody is to come back later for what lasts, and each attempt before is told.
+    @Test func whatLastsIsFinal() throws {
+        let server = try server { method, call, _ in
+            method == "RetrieveServiceContent" ? (call == 1 ? .cut : .page) : nil
+        }
+        let told = Mutex<[String]>([])
+        var access = server.server
+        access.willRetry = { line in told.withLock { $0.append(line) } }
+        let error = try #require(failure { try VIMClient(access) })
+        #expect(error.code == .permissionDenied && error.message.contains("text/html"), "\(error)")
+        #expect(error.hint?.contains("proxy") == true)
+        let lines = told.withLock { $0 }
+        #expect(lines.count == 1 && lines[0].contains(server.authority), "\(lines)")
+
+        access.scheme = "https"
+        let plain = try #require(failure { try VIMClient(access) })
+        #expect(plain.code == .unauthenticated && plain.hint?.contains("check the port") == true, "\(plain)")
+    }
+
+    @Test func whoMistypesANameIsToldTheNearest() throws {
+        #expect(nearest(to: "wbe 0", among: ["web 0", "db 1", "web 10", "x"]) == ["web 0"])
+        #expect(nearest(to: "WEB", among: ["web", "database"]) == ["web"])
+        #expect(nearest(to: "render", among: ["render-node-17", "db"]) == ["render-node-17"])
+        #expect(nearest(to: "nothing like it", among: ["web", "db"]) == [])
+        let server = try server()
+        let client = try server.client()
+        let source = try VSphereURL(parsing: "vsphere://me@\(server.authority)/?vm=mv3")
+        let error = try #require(
+            failure { try Inventory(client, source, stop: StopFlag()).virtualMachine(stop: StopFlag()) })
+        #expect(error.code == .notFound && error.hint?.contains("among them 'vm3'") == true, "\(error)")
     }
 
     @Test func aPropertyTheServerIsTooOldForIsLeftOut() throws {

@@ -149,7 +149,7 @@ final class TagSession {
     private func ask<Value: Decodable>(
         _ method: String, _ path: String, _ body: [UInt8] = [], header: String? = nil
     ) throws -> Value? {
-        try VIMClient.withRetries(server.authority, stop) {
+        try VIMClient.withRetries(server, stop) {
             let headers = [
                 "Content-Type: application/json", "Accept: application/json",
                 header ?? "vmware-api-session-id: \(token)",

@@ -31,7 +31,7 @@ package final class VIMClient: Sendable {
         let instance = ObjectReference("ServiceInstance", "ServiceInstance")
         let transfer = try HTTPTransfer(server.location("/sdk", name: server.authority), stop)
         let request = VIMRequest("RetrieveServiceContent", on: instance)
-        let answer = try Self.withRetries(server.authority, stop) {
+        let answer = try Self.withRetries(server, stop) {
             try Self.exchange(request, over: transfer, server.authority, fresh.action, &fresh.cookie)
         }
         guard let node = answer["returnval"] else {
@@ -61,7 +61,7 @@ package final class VIMClient: Sendable {
                 "Login", on: content.sessionManager,
                 [XML.text("userName", server.user), XML.text("password", try server.password())])
             do {
-                _ = try Self.withRetries(server.authority, stop) { try send(request, stop, each: nil) { _ in } }
+                _ = try Self.withRetries(server, stop) { try send(request, stop, each: nil) { _ in } }
             } catch let fault as VIMFault {
                 throw fault.error("\(server.authority): login as \(server.user.printable)")
             }
@@ -106,7 +106,7 @@ package final class VIMClient: Sendable {
                         "\(server.authority): \(request.method) broke off: \(interruption.reason)")
                 }
             }
-            return try Self.withRetries(server.authority, stop, send)
+            return try Self.withRetries(server, stop, send)
         }
         do {
             return try once()
@@ -145,8 +145,9 @@ package final class VIMClient: Sendable {
             if response.status >= 500 || response.status == 429 {
                 throw HTTPTransfer.Interrupted(reason: "the server answered \(response.status)")
             }
+            // Of what lasts: nobody is to wait for it.
             throw MigrationError(
-                .unavailable,
+                .permissionDenied,
                 "\(name): no vSphere API: /sdk answered \(response.status) with "
                     + (response.mediaType.isEmpty ? "nothing" : response.mediaType.printable),
                 hint: "check the host's name and port, and that no proxy or login page stands before it")
@@ -174,14 +175,16 @@ package final class VIMClient: Sendable {
     }
 
     /// Tries again what broke off, after 0.25 s, then twice as long each time, 8 s in all.
-    static func withRetries<Value>(_ name: String, _ stop: StopFlag, _ body: () throws -> Value) throws -> Value {
+    static func withRetries<Value>(_ server: VIMServer, _ stop: StopFlag, _ body: () throws -> Value) throws -> Value {
         var failures = 0
         while true {
             do { return try body() } catch let interruption as HTTPTransfer.Interrupted {
                 guard failures < 5 else {
                     throw MigrationError(
-                        .unavailable, "\(name): \(interruption.reason)", hint: "look at the server, then try again")
+                        .unavailable, "\(server.authority): \(interruption.reason)",
+                        hint: "look at the server, then try again")
                 }
+                server.willRetry("\(server.authority): \(interruption.reason); it is asked again")
                 try stop.wait(for: .milliseconds(250 << failures))
                 failures += 1
             }

@@ -12,6 +12,8 @@ package struct VIMServer: Sendable {
     let password: @Sendable () throws -> String
     /// "https" but for a test's server.
     var scheme = "https"
+    /// Told why a call is made once more.
+    package var willRetry: @Sendable (String) -> Void = { _ in }
 
     package init(
         authority: String, user: String, trust: ServerTrust, password: @escaping @Sendable () throws -> String

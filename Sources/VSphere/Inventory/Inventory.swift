@@ -196,20 +196,25 @@ package struct Inventory: Sendable {
         let wanted = source.vm ?? ""
         var named: [ObjectReference] = []
         var exact: ObjectReference?
+        var names: [String] = []
         try client.retrieve(
             [PropertySpec("VirtualMachine", ["name"])], below: container, pageSize: 2000, stop: stop
         ) { content in
-            if content.text("name").map(unescapedName) == wanted { named.append(content.object) }
+            let name = content.text("name").map(unescapedName) ?? ""
+            if name == wanted { named.append(content.object) }
+            names.append(name)
             if content.object.value == wanted { exact = content.object }
         }
         if let exact, named.isEmpty { named = [exact] }
         guard let object = named.first, named.count == 1 else {
+            let near = nearest(to: wanted, among: names).map { "'\($0.printable)'" }.joined(separator: ", ")
             throw MigrationError(
                 named.isEmpty ? .notFound : .invalidArgument,
                 "\(source.authority): \(named.isEmpty ? "no VM is" : "\(named.count) VMs are") called "
                     + wanted.printable,
                 hint: named.isEmpty
-                    ? "flotilla inventory lists those the account sees; upper and lower case differ"
+                    ? "flotilla inventory lists those the account sees\(near.isEmpty ? "" : ", among them \(near)"); "
+                        + "upper and lower case differ"
                     : "name one by its id: \(named.map(\.value).sorted().joined(separator: ", "))")
         }
         return try capture(object, tags(of: object, stop: stop), stop: stop)
