@@ -1,10 +1,12 @@
 import MigrationModel
 
 extension String {
-    /// Safe to show in a message: control characters replaced, cut to 200 characters.
+    /// Safe to show in a message: control characters and those that turn the text's direction replaced, cut to 200
+    /// characters.
     package var printable: String {
         let clean = unicodeScalars.prefix(200).map { scalar in
-            scalar.properties.generalCategory == .control ? "\u{FFFD}" : Character(scalar)
+            scalar.properties.generalCategory == .control || scalar.properties.isBidiControl
+                ? "\u{FFFD}" : Character(scalar)
         }
         return String(clean) + (unicodeScalars.dropFirst(200).isEmpty ? "" : "…")
     }

@@ -42,6 +42,14 @@ import Testing
         }
     }
 
+    /// A line of any length, and of anything, is not said again.
+    @Test func whatIsNoYAMLIsSaidInFew() throws {
+        let text = "vm: [\u{1B}[31m" + String(repeating: "x", count: 100_000)
+        let error = try #require(failure { try ManifestFile(Array(text.utf8), name: "web.yaml") })
+        #expect(error.message.utf8.count < 900 && error.message.contains("neither JSON nor YAML"))
+        #expect(!error.message.contains("\u{1B}") && error.hint != nil)
+    }
+
     @Test func whatIsWrittenIsValid() throws {
         let manifest = try #require(try ManifestFile(Array(Self.good.utf8), name: "web.json").manifest)
         let again = try ManifestFile(manifest.jsonUTF8Bytes(), name: "again")

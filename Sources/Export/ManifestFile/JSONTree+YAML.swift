@@ -10,7 +10,17 @@ extension JSONTree {
         }
         let node: Node?
         do { node = try Yams.compose(yaml: text) } catch {
-            throw MigrationError(.invalidArgument, "\(name): is neither JSON nor YAML: \(error)")
+            var why = "\(error)"
+            // Its own text repeats the line, whatever that holds.
+            switch error as? YamlError {
+            case .scanner(_, let problem, let mark, _), .parser(_, let problem, let mark, _),
+                .composer(_, let problem, let mark, _):
+                why = "line \(mark.line): \(problem)"
+            default: break
+            }
+            throw MigrationError(
+                .invalidArgument, "\(name): is neither JSON nor YAML: \(why.printable)",
+                hint: "correct that line, or give a manifest that a program wrote")
         }
         var left = bytes.count + 16
         self = try node.map { try Self.tree($0, name, depth: 0, &left) } ?? .null
