@@ -48,8 +48,13 @@ package struct Assessment: Sendable, Encodable {
     }
 
     package struct VM: Sendable, Encodable {
+        /// Of a vSphere VM: its managed object id, and where it is.
+        package var id = ""
         package var name: String
         package var source: String
+        package var datacenter = ""
+        package var folder = ""
+        package var sourceHost = ""
         package var verdict: Verdict
         package var cpus: UInt32
         package var memoryBytes: UInt64
@@ -88,6 +93,9 @@ package struct Assessment: Sendable, Encodable {
     private let profiles: [HostProfile]
     /// The same, less what the VMs that were added so far will have of their devices.
     private var left: [HostProfile]
+    /// What the VMs that were added so far are called and known by on each of them.
+    private var names: [Set<String>]
+    private var uuids: [Set<String>]
     private let options: DeployOptions
     private let pool: String?
     private let format: String
@@ -97,6 +105,8 @@ package struct Assessment: Sendable, Encodable {
     /// - Parameter pool: the pool's name on each host; nil for each host's largest.
     package init(hosts: [HostProfile], options: DeployOptions, pool: String?, format: String) {
         (profiles, left) = (hosts, hosts)
+        names = hosts.map { _ in [] }
+        uuids = names
         self.hosts = hosts.map(\.name)
         self.options = options
         self.pool = pool
@@ -110,7 +120,7 @@ package struct Assessment: Sendable, Encodable {
         var possible: [String] = []
         var best: [Finding]?
         for host in profiles {
-            let pool = pool ?? host.pools.filter(\.writable).max { $0.freeBytes < $1.freeBytes }?.name ?? ""
+            let pool = poolName(on: host)
             let judged = preflight(
                 manifest: manifest, options: options, pool: pool, diskFormat: format, host: host)
             if !judged.contains(where: { $0.severity == .blocked }) { possible.append(host.name) }
@@ -122,7 +132,9 @@ package struct Assessment: Sendable, Encodable {
         let reasons = Self.distinct(findings)
         add(
             VM(
-                name: manifest.vm.name, source: source, verdict: reasons.map(\.severity).max() ?? .ready,
+                id: manifest.source.vmMoid, name: manifest.vm.name, source: source,
+                datacenter: manifest.source.datacenter, folder: manifest.vm.folder,
+                sourceHost: manifest.source.hostName, verdict: reasons.map(\.severity).max() ?? .ready,
                 cpus: manifest.vm.cpu.count, memoryBytes: manifest.vm.memory.bytes,
                 diskBytes: manifest.disks.map(\.capacityBytes), firmware: manifest.vm.firmware == .efi ? "EFI" : "BIOS",
                 guest: manifest.vm.guestFullName.isEmpty ? manifest.vm.guestID : manifest.vm.guestFullName,
@@ -131,19 +143,52 @@ package struct Assessment: Sendable, Encodable {
         for device in manifest.gpus { count(target(device)) }
     }
 
+    package var isOfSeveralDatacenters: Bool { Set(vms.map(\.datacenter).filter { !$0.isEmpty }).count > 1 }
+
     private func target(_ device: AssignedDevice) -> AssignedDevice { mapped(device, by: options.gpuMappings) }
 
-    /// Gives the VM its devices on one of these hosts. What each VM alone could have may not be enough for all.
+    private func poolName(on host: HostProfile) -> String {
+        pool ?? host.pools.filter(\.writable).max { $0.freeBytes < $1.freeBytes }?.name ?? ""
+    }
+
+    /// Gives the VM its name, room and devices on one of these hosts. What each VM alone could have may not be enough
+    /// for all.
     private mutating func shortage(
         _ manifest: Manifest, _ options: DeployOptions, on possible: [String]
     ) -> [Finding] {
-        guard !manifest.gpus.isEmpty || !manifest.otherDevices.isEmpty, !possible.isEmpty else { return [] }
+        guard !possible.isEmpty else { return [] }
         var kept = manifest
         // VMs of one assessment are told apart by name; none has a migration yet.
         kept.migrationID = ""
+        let (name, uuid) = (options.domainName(for: kept.vm), kept.vm.biosUuid.lowercased())
+        let needed = bytesNeeded(kept.disks, format: format, isStaged: kept.keepsSourceFiles).expected
+        var lacks: Finding?
+        var lacksDevices = false
         for index in left.indices where possible.contains(left[index].name) {
-            if left[index].take(kept, options) { return [] }
+            let poolName = poolName(on: profiles[index])
+            let place = left[index].pools.firstIndex { $0.name == poolName }
+            if names[index].contains(name) {
+                lacks = .warning(
+                    "vm", "a VM before this one becomes the domain \(name) as well",
+                    remedy: "migrate one of them by itself with --name, or to another host")
+            } else if !uuid.isEmpty, uuids[index].contains(uuid) {
+                lacks = .warning(
+                    "vm", "a VM before this one has the same BIOS UUID, \(uuid)",
+                    remedy: "migrate one of them with --new-uuid, or to another host")
+            } else if let place, left[index].pools[place].freeBytes < needed {
+                lacks = .warning(
+                    "pool \(poolName)", "the VMs before this one take the room that the hosts have for disks",
+                    remedy: "add room to pool \(poolName), or move it to another host")
+            } else if left[index].take(kept, options) {
+                names[index].insert(name)
+                uuids[index].insert(uuid)
+                if let place { left[index].pools[place].freeBytes -= needed }
+                return []
+            } else {
+                lacksDevices = true
+            }
         }
+        if let lacks, !lacksDevices { return [lacks] }
         let kinds = Set((manifest.gpus + manifest.otherDevices).map { target($0).kindText }).sorted().joined(
             separator: ", ")
         return [
@@ -237,7 +282,7 @@ extension AssignedDevice {
         case .dvx(let dvx): "DVX \(dvx.deviceClass)"
         case .sriov(let function): "SR-IOV \(function.id.text)"
         case .passthrough, .dynamic:
-            allowedIDs.isEmpty ? "unknown" : allowedIDs.map(\.text).joined(separator: " or ")
+            allowedIDs.isEmpty ? "unknown" : idTexts.joined(separator: " or ")
         case nil: "unknown"
         }
     }

@@ -26,12 +26,19 @@ enum Chart {
     /// What stands in the way most often.
     static func reasons(_ vms: [Assessment.VM]) -> String {
         var counts: [String: Int] = [:]
+        var texts: [String: Set<String>] = [:]
         for vm in vms {
-            let remedies = Set(vm.reasons.filter { $0.severity == .blocked }.map { generic($0.remedy) })
-            for remedy in remedies { counts[remedy, default: 0] += 1 }
+            let remedies = vm.reasons.filter { $0.severity == .blocked }.map(\.remedy)
+            for remedy in remedies where texts[generic(remedy)]?.count ?? 0 < 2 {
+                texts[generic(remedy), default: []].insert(remedy)
+            }
+            for remedy in Set(remedies.map(generic)) { counts[remedy, default: 0] += 1 }
         }
         let rows = counts.sorted { ($1.value, $0.key) < ($0.value, $1.key) }.prefix(6)
-            .map { ($0.key, $0.value, $0.value == 1 ? "1 VM" : "\($0.value) VMs") }
+            .map { key, count in
+                let known = texts[key] ?? []
+                return (known.count == 1 ? known.first ?? key : key, count, count == 1 ? "1 VM" : "\(count) VMs")
+            }
         return chart("What would unblock most", Array(rows), empty: "nothing is blocked")
     }
 
@@ -39,25 +46,46 @@ enum Chart {
         remedy.count <= 52 ? remedy : String(remedy.prefix(51)) + "…"
     }
 
+    /// As wide as the chart, three at most.
+    private static func lines(_ label: String) -> [String] {
+        var lines = [""]
+        for word in label.split(separator: " ") {
+            let last = lines[lines.count - 1]
+            if last.isEmpty || last.count + word.count < 56 {
+                lines[lines.count - 1] += (last.isEmpty ? "" : " ") + String(word.prefix(56))
+            } else if lines.count < 3 {
+                lines.append(String(word.prefix(56)))
+            } else {
+                lines[2] += " …"
+                break
+            }
+        }
+        return lines
+    }
+
     private static func chart(_ title: String, _ rows: [(String, Int, String)], empty: String) -> String {
         guard let most = rows.map(\.1).max(), most > 0 else {
             return "<figure><figcaption>\(title)</figcaption><p class=\"none\">\(empty)</p></figure>"
         }
-        let height = rows.count * 38
+        var y = 0
         var bars = ""
-        for (index, (label, count, text)) in rows.enumerated() {
-            let y = index * 38
+        for (label, count, text) in rows {
+            for line in lines(label) {
+                bars += "<text x=\"0\" y=\"\(y + 13)\">\(escaped(line))</text>"
+                y += 16
+            }
+            y -= 16
             let width = count == 0 ? 0 : max(2, 210 * count / most)
             bars += """
-                <text x="0" y="\(y + 13)">\(escaped(label))</text>\
                 <rect x="0" y="\(y + 18)" width="\(width)" height="10" rx="2"/>\
                 <text x="\(width + 6)" y="\(y + 27)" class="value">\(escaped(text))</text>
                 """
+            y += 38
         }
         let told = rows.map { "\($0.0): \($0.2)" }.joined(separator: "; ")
         return """
             <figure><figcaption>\(title)</figcaption>\
-            <svg viewBox="0 0 400 \(height)" role="img" aria-label="\(escaped("\(title). \(told)"))">\(bars)</svg></figure>
+            <svg viewBox="0 0 400 \(y)" role="img" aria-label="\(escaped("\(title). \(told)"))">\(bars)</svg></figure>
             """
     }
 }

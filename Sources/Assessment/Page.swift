@@ -102,6 +102,7 @@ package struct Page {
         }
         var reasons: [[String]] = []
         var places: [[String]: Int] = [:]
+        let several = assessment.isOfSeveralDatacenters
         let rows = assessment.vms.map { vm in
             Row(
                 n: vm.name, v: Assessment.Verdict.allCases.firstIndex(of: vm.verdict) ?? 0, c: vm.cpus,
@@ -119,7 +120,8 @@ package struct Page {
                     places[text] = reasons.count
                     reasons.append(text)
                     return reasons.count - 1
-                }, w: vm.networks, h: Array(vm.hosts.prefix(20)), i: [vm.guest, vm.firmware, vm.power, vm.source],
+                }, w: vm.networks, h: Array(vm.hosts.prefix(20)),
+                i: [vm.guest, vm.firmware, vm.power, several ? vm.datacenter : "", vm.source],
                 u: vm.devices.count(where: \.isGPU))
         }
         struct Data: Encodable {

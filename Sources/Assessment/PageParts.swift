@@ -22,7 +22,7 @@ enum PageParts {
         .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:12px}
         figure{margin:0;padding:14px 16px}
         figcaption{font-weight:600;margin-bottom:8px}
-        svg{width:100%;height:auto;max-height:300px;display:block}
+        svg{width:100%;height:auto;max-height:420px;display:block}
         svg text{font-size:12.5px;fill:var(--ink)}svg .value{fill:var(--soft)}svg rect{fill:var(--bar)}
         .none{color:var(--soft);margin:0}
         .filters{display:flex;flex-wrap:wrap;gap:10px 22px;align-items:center;padding:10px 16px;margin:16px 0 12px}
@@ -47,6 +47,10 @@ enum PageParts {
         li.blocked{border-left:3px solid var(--blocked);padding-left:9px}li.warning{border-left:3px solid var(--warning);padding-left:9px}
         li.ready{border-left:3px solid var(--line);padding-left:9px;color:var(--soft)}
         #more{font:inherit;padding:7px 16px;border:1px solid var(--line);border-radius:6px;background:var(--card);color:inherit;cursor:pointer}
+        @media(max-width:700px){header,main{padding:0 12px}.scroll{overflow:visible}table,tbody,tr,td{display:block}\
+        thead{display:none}tr{padding:9px 0;border-bottom:1px solid var(--line)}tr:last-child{border-bottom:0}\
+        td,td:nth-child(2),td:nth-child(6),td:last-child{min-width:0;padding:3px 12px;border:0}td:empty{display:none}\
+        td.number{display:inline-block;text-align:left}td.number::before{content:attr(data-label) " ";color:var(--soft)}}
         @media print{.filters,#more{display:none}body{background:#fff}}
         """
 
@@ -83,10 +87,10 @@ enum PageParts {
         function draw(vm) {
           const row = element('tr');
           cell(row).append(element('span', 'badge ' + names[vm.v], names[vm.v]));
-          cell(row, '', vm.n, [...vm.i.slice(0, 3), vm.w.filter(Boolean).join(', ')].filter(Boolean).join(' · '));
-          cell(row, 'number', vm.c || '');
-          cell(row, 'number', vm.m ? size(vm.m) : '');
-          cell(row, 'number', vm.d.length ? size(vm.size) : '', vm.d.length > 1 ? vm.d.length + ' disks' : '');
+          cell(row, '', vm.n, [...vm.i.slice(0, 4), vm.w.filter(Boolean).join(', ')].filter(Boolean).join(' · '));
+          cell(row, 'number', vm.c || '').dataset.label = 'CPUs';
+          cell(row, 'number', vm.m ? size(vm.m) : '').dataset.label = 'Memory';
+          cell(row, 'number', vm.d.length ? size(vm.size) : '', vm.d.length > 1 ? vm.d.length + ' disks' : '').dataset.label = 'Disks';
           const devices = cell(row);
           for (const [id, kind, name, fits] of vm.g) {
             const line = element('div', '', id + ': ' + (name ? name + ' (' + kind + ')' : kind));

@@ -27,7 +27,7 @@ extension PciId {
 extension AssignedDevice {
     /// "gpu0 (NVIDIA A100, 10de:20f1)", "gpu1 (vGPU grid_a100-40c)".
     package var text: String {
-        var what = allowedIDs.map(\.text).joined(separator: " or ")
+        var what = idTexts.joined(separator: " or ")
         if case .vgpu(let vgpu) = backing { what = "vGPU \(vgpu.profile)" }
         let parts = [name, what].filter { !$0.isEmpty }
         return parts.isEmpty ? id : "\(id) (\(parts.joined(separator: ", ")))"
@@ -41,6 +41,12 @@ extension AssignedDevice {
         case .dynamic(let pool): pool.allowed.filter { $0.vendor != 0 }
         default: []
         }
+    }
+
+    /// Each once: such that differ by what isn't told, as their subsystem, are one.
+    package var idTexts: [String] {
+        var seen: Set<String> = []
+        return allowedIDs.map(\.text).filter { seen.insert($0).inserted }
     }
 
     /// Class 03 (display), or not known.

@@ -1,4 +1,4 @@
-import FlotillaProtocol
+package import FlotillaProtocol
 
 func poolFindings(_ manifest: Manifest, _ name: String, _ format: String, _ host: HostProfile) -> [Finding] {
     guard let pool = host.pools.first(where: { $0.name == name }) else {
@@ -45,7 +45,7 @@ func poolFindings(_ manifest: Manifest, _ name: String, _ format: String, _ host
 /// counts three times its length (Linux and Windows system disks compress to between a half and a third), any other
 /// its own length. Where the length is not known yet, the capacity. The compressed file that is kept with `isStaged`
 /// is expected to take half the capacity; where nothing compresses, its markers make it longer, below 1/64.
-func bytesNeeded(_ disks: [Disk], format: String, isStaged: Bool) -> (expected: UInt64, worst: UInt64) {
+package func bytesNeeded(_ disks: [Disk], format: String, isStaged: Bool) -> (expected: UInt64, worst: UInt64) {
     var expected: UInt64 = 0
     var worst: UInt64 = 0
     for disk in disks where !disk.hasTarget || disk.target.path.isEmpty {
@@ -70,7 +70,7 @@ func bytesNeeded(_ disks: [Disk], format: String, isStaged: Bool) -> (expected: 
 
 extension Manifest {
     /// Whether its source's URL says so (`staged=1`).
-    var keepsSourceFiles: Bool {
+    package var keepsSourceFiles: Bool {
         guard source.kind == .vsphere, let question = source.url.firstIndex(of: "?") else { return false }
         return source.url[question...].dropFirst().split(separator: "&").contains("staged=1")
     }

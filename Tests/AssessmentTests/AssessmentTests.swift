@@ -120,6 +120,17 @@ import Testing
         #expect(vm.hosts.isEmpty)
     }
 
+    /// The remedy that is told is one.
+    @Test func aDVXDeviceCanBeLeftOut() throws {
+        let manifest = Self.manifest { $0.gpus = [Self.gpu(.dvx(.with { $0.deviceClass = "com.acme.fpga" }))] }
+        var dropping = Self.mapped
+        dropping.gpu = .gpuDrop
+        for hosts in [[], [Self.host()]] {
+            #expect(try Self.assess(manifest, hosts: hosts).verdict == .blocked)
+            #expect(try Self.assess(manifest, hosts: hosts, options: dropping).verdict == .warning)
+        }
+    }
+
     @Test func networkWithoutMapping() throws {
         for hosts in [[], [Self.host()]] {
             let vm = try Self.assess(Self.manifest(), hosts: hosts, options: DeployOptions())
@@ -168,6 +179,23 @@ import Testing
         let findings = preflight(
             manifest: manifest, options: Self.mapped, pool: "images", diskFormat: "raw", host: Self.host())
         #expect(findings.contains { $0.severity == .blocked && $0.message.contains("encrypted") })
+    }
+
+    /// What each alone could have: a name, a UUID, room.
+    @Test(arguments: ["becomes the domain", "same BIOS UUID", "take the room"])
+    func whatOnlyOneOfThemCanHave(_ words: String) throws {
+        let free: UInt64 = words == "take the room" ? 30 << 30 : 1 << 40
+        var assessment = Assessment(hosts: [Self.host(free: free)], options: Self.mapped, pool: nil, format: "raw")
+        for number in 1...2 {
+            assessment.add(
+                Self.manifest {
+                    $0.vm.name = words == "becomes the domain" ? (number == 1 ? "my vm" : "my-vm") : "vm\(number)"
+                    let uuid = words == "same BIOS UUID" ? 1 : number
+                    $0.vm.biosUuid = "564d0000-0000-0000-0000-00000000000\(uuid)"
+                }, source: "manifest:\(number).json")
+        }
+        #expect(assessment.vms.map(\.verdict) == [.ready, .warning])
+        #expect(assessment.vms[1].reasons.map { $0.message.contains(words) } == [true], "\(assessment.vms[1].reasons)")
     }
 
     /// One GPU, two VMs that want it: each alone could have it.
