@@ -5,6 +5,7 @@ import Export
 import FlotillaProtocol
 import FoundationEssentials
 import GRPCCore
+import Glibc
 import HostKit
 import MigrationModel
 import SwiftProtobuf
@@ -23,6 +24,7 @@ struct AssessCommand: AsyncParsableCommand {
 
     @Argument(help: ArgumentHelp("What to assess.", valueName: "source")) var sources: [String]
     @OptionGroup var access: VSphereAccess
+    @OptionGroup var transfer: VSphereTransfer
     @Option(name: .customLong("vm"), help: "Name of the VM within a source that holds several.") var vm: String?
 
     @Option(
@@ -54,15 +56,18 @@ struct AssessCommand: AsyncParsableCommand {
     func validate() throws {
         if sources.isEmpty { throw ValidationError("Name at least one source, for example vmx:web/web.vmx") }
         if vm != nil && sources.count > 1 { throw ValidationError("--vm goes with one source only") }
+        for source in sources { try validateVM(vm, of: source) }
     }
 
     func run() async throws {
+        let page = try html.map(absolute)
+        if let page { try requireRoom(forFile: page) }
         var options = DeployOptions()
         options.networks = networks.map(\.mapping)
         devices.apply(to: &options)
         let profiles = try await profiles()
         let pool = thisHost ? try pool.map(absolute) : pool
-        let (sources, vm, format) = (try sources.map { try AssessSource($0, access) }, vm, format.rawValue)
+        let (sources, vm, format) = (try sources.map { try AssessSource($0, access, transfer) }, vm, format.rawValue)
         let (assessment, failures) = try await interruptible("assess") { [options] stop in
             var assessment = Assessment(hosts: profiles, options: options, pool: pool, format: format)
             var failures: [MigrationError] = []
@@ -86,7 +91,7 @@ struct AssessCommand: AsyncParsableCommand {
             return (assessment, failures)
         }
         // Nothing takes the place of an earlier page when no source could be read.
-        if let html, failures.isEmpty || !assessment.vms.isEmpty { try write(assessment, to: html) }
+        if let page, failures.isEmpty || !assessment.vms.isEmpty { try write(assessment, to: page) }
         if json {
             Console.line(try jsonLine(assessment))
         } else {
@@ -103,7 +108,17 @@ struct AssessCommand: AsyncParsableCommand {
     private func write(_ assessment: Assessment, to path: String) throws {
         let now = Date.now.formatted(.iso8601.year().month().day().time(includingFractionalSeconds: false))
         let page = try Page(assessment, title: "Migration assessment", date: "\(now) UTC").html()
-        try Files.writeAtomically(Array(page.utf8), to: try absolute(path), mode: 0o644)
+        try Files.writeAtomically(Array(page.utf8), to: path, mode: 0o644)
+    }
+
+    /// Said before hours of reading, not after.
+    private func requireRoom(forFile path: String) throws {
+        let folder = Files.parent(of: path)
+        guard Files.isDirectory(folder), !Files.isDirectory(path), Glibc.access(folder, W_OK) == 0 else {
+            throw MigrationError(
+                .invalidArgument, "--html \(path.printable): the page can't be written there",
+                hint: "name a file in a folder that is there and that you may write to")
+        }
     }
 
     private func profiles() async throws -> [HostProfile] {

@@ -13,10 +13,11 @@ enum AssessSource {
     case folder(String)
     case vsphere(VSphereURL, VIMServer)
 
-    init(_ text: String, _ access: VSphereAccess) throws {
+    init(_ text: String, _ access: VSphereAccess, _ transfer: VSphereTransfer) throws {
         if VSphereURL.isOne(text) {
-            let url = try VSphereURL(parsing: text)
-            self = .vsphere(url, try access.server(of: url))
+            var url = try VSphereURL(parsing: text)
+            try transfer.apply(to: &url)
+            self = .vsphere(url, try access.server(of: url, tellsRetries: true))
             return
         }
         let url = try SourceURL(parsing: text)
@@ -32,8 +33,10 @@ enum AssessSource {
     ) throws {
         switch self {
         case .file(let url):
-            do { take(try captureManifest(from: url, vmName: vmName, stop: stop), url.description) } catch let error
-                as MigrationError where [.failedPrecondition, .unimplemented, .dataLoss].contains(error.code)
+            do {
+                take(try captureManifest(from: url, vmName: vmName, stop: stop), url.description)
+            } catch let error as MigrationError
+                where [.failedPrecondition, .unimplemented, .dataLoss, .invalidArgument].contains(error.code)
             {
                 refused(url.description, error)
             }
@@ -45,7 +48,10 @@ enum AssessSource {
             if url.vm != nil {
                 take(try inventory.virtualMachine(stop: stop), url.description)
             } else {
-                try inventory.virtualMachines(stop: stop) { take($0, url.description) }
+                try inventory.virtualMachines(stop: stop) {
+                    url.vm = $0.source.vmMoid
+                    take($0, url.description)
+                }
             }
         case .folder(let folder):
             let names = try Files.list(folder).filter { name in
@@ -56,10 +62,33 @@ enum AssessSource {
             }
             for name in names.sorted() {
                 try stop.check()
-                // What a manifest says is judged even where its disks lie elsewhere.
-                let manifest = try ManifestFile(path: "\(folder)/\(name)").valid(name: "\(folder)/\(name)")
-                take(manifest, "manifest:\(folder)/\(name)")
+                let path = "\(folder)/\(name)"
+                do { take(try Self.manifest(path, stop), "manifest:\(path)") } catch let error as MigrationError
+                    where error.code != .cancelled
+                {
+                    // The others are judged all the same.
+                    refused("manifest:\(path)", error)
+                }
             }
+        }
+    }
+
+    /// What a manifest says is judged even where its disks lie elsewhere.
+    private static func manifest(_ path: String, _ stop: StopFlag) throws -> Manifest {
+        var manifest = try ManifestFile(path: path).valid(name: path)
+        // HyperSDK's states no sizes of disks, only their files'.
+        guard manifest.disks.contains(where: { $0.capacityBytes == 0 }) else { return manifest }
+        do {
+            return try captureManifest(from: SourceURL(parsing: "manifest:\(path)"), vmName: nil, stop: stop)
+        } catch let error as MigrationError where error.code != .cancelled {
+            for index in manifest.disks.indices where manifest.disks[index].capacityBytes == 0 {
+                let disk = manifest.disks[index]
+                manifest.disks[index].capacityBytes = disk.source.length
+                manifest.warn(
+                    disk.id, "\(disk.id): its size is not known, only that of its file: \(error.message)",
+                    remedy: "assess it where its disks are")
+            }
+            return manifest
         }
     }
 }

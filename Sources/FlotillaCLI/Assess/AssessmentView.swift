@@ -9,18 +9,28 @@ struct AssessmentView {
 
     var lines: [String] {
         let judged = !assessment.hosts.isEmpty
+        // Names repeat between data centres.
+        let several = assessment.isOfSeveralDatacenters
+        var head = ["status", "VM", "CPUs", "memory", "disks", "GPUs"]
+        if several { head.insert("data centre", at: 2) }
+        if judged { head.append("hosts") }
         var lines = table(
-            ["status", "VM", "CPUs", "memory", "disks", "GPUs"] + (judged ? ["hosts"] : []),
+            head,
             assessment.vms.map { vm in
                 let gpus = vm.devices.filter(\.isGPU).map(\.kindText)
-                return [
+                var row = [
                     vm.verdict == .blocked ? "BLOCKED" : vm.verdict.rawValue, vm.name, vm.cpus > 0 ? "\(vm.cpus)" : "",
                     vm.memoryBytes > 0 ? byteText(vm.memoryBytes) : "",
                     vm.diskBytes.isEmpty ? "" : byteText(vm.diskBytes.reduce(0, &+)), gpus.joined(separator: ", "),
-                ] + (judged ? [vm.hosts.prefix(6).joined(separator: ", ") + (vm.hosts.count > 6 ? ", …" : "")] : [])
+                ]
+                if several { row.insert(vm.datacenter, at: 2) }
+                if judged {
+                    row.append(vm.hosts.prefix(6).joined(separator: ", ") + (vm.hosts.count > 6 ? ", …" : ""))
+                }
+                return row
             })
         for vm in assessment.vms where !vm.reasons.isEmpty || vm.devices.contains(where: { !$0.fits.isEmpty }) {
-            lines += ["", vm.name]
+            lines += ["", vm.name + (several && !vm.datacenter.isEmpty ? " (\(vm.datacenter))" : "")]
             for device in vm.devices {
                 for fit in device.fits.prefix(8) {
                     lines.append(
@@ -47,8 +57,8 @@ struct AssessmentView {
         }
         let summary = assessment.summary
         lines.append(
-            "\(assessment.vms.count) VMs: \(summary.ready) ready, \(summary.warning) with warnings, \(summary.blocked) blocked; "
-                + "\(byteText(summary.diskBytes)) of disks, \(summary.gpus) GPUs")
+            "\(counted(assessment.vms.count, "VM")): \(summary.ready) ready, \(summary.warning) with warnings, \(summary.blocked) blocked; "
+                + "\(byteText(summary.diskBytes)) of disks, \(counted(summary.gpus, "GPU"))")
         return lines.map(\.withoutControls)
     }
 }

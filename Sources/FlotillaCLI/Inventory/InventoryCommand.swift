@@ -24,7 +24,10 @@ struct InventoryCommand: AsyncParsableCommand {
     @Option(name: .customLong("vm"), help: "Only this VM, by name or managed object id.") var vm: String?
     @Flag(help: "Print JSON.") var json = false
 
-    func validate() throws { try validateSource(source) }
+    func validate() throws {
+        try validateSource(source)
+        try validateVM(vm, of: source)
+    }
 
     func run() async throws {
         let report: any InventoryReport = json ? JSONInventory(source) : InventoryTables()
@@ -39,7 +42,7 @@ struct InventoryCommand: AsyncParsableCommand {
         var parsed = try VSphereURL(parsing: source)
         if let vm { parsed.vm = vm }
         let url = parsed
-        let server = try access.server(of: url)
+        let server = try access.server(of: url, tellsRetries: true)
         try await interruptible("inventory") { stop in
             let client = try VIMClient(server, stop: stop)
             defer { client.close() }

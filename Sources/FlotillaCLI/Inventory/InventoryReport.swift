@@ -52,7 +52,13 @@ final class JSONInventory: InventoryReport {
 final class InventoryTables: InventoryReport {
     private struct State {
         var infrastructure: Infrastructure?
-        var rows: [[String]] = []
+        var rows: [Row] = []
+    }
+
+    private struct Row {
+        var cells: [String]
+        var id: String
+        var datacenter: String
     }
 
     private let state = Mutex(State())
@@ -63,14 +69,17 @@ final class InventoryTables: InventoryReport {
         let vm = manifest.vm
         let size = manifest.disks.reduce(0) { $0 &+ $1.capacityBytes }
         let blocked = manifest.findings.filter { $0.severity == .blocked }.count
-        let row = [
-            vm.name, Self.text(of: vm.powerState), "\(vm.cpu.count)", byteText(vm.memory.bytes),
+        let isTemplate = manifest.findings.contains { $0.severity == .note && $0.message == "it is a template" }
+        let cells = [
+            vm.name, isTemplate ? "template" : Self.text(of: vm.powerState), "\(vm.cpu.count)",
+            byteText(vm.memory.bytes),
             "\(manifest.disks.count) (\(byteText(size)))", Self.list(manifest.nics.map(\.network)),
             Self.list(manifest.gpus.map(Self.text)), Self.list(manifest.otherDevices.map(Self.text)),
             vm.guestFullName.isEmpty ? vm.guestID : vm.guestFullName,
             blocked == 0 ? "-" : "\(blocked) blocked",
         ]
-        state.withLock { $0.rows.append(row) }
+        let (id, datacenter) = (manifest.source.vmMoid, manifest.source.datacenter)
+        state.withLock { $0.rows.append(Row(cells: cells, id: id, datacenter: datacenter)) }
     }
 
     func finish() {
@@ -105,16 +114,25 @@ final class InventoryTables: InventoryReport {
                 "networks", ["network", "port group"],
                 found.networks.map { ([$0.name, $0.key ?? "-"], $0.datacenter) })
         }
+        let hasIDs = state.rows.contains { !$0.id.isEmpty }
+        let several = Set(state.rows.map(\.datacenter).filter { !$0.isEmpty }).count > 1
+        func placed(_ cells: [String], _ id: String, _ datacenter: String) -> [String] {
+            var cells = cells
+            if several { cells.insert(datacenter, at: 1) }
+            if hasIDs { cells.insert(id, at: 1) }
+            return cells
+        }
+        let head = ["vm", "power", "cpus", "memory", "disks", "networks", "GPUs", "other devices", "guest", "findings"]
         section(
-            "VMs",
-            ["vm", "power", "cpus", "memory", "disks", "networks", "GPUs", "other devices", "guest", "findings"],
-            state.rows.sorted { $0[0] < $1[0] })
+            "VMs", placed(head, "id", "data centre"),
+            state.rows.sorted { ($0.cells[0], $0.id) < ($1.cells[0], $1.id) }
+                .map { placed($0.cells, $0.id, $0.datacenter) })
     }
 
     private func section(_ title: String, _ head: [String], _ rows: [[String]]) {
         Console.line("\n\(title) (\(rows.count))")
         guard !rows.isEmpty else { return }
-        for line in table(head, rows) { Console.line(line) }
+        for line in table(head, rows) { Console.line(line.withoutControls) }
     }
 
     private func row(_ host: Infrastructure.Host) -> [String] {
@@ -147,8 +165,8 @@ final class InventoryTables: InventoryReport {
         case .vgpu(let backing): "vGPU \(backing.profile)"
         case .dvx(let backing): "DVX \(backing.deviceClass)"
         case .dynamic(let backing):
-            "dynamic \(backing.customLabel.isEmpty ? gpu.allowedIDs.map(\.text).joined(separator: "|") : backing.customLabel)"
-        default: gpu.name.isEmpty ? gpu.allowedIDs.map(\.text).joined(separator: "|") : gpu.name
+            "dynamic \(backing.customLabel.isEmpty ? gpu.idTexts.joined(separator: "|") : backing.customLabel)"
+        default: gpu.name.isEmpty ? gpu.idTexts.joined(separator: "|") : gpu.name
         }
     }
 }

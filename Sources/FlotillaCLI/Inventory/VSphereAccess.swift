@@ -35,19 +35,34 @@ struct VSphereAccess: ParsableArguments {
     }
 
     /// The server of a source. Asks for the password if no file holds it.
-    func server(of url: VSphereURL) throws -> VIMServer {
-        if let ca, !Files.exists(ca) {
-            throw MigrationError(
-                .notFound, "CA file \(ca) is not there",
-                hint: "a vCenter's is in https://\(url.authority)/certs/download.zip; --fingerprint goes as well")
-        }
+    ///
+    /// - Parameter tellsRetries: on standard error, for commands that else say nothing until they are done.
+    func server(of url: VSphereURL, tellsRetries: Bool = false) throws -> VIMServer {
+        if let ca { try requireCertificates(inFile: ca, of: url) }
         let trust = try trust()
+        var server: VIMServer
         if let passwordFile {
             _ = try VIMServer.password(inFile: passwordFile)
-            return VIMServer(authority: url.authority, user: url.user, trust: trust, passwordFile: passwordFile)
+            server = VIMServer(authority: url.authority, user: url.user, trust: trust, passwordFile: passwordFile)
+        } else {
+            let password = try PasswordPrompt.ask("Password of \(url.user) at \(url.authority): ")
+            server = VIMServer(authority: url.authority, user: url.user, trust: trust) { password }
         }
-        let password = try PasswordPrompt.ask("Password of \(url.user) at \(url.authority): ")
-        return VIMServer(authority: url.authority, user: url.user, trust: trust) { password }
+        if tellsRetries { server.willRetry = { Console.complain("flotilla: \($0)") } }
+        return server
+    }
+
+    private func requireCertificates(inFile path: String, of url: VSphereURL) throws {
+        let hint = "a vCenter's is in https://\(url.authority)/certs/download.zip; --fingerprint goes as well"
+        guard Files.exists(path) else {
+            throw MigrationError(.notFound, "CA file \(path) is not there", hint: hint)
+        }
+        let text = String(decoding: try Files.read(path, limit: 16 << 20), as: UTF8.self)
+        guard text.contains("CERTIFICATE-----") else {
+            throw MigrationError(
+                .invalidArgument, "CA file \(path) holds no certificate in PEM form",
+                hint: "`openssl x509 -inform DER -in \(path)` prints one that is in DER form; \(hint)")
+        }
     }
 }
 
@@ -74,6 +89,14 @@ struct VSphereTransfer: ParsableArguments {
 }
 
 extension VSphereURL.Transfer: ExpressibleByArgument {}
+
+/// Checks an option that names a VM against the source, which may name one itself.
+func validateVM(_ name: String?, of source: String) throws {
+    guard let name else { return }
+    guard !name.isEmpty else { throw ValidationError("--vm '' names no VM") }
+    guard VSphereURL.isOne(source), let named = try? VSphereURL(parsing: source).vm, named != name else { return }
+    throw ValidationError("\(source.withoutPassword.printable) names another VM than --vm '\(name.printable)'")
+}
 
 /// Checks a source as `validate` does.
 func validateSource(_ text: String) throws {

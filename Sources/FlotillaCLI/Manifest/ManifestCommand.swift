@@ -80,6 +80,7 @@ struct ManifestCommand: AsyncParsableCommand {
 
         /// Asks for the server's password if no file holds it.
         init(_ text: String, vm: String?, _ access: VSphereAccess) throws {
+            try validateVM(vm, of: text)
             guard VSphereURL.isOne(text) else {
                 let isSource = ["ova:", "ovf:", "vmx:", "manifest:"].contains { text.hasPrefix($0) }
                 self = isSource ? .capture(try SourceURL(parsing: text), vm: vm) : .file(try absolute(text))

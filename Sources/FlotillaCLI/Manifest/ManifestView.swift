@@ -79,10 +79,12 @@ struct ManifestView {
 }
 
 extension String {
-    /// Nothing a terminal would obey.
+    /// Nothing a terminal would obey, nor what turns the text's direction.
     var withoutControls: String {
         String(
-            String.UnicodeScalarView(unicodeScalars.map { $0.properties.generalCategory == .control ? "\u{FFFD}" : $0 })
-        )
+            String.UnicodeScalarView(
+                unicodeScalars.map {
+                    $0.properties.generalCategory == .control || $0.properties.isBidiControl ? "\u{FFFD}" : $0
+                }))
     }
 }

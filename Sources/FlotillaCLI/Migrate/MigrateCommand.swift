@@ -77,6 +77,7 @@ struct MigrateCommand: AsyncParsableCommand {
         if vms.count > 1 && sources.count > 1 { throw ValidationError("Several --vm go with one source only") }
         for source in sources {
             try validateSource(source)
+            for vm in vms { try validateVM(vm, of: source) }
             if VSphereURL.isOne(source), vms.isEmpty, try VSphereURL(parsing: source).vm == nil {
                 throw ValidationError("Name the VM of \(source) with --vm")
             }
@@ -132,7 +133,31 @@ struct MigrateCommand: AsyncParsableCommand {
                 if !requests.contains(request) { requests.append(request) }
             }
         }
+        if !rollback { try requireDistinctDomains(requests) }
         return requests
+    }
+
+    /// Two VMs that would become one domain: told before a disk of either is converted.
+    private func requireDistinctDomains(_ requests: [SubmitMigrationRequest]) throws {
+        guard requests.count > 1 else { return }
+        var known: [String: String] = [:]
+        for request in requests {
+            var vm = request.vmName
+            if vm.isEmpty, !VSphereURL.isOne(request.sourceURL) {
+                // What can't be read is told by its migration.
+                let manifest = try? captureManifest(
+                    from: SourceURL(parsing: request.sourceURL), vmName: nil, stop: StopFlag())
+                vm = manifest?.vm.name ?? ""
+            }
+            guard !vm.isEmpty else { continue }
+            let domain = domainName(for: vm)
+            if let other = known.updateValue(vm, forKey: domain) {
+                throw MigrationError(
+                    .invalidArgument,
+                    "VM '\(other.printable)' and VM '\(vm.printable)' would both become the domain \(domain)",
+                    hint: "migrate one of them by itself, with --name")
+            }
+        }
     }
 
     /// The same source has the same text, whatever folder the command is given in; and the VM it names itself.

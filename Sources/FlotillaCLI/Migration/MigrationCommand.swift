@@ -25,7 +25,7 @@ struct MigrationCommand: AsyncParsableCommand {
         @OptionGroup var options: MigrationOptions
         @OptionGroup var transfer: VSphereTransfer
         @Argument(help: ArgumentHelp("What to migrate.", valueName: "source")) var sources: [String]
-        @Option(name: .customLong("vm"), help: "Name of the VM within a source that holds several.") var vm = ""
+        @Option(name: .customLong("vm"), help: "Name of the VM within a source that holds several.") var vm: String?
         @Option(help: "Name of the domain, when one VM is migrated (default: the VM's name).") var name: String?
         @Option(help: "Name of the host that does it and gets the VMs.") var host: String
         @Option(help: "Name of the host's pool for the disks.") var pool: String
@@ -34,6 +34,7 @@ struct MigrationCommand: AsyncParsableCommand {
 
         func validate() throws {
             try requireHostName(host)
+            for source in sources { try validateVM(vm, of: source) }
             guard let name else { return }
             guard isValidDomainName(name) else { throw ValidationError("'\(name)' can't be a domain's name") }
             if sources.count > 1 { throw ValidationError("--name goes with one VM only") }
@@ -42,10 +43,10 @@ struct MigrationCommand: AsyncParsableCommand {
         func run() async throws {
             let requests = try sources.map { source in
                 var request = SubmitMigrationRequest()
-                (request.vmName, request.host, request.pool) = (vm, host, pool)
+                (request.vmName, request.host, request.pool) = (vm ?? "", host, pool)
                 if VSphereURL.isOne(source) {
                     var url = try VSphereURL(parsing: source)
-                    if vm.isEmpty { request.vmName = url.vm ?? "" }
+                    if vm == nil { request.vmName = url.vm ?? "" }
                     url.vm = nil
                     try transfer.apply(to: &url)
                     request.sourceURL = url.description

@@ -1,13 +1,40 @@
 import HostKit
 import MigrationModel
 
+extension String {
+    /// Columns of a terminal that it takes: letters of East Asian scripts and emoji take two.
+    var columns: Int {
+        reduce(0) { sum, character in
+            guard let scalar = character.unicodeScalars.first else { return sum }
+            if scalar.properties.generalCategory == .format { return sum }
+            return sum + (scalar.isWide || character.unicodeScalars.contains("\u{FE0F}") ? 2 : 1)
+        }
+    }
+}
+
+extension Unicode.Scalar {
+    /// Wide or fullwidth by Unicode's Annex 11, without rare scripts.
+    fileprivate var isWide: Bool {
+        if properties.isEmojiPresentation { return true }
+        return switch value {
+        case 0x1100...0x115F, 0x2E80...0x303E, 0x3041...0xA4CF, 0xA960...0xA97C, 0xAC00...0xD7A3, 0xF900...0xFAFF,
+            0xFE30...0xFE6F, 0xFF01...0xFF60, 0xFFE0...0xFFE6, 0x20000...0x3FFFD:
+            true
+        default: false
+        }
+    }
+}
+
+/// "1 VM", "2 VMs".
+func counted(_ count: Int, _ noun: String) -> String { "\(count) \(noun)\(count == 1 ? "" : "s")" }
+
 /// Rows under a head, columns as wide as their widest cell, two spaces apart.
 func table(_ head: [String], _ rows: [[String]]) -> [String] {
     let all = [head] + rows
-    let widths = head.indices.map { column in all.map { $0[column].count }.max() ?? 0 }
+    let widths = head.indices.map { column in all.map { $0[column].columns }.max() ?? 0 }
     return all.map { row in
         let cells = row.enumerated().map { column, cell in
-            column == row.count - 1 ? cell : cell + String(repeating: " ", count: max(widths[column] - cell.count, 0))
+            column == row.count - 1 ? cell : cell + String(repeating: " ", count: max(widths[column] - cell.columns, 0))
         }
         return "  " + cells.joined(separator: "  ")
     }
