@@ -76,6 +76,11 @@ package final class AMQPBus: MessageBus {
         try await administer { try $0.depths(of: queues) }
     }
 
+    /// Throws `permissionDenied` where this user may not read the queue. No message of it is delivered.
+    package func requireReadable(_ queue: String) async throws {
+        try await administer { try $0.requireReadable(queue) }
+    }
+
     package func look(
         through queue: String, limit: Int, _ body: @escaping @Sendable (Message) async throws -> Verdict
     ) async throws {

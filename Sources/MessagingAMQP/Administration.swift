@@ -76,6 +76,18 @@ struct Administration {
         }
     }
 
+    /// Throws `permissionDenied` where this user may not read the queue. Delivers nothing: the broker asks for the
+    /// permission first, and then refuses a consumer whose priority is no number.
+    func requireReadable(_ queue: String) throws {
+        do {
+            _ = try connection.request { handle, encoder in
+                amqp_basic_consume(
+                    handle, Self.channel, encoder.bytes(queue), amqp_empty_bytes, 0, 0, 0,
+                    encoder.table([("x-priority", .string("none"))]))
+            }
+        } catch let error as MigrationError where error.code == .failedPrecondition {}
+    }
+
     /// Gets them one by one, and acknowledges none but those that `body` takes: the end of the connection puts the others
     /// back.
     func look(

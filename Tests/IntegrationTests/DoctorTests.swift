@@ -6,15 +6,14 @@ import Testing
 extension Integration {
     /// What `flotilla doctor` finds where something is wrong; on a fleet that is well it is run by the fleet's demo.
     @Suite struct Doctor {
+        private struct Report: Decodable { let findings: [Finding] }
         private struct Finding: Decodable { let verdict, subject, found: String; let remedy: String? }
 
         private func examine(
             _ arguments: String..., environment: [String: String] = [:]
         ) throws -> (status: Int32, findings: [String: Finding]) {
             let outcome = try run(Environment.flotilla(), ["doctor", "--json"] + arguments, environment: environment)
-            let findings = try outcome.output.split(separator: "\n").map {
-                try JSONDecoder().decode(Finding.self, from: Data($0.utf8))
-            }
+            let findings = try JSONDecoder().decode(Report.self, from: Data(outcome.output.utf8)).findings
             return (
                 outcome.status, Dictionary(findings.map { ($0.subject, $0) }, uniquingKeysWith: { first, _ in first })
             )

@@ -52,5 +52,5 @@ def is_seen(fleet, ahead):
     shown = next(int(host.get("clockAheadMs", 0)) for host in hosts if host["profile"]["name"] == "kvm1")
     doctor = subprocess.run([fleet.flotilla, "doctor", "--coordinator", fleet.dir / "coordinator.yaml", "--json"],
                             stdout=subprocess.PIPE, text=True)
-    verdicts = {finding["subject"]: finding["verdict"] for finding in map(json.loads, doctor.stdout.splitlines())}
+    verdicts = {finding["subject"]: finding["verdict"] for finding in json.loads(doctor.stdout)["findings"]}
     return abs(shown / 1000 - ahead) < 5 and verdicts.get("clock of kvm1") == "fail" and doctor.returncode == 1

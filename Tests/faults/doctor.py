@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 
+import pika
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -15,6 +16,7 @@ from cryptography.x509.oid import NameOID
 from bench import permissions_of, set_permissions
 from clock import compile_clock
 from fleet import Violation, wait
+from poison import connect
 
 
 class Doctor:
@@ -26,7 +28,7 @@ class Doctor:
     def examine(self, role, path):
         done = subprocess.run([self.fleet.flotilla, "doctor", f"--{role}", path, "--json"], stdout=subprocess.PIPE, text=True,
                               timeout=60)
-        return done.returncode, {each["subject"]: each for each in map(json.loads, done.stdout.splitlines())}
+        return done.returncode, {each["subject"]: each for each in json.loads(done.stdout)["findings"]}
 
     def expect(self, subject, verdict, found, remedy, *, role="worker", edit=lambda text: text):
         """One line of it, of a configuration that was edited; every line that is not well has a remedy."""
@@ -148,6 +150,7 @@ def broker(fleet, said):
             said.expect(subject, "fail", found, remedy)
         finally:
             set_permissions(fleet, "kvm1", virtual_host, *rights)
+    unreadable(fleet, said)
     fleet.kill("kvm1")
     said.expect(tasks, "warn", "nothing consumes it", "systemctl status flotilla-worker")
     fleet.rabbitmqctl("delete_queue", "flotilla.tasks.kvm1")
@@ -156,6 +159,23 @@ def broker(fleet, said):
         fleet.kill(name)
         fleet.begin(name)
     fleet.wait_api()
+
+
+def unreadable(fleet, said):
+    """Dead letters that the coordinator may not read, where there are none and where there is one."""
+    virtual_host, *rights = permissions_of(fleet, "coordinator")
+    fleet.api("queue", "discard", "--all")
+    connection, channel = connect(fleet, "coordinator")
+    for found in ("empty", "1 waiting"):
+        said.expect("queue flotilla.dead", "pass", f"may be read, {found}", "", role="coordinator")
+        try:
+            set_permissions(fleet, "coordinator", virtual_host, *rights[:2], "^flotilla\\.events\\.")
+            said.expect("queue flotilla.dead", "fail", "ACCESS_REFUSED", "definitions", role="coordinator")
+        finally:
+            set_permissions(fleet, "coordinator", virtual_host, *rights)
+        channel.basic_publish("flotilla.dead", "", b"", pika.BasicProperties(message_id="doctor"), mandatory=True)
+    connection.close()
+    fleet.api("queue", "discard", "--all")
 
 
 def hosts(fleet, said):

@@ -12,6 +12,8 @@ import SwiftProtobuf
 import Worker
 
 struct DoctorCommand: AsyncParsableCommand {
+    private struct Report: Encodable { let findings: [Examination.Finding] }
+
     static let configuration = CommandConfiguration(
         commandName: "doctor", abstract: "Looks whether this host has what it needs, and says what to do where not.",
         discussion: """
@@ -45,7 +47,7 @@ struct DoctorCommand: AsyncParsableCommand {
             await examination.examineHost(libvirt: libvirt, pools: [])
         }
         if json {
-            for finding in examination.findings { Console.line(try jsonLine(finding)) }
+            Console.line(try jsonLine(Report(findings: examination.findings)))
         } else {
             for line in table(["", "what", "found"], examination.findings.map(\.row)) { Console.line(line) }
             for finding in examination.findings {

@@ -100,7 +100,7 @@ extension Examination {
                 } catch { note("exchange \(exchange)", error) }
                 note(
                     "consumer_timeout", .unknown, "a setting of each broker node, which tells it to no client",
-                    "rabbitmqctl environment | grep consumer_timeout: what is delivered is acknowledged within seconds, "
+                    "on each node, rabbitmqctl environment | grep consumer_timeout: what is delivered is acknowledged within seconds, "
                         + "so the default of 30 minutes is right; below 60000 (ms) busy members lose their consumers")
             } catch { note("broker", error) }
             await bus.close()
@@ -116,9 +116,8 @@ extension Examination {
                 "start the coordinator, or import the definitions: flotilla fleet definitions")
         }
         do {
-            // Permissions count when a message is asked for, and to ask for one that waits is a delivery of it.
-            if depth.ready == 0 { _ = try await bus.peek(queue, limit: 1) }
-            let found = depth.ready == 0 ? "may be read, empty" : "\(depth.ready) waiting"
+            try await bus.requireReadable(queue)
+            let found = "may be read, " + (depth.ready == 0 ? "empty" : "\(depth.ready) waiting")
             if let service, depth.consumers == 0 {
                 note(
                     "queue \(queue)", .warn, "\(found), nothing consumes it",
