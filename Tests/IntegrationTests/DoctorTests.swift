@@ -76,5 +76,33 @@ extension Integration {
             #expect(findings["broker"]?.remedy?.contains("broker.addresses") == true)
             #expect(findings["pool default"]?.verdict == "pass" && findings["libvirt"]?.verdict == "pass")
         }
+
+        /// The broker lets a worker do things by its user's name: another than the host's could do nothing.
+        @Test(arguments: [
+            ("user: kvm2, password-file: /nowhere", "'kvm2' is not the host 'kvm1'", "leave it away"),
+            ("user: kvm1", "counts only with a password-file", "password-file"),
+        ]) func brokerUser(_ setting: String, _ found: String, _ remedy: String) throws {
+            let folder = try TemporaryFolder()
+            let settings = """
+                host: kvm1
+                broker: {addresses: ["localhost:1"], \(setting)}
+                keys: {own: /nowhere, trusted: /nowhere}
+                pools: [{name: default, path: \(folder.path)}]
+                """
+            try Files.writeAtomically(Array(settings.utf8), to: "\(folder.path)/worker.yaml", mode: 0o600)
+            let (status, findings) = try examine("--worker", "\(folder.path)/worker.yaml")
+            let configuration = try #require(findings["configuration"])
+            #expect(status == 1 && configuration.verdict == "fail")
+            #expect(configuration.found.contains(":2: broker.user \(found)"), "\(configuration.found)")
+            #expect(configuration.remedy?.contains(remedy) == true)
+        }
+
+        /// Definitions without hosts, taken for those of the fleet, would be imported.
+        @Test func definitionsOfNoFleet() throws {
+            let outcome = try run(Environment.flotilla(), ["fleet", "definitions", "--dir", "/nowhere"])
+            #expect(outcome.status == 1 && outcome.output.isEmpty)
+            #expect(outcome.errors.contains("/nowhere holds no fleet"))
+            #expect(outcome.errors.contains("flotilla fleet init"))
+        }
     }
 }

@@ -94,7 +94,13 @@ struct FleetCommand: AsyncParsableCommand {
         func validate() throws { for host in others { try requireHostName(host) } }
 
         func run() async throws {
-            let hosts = Set(try place.folder.hosts() + others).sorted()
+            let folder = try place.folder
+            guard Files.isDirectory(folder.trusted) else {
+                throw MigrationError(
+                    .notFound, "\(folder.path) holds no fleet: it has no folder \(folder.trusted)",
+                    hint: "make it with flotilla fleet init, or name the coordinator's folder with --dir")
+            }
+            let hosts = Set(try folder.hosts() + others).sorted()
             let definitions: BrokerDefinitions
             do {
                 definitions = try BrokerDefinitions(

@@ -60,7 +60,13 @@ struct WorkerFile {
         guard FleetMember.isHostName(host) else {
             throw file.problem("host", "'\(host)' can't name a host", hint: FleetMember.hostNameRule)
         }
-        broker = try AMQPConfiguration(file.section("broker"), name: host)
+        let brokerSection = try file.section("broker")
+        broker = try AMQPConfiguration(brokerSection, name: host)
+        if case .plain(let user, _) = broker.authentication, user != host {
+            throw brokerSection.problem(
+                "user", "'\(user)' is not the host '\(host)', by whose name the broker lets a worker read and write",
+                hint: "leave it away; flotilla fleet definitions makes a broker user \(host)")
+        }
         keys = try KeyFiles(file)
         var pools: [PoolFolder] = []
         for section in try file.sections("pools") {
@@ -161,7 +167,9 @@ extension AMQPConfiguration {
                 user: try section.text("user", default: name), passwordFile: try section.text("password-file"))
         } else {
             if section.has("user") {
-                throw section.problem("user", "goes with password-file: a certificate names its user itself")
+                throw section.problem(
+                    "user", "counts only with a password-file: with a certificate, its common name is the user",
+                    hint: "leave it away, or set password-file")
             }
             authentication = .external
         }
