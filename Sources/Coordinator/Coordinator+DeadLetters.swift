@@ -23,14 +23,18 @@ extension Coordinator {
         }
     }
 
-    /// Oldest first. They stay where they are.
-    func deadLetters(limit: Int) async throws -> [DeadLetter] {
+    /// Letters that a listing looks at: some seconds' work.
+    private static let mostListed = 10_000
+
+    /// Oldest first, whatever order a broker has them in: it puts those that were looked at back as it likes. They stay.
+    func deadLetters(limit: Int) async throws -> ListDeadLettersResponse {
+        let total = try await bus.depth(of: settings.names.dead).ready
         let rejections = try await store.write { try $0.rejections(limit: 10_000) }
         let byMessage = Dictionary(
             rejections.map { (Key($0.rejected.queue, $0.rejected.messageID, $0.rejected.type), $0) },
             uniquingKeysWith: { newest, _ in newest })
         let letters = Mutex<[DeadLetter]>([])
-        try await bus.look(through: settings.names.dead, limit: limit) { letter in
+        try await bus.look(through: settings.names.dead, limit: min(total, Self.mostListed)) { letter in
             let queue = letter.headers[Message.Death.queue]?.string ?? ""
             let rejection = byMessage[Key(queue, letter.messageID, letter.type)]
             let listed = DeadLetter.with {
@@ -39,6 +43,9 @@ extension Coordinator {
                 $0.type = letter.type
                 $0.taskID = letter.correlationID
                 $0.bytes = UInt64(letter.bodySize)
+                if let died = letter.headers[Message.Death.time]?.integer {
+                    $0.diedAt = Moment(milliseconds: died).timestamp
+                }
                 if let rejection {
                     $0.reason = rejection.rejected.reason
                     $0.rejectedBy = rejection.member
@@ -50,7 +57,14 @@ extension Coordinator {
             letters.withLock { $0.append(listed) }
             return .leave
         }
-        return letters.withLock { $0 }
+        let found = letters.withLock { $0 }.enumerated().sorted { one, other in
+            let (first, second) = (one.element.diedAt.moment, other.element.diedAt.moment)
+            return first == second ? one.offset < other.offset : first < second
+        }
+        return .with {
+            $0.letters = found.prefix(limit).map(\.element)
+            $0.total = UInt64(total)
+        }
     }
 
     private struct Key: Hashable {
@@ -63,34 +77,35 @@ extension Coordinator {
 
     /// Takes letters out of the queue and makes up for them, unless they are only to be thrown away. What can't be made up for
     /// stays; a dry run leaves all.
-    func replayDeadLetters(_ request: ReplayDeadLettersRequest) async throws -> ReplayDeadLettersResponse {
-        let found = Mutex<(outcomes: [LetterOutcome], missing: Set<String>)>(([], Set(request.messageIds)))
+    ///
+    /// - Parameter tell: is told what becomes of each letter before the next is looked at.
+    func replayDeadLetters(
+        _ request: ReplayDeadLettersRequest, tell: @escaping @Sendable (LetterOutcome) async throws -> Void
+    ) async throws {
+        let missing = Mutex(Set(request.messageIds))
         let isAll = request.messageIds.isEmpty
-        // Who looks at letters takes them for a moment: one that is missing may come back.
+        // Who looks at letters takes them for a moment: one that is missing may come back. Among very many, a look takes long.
         var looks = isAll || request.dryRun ? 1 : 8
+        let end = ContinuousClock.now + .seconds(5)
         while true {
             let count = try await bus.depth(of: settings.names.dead).ready
             try await bus.look(through: settings.names.dead, limit: count) { letter in
-                guard isAll || found.withLock({ $0.missing.contains(letter.messageID) }) else { return .leave }
+                guard isAll || missing.withLock({ $0.contains(letter.messageID) }) else { return .leave }
                 let outcome = try await self.deal(with: letter, as: request)
-                return found.withLock { found in
-                    found.outcomes.append(outcome)
-                    found.missing.remove(letter.messageID)
+                try await tell(outcome)
+                return missing.withLock { missing in
+                    missing.remove(letter.messageID)
                     if request.dryRun || outcome.fate == .kept { return .leave }
-                    return !isAll && found.missing.isEmpty ? .takeAsLast : .take
+                    return !isAll && missing.isEmpty ? .takeAsLast : .take
                 }
             }
             looks -= 1
-            if looks == 0 || found.withLock({ $0.missing.isEmpty }) { break }
+            if looks == 0 || .now > end || missing.withLock({ $0.isEmpty }) { break }
             try await Task.sleep(for: .milliseconds(250))
         }
-        let (outcomes, missing) = found.withLock { $0 }
-        return .with {
-            $0.letters =
-                outcomes
-                + missing.sorted().map { id in
-                    .with { ($0.messageID, $0.fate, $0.reason) = (id, .missing, "it is not among the dead letters") }
-                }
+        for id in missing.withLock({ $0.sorted() }) {
+            try await tell(
+                .with { ($0.messageID, $0.fate, $0.reason) = (id, .missing, "it is not among the dead letters") })
         }
     }
 

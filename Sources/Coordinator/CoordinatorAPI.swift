@@ -122,14 +122,15 @@ package struct CoordinatorAPI: CoordinatorService.SimpleServiceProtocol {
     package func listDeadLetters(
         request: ListDeadLettersRequest, context: ServerContext
     ) async throws -> ListDeadLettersResponse {
-        let letters = try await coordinator.deadLetters(limit: request.limit == 0 ? 100 : Int(request.limit))
-        return .with { $0.letters = letters }
+        try await coordinator.deadLetters(limit: request.limit == 0 ? 100 : Int(request.limit))
     }
 
     package func replayDeadLetters(
-        request: ReplayDeadLettersRequest, context: ServerContext
-    ) async throws -> ReplayDeadLettersResponse {
-        try await coordinator.replayDeadLetters(request)
+        request: ReplayDeadLettersRequest, response: RPCWriter<ReplayDeadLettersResponse>, context: ServerContext
+    ) async throws {
+        try await coordinator.replayDeadLetters(request) { outcome in
+            try await response.write(.with { $0.letters = [outcome] })
+        }
     }
 
     package func applyPlan(request: ApplyPlanRequest, context: ServerContext) async throws -> ApplyPlanResponse {

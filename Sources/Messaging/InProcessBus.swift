@@ -215,6 +215,7 @@ package final class InProcessBus: MessageBus {
         if message.headers[Message.Death.reason] == nil {
             message.headers[Message.Death.reason] = .string(reason)
             message.headers[Message.Death.queue] = .string(queue)
+            message.headers[Message.Death.time] = .integer(Moment.now.milliseconds)
             message.headers[Message.Death.exchange] = .string(message.exchange)
         }
         message.exchange = exchange

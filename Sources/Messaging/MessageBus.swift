@@ -42,9 +42,11 @@ package struct Message: Sendable, Equatable {
         }
     }
 
-    /// Headers that a broker adds to a dead letter: the queue it was in, the exchange it was sent to, and why it died
-    /// the first time, `Death.rejected` or `Death.deliveryLimit`. Exchange and queue of later deaths are not kept.
+    /// Headers of a dead letter: the queue it was in, the exchange it was sent to, and why it died the first time,
+    /// `Death.rejected` or `Death.deliveryLimit`, as brokers add them; and when, in milliseconds, which the bus makes of
+    /// what they add. Exchange and queue of later deaths are not kept.
     package enum Death {
+        package static let time = "x-first-death-unix-ms"
         package static let queue = "x-first-death-queue"
         package static let exchange = "x-first-death-exchange"
         package static let reason = "x-first-death-reason"

@@ -281,5 +281,6 @@ extension Message {
         // Ours to say, whatever the sender said.
         headers[Message.omittedBodySize] =
             content.size > UInt64(Message.maximumBody) ? .integer(Int64(clamping: content.size)) : nil
+        headers[Message.Death.time] = content.properties.firstDeath.map { .integer($0.milliseconds) }
     }
 }

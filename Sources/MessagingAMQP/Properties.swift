@@ -9,6 +9,8 @@ struct Properties {
     static let publishTag = "x-publish-tag"
     /// How often a quorum queue has delivered the message before.
     static let deliveryCount = "x-delivery-count"
+    /// A list with a table for each queue and reason it died of: https://www.rabbitmq.com/docs/dlx#effects
+    static let deaths = "x-death"
 
     var type = ""
     var contentType = ""
@@ -19,6 +21,8 @@ struct Properties {
     var headers: [String: HeaderValue] = [:]
     var publishTag: UInt64?
     var deliveryCount: Int?
+    /// When it was dead-lettered for the first time, in whole seconds.
+    var firstDeath: Moment?
 
     init() {}
 
@@ -39,6 +43,7 @@ struct Properties {
         for entry in UnsafeBufferPointer(
             start: properties.headers.entries, count: Int(properties.headers.num_entries))
         {
+            if entry.key.text == Self.deaths { firstDeath = Moment(firstOf: entry.value) }
             guard let value = HeaderValue(entry.value) else { continue }
             switch entry.key.text {
             case Self.publishTag: publishTag = value.integer.flatMap(UInt64.init(exactly:))
@@ -46,6 +51,26 @@ struct Properties {
             case let key: headers[key] = value
             }
         }
+    }
+}
+
+extension Moment {
+    /// The earliest `time` of a list of deaths.
+    fileprivate init?(firstOf deaths: amqp_field_value_t) {
+        guard UInt32(deaths.kind) == AMQP_FIELD_KIND_ARRAY.rawValue else { return nil }
+        let list = deaths.value.array
+        var first: Int64?
+        for death in UnsafeBufferPointer(start: list.entries, count: Int(list.num_entries))
+        where UInt32(death.kind) == AMQP_FIELD_KIND_TABLE.rawValue {
+            let table = death.value.table
+            for entry in UnsafeBufferPointer(start: table.entries, count: Int(table.num_entries))
+            where entry.key.text == "time" {
+                guard let seconds = HeaderValue(entry.value)?.integer else { continue }
+                first = min(first ?? seconds, seconds)
+            }
+        }
+        guard let (milliseconds, overflow) = first?.multipliedReportingOverflow(by: 1000), !overflow else { return nil }
+        self.init(milliseconds: milliseconds)
     }
 }
 

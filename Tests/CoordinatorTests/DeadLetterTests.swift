@@ -1,5 +1,6 @@
 import FlotillaProtocol
 import GRPCCore
+import HostKit
 import Messaging
 import MigrationModel
 import SwiftProtobuf
@@ -87,6 +88,24 @@ import Testing
         }
     }
 
+    /// A broker has those that somebody looked at in any order, and one that died nowhere is as old as can be.
+    @Test func lettersAreListedOldestFirst() async throws {
+        let bus = InProcessBus()
+        try await Rig().process(on: bus) { client, _ in
+            for (number, age) in [5, 9, 1, 7, 3, nil as Int64?].enumerated() {
+                var letter = Messaging.Message(exchange: Names().dead, routingKey: "", body: [1])
+                letter.messageID = "\(number)"
+                letter.headers[Messaging.Message.Death.time] = age.map { .integer(Moment.now.milliseconds - $0 * 1000) }
+                try await bus.publish(letter)
+            }
+            let all = try await client.listDeadLetters(.init())
+            #expect(all.letters.map(\.messageID) == ["5", "1", "3", "0", "4", "2"] && all.total == 6)
+            #expect(all.letters.map(\.hasDiedAt) == [false, true, true, true, true, true])
+            let some = try await client.listDeadLetters(.with { $0.limit = 2 })
+            #expect(some.letters.map(\.messageID) == ["5", "1"] && some.total == 6)
+        }
+    }
+
     @Test func dryDiscardLeavesAll() async throws {
         let rig = try Rig()
         try await rig.process { client, worker in
@@ -106,10 +125,13 @@ import Testing
 
 extension Rig.Client {
     /// All of them without ids.
-    fileprivate func replay(
+    func replay(
         _ ids: [String] = [], discards: Bool = false, isDry: Bool = false
     ) async throws -> ReplayDeadLettersResponse {
-        try await replayDeadLetters(.with { ($0.messageIds, $0.discard, $0.dryRun) = (ids, discards, isDry) })
+        let request = ReplayDeadLettersRequest.with { ($0.messageIds, $0.discard, $0.dryRun) = (ids, discards, isDry) }
+        return try await replayDeadLetters(request) { response in
+            try await response.messages.reduce(into: .init()) { $0.letters += $1.letters }
+        }
     }
 
     /// State of its first one.

@@ -20,12 +20,11 @@ import Testing
             _ = try await client.submitMigration(Rig.request)
             try await worker.forge(.ended(.with { $0.code = 15 }), of: try await worker.take())
             let (letter, hands) = try await worker.holdDeadLetter()
-            async let discarded = client.replayDeadLetters(
-                .with { ($0.messageIds, $0.discard) = ([letter.messageID], true) })
+            async let discarded = client.replay([letter.messageID], discards: true)
             #expect(try await eventually { bus.looks(through: Names().dead) > 0 ? true : nil } == true)
             hands.cancel()
             #expect(try await discarded.letters.map(\.fate) == [.discarded])
-            let missed = try await client.replayDeadLetters(.with { ($0.messageIds, $0.discard) = (["no-such"], true) })
+            let missed = try await client.replay(["no-such"], discards: true)
             #expect(missed.letters.map(\.messageID) == ["no-such"] && missed.letters[0].fate == .missing)
         }
     }

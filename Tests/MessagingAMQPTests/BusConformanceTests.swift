@@ -129,6 +129,8 @@ extension RabbitMQ.Conformance {
             #expect(letter.headers[Message.Death.reason] == .string(Message.Death.rejected))
             #expect(letter.headers[Message.Death.queue] == .string(names.tasks(of: "kvm1")))
             #expect(letter.headers[Message.Death.exchange] == .string(names.tasks))
+            let died = try #require(letter.headers[Message.Death.time]?.integer)
+            #expect(abs(Moment.now.milliseconds - died) < 60_000)
             #expect(letter.routingKey == "kvm1")
         }
     }

@@ -73,7 +73,7 @@ def letters(fleet):
     connection.close()
     wait(30, "three dead letters", lambda: all(
         f"letter-{number}" in fleet.api("queue", "dead").stdout for number in (1, 2, 3)))
-    say(fleet, r"^ *letter-1 +flotilla\.tasks\.kvm1 +kvm1, \d+ s ago +.*not signed", "queue", "dead")
+    say(fleet, r"^ *letter-1 +flotilla\.tasks\.kvm1 +\d+ s +kvm1 +.*not signed", "queue", "dead")
     say(fleet, r"^ *flotilla\.dead +3 +0$", "queue", "status")
     if len(json.loads(say(fleet, r"^\{", "queue", "dead", "--json", "--limit", "2"))["letters"]) != 2:
         raise Violation("queue dead --limit 2 has not two letters")
@@ -107,7 +107,7 @@ def lost_task(fleet):
     message, task = taken[0].message_id, taken[0].correlation_id
     wait(30, f"{message} among the dead letters", lambda: message in fleet.api("queue", "dead").stdout)
     connection.close()
-    say(fleet, rf"^ *{message} +flotilla\.tasks\.kvm3 +- +rejected$", "queue", "dead")
+    say(fleet, rf"^ *{message} +flotilla\.tasks\.kvm3 +\d+ s +- +rejected$", "queue", "dead")
     say(fleet, f"^{message}: task {task} is sent again$", "queue", "replay", message)
     fleet.begin("kvm3")
     fleet.wait_ended()

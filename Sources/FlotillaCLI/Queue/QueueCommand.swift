@@ -4,6 +4,7 @@ import GRPCCore
 import HostKit
 import MigrationModel
 import SwiftProtobuf
+import Synchronization
 
 struct QueueCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
@@ -29,7 +30,7 @@ struct QueueCommand: AsyncParsableCommand {
             abstract: "Lists messages that nobody could take, with the reason. They stay.")
 
         @OptionGroup var fleet: FleetOptions
-        @Option(help: "How many, oldest first.") var limit: UInt32 = 100
+        @Option(help: "How many, oldest first; 10000 at most.") var limit: UInt32 = 100
         @Flag(help: "Print JSON.") var json = false
 
         func run() async throws {
@@ -38,11 +39,15 @@ struct QueueCommand: AsyncParsableCommand {
             if response.letters.isEmpty { return Console.line("no dead letters") }
             let rows = response.letters.map {
                 [
-                    $0.messageID.isEmpty ? "-" : $0.messageID, $0.queue,
-                    $0.rejectedBy.isEmpty ? "-" : "\($0.rejectedBy), \(age($0.rejectedAt.moment)) ago", $0.reason,
+                    $0.messageID.isEmpty ? "-" : $0.messageID, $0.queue, $0.hasDiedAt ? age($0.diedAt.moment) : "-",
+                    $0.rejectedBy.isEmpty ? "-" : $0.rejectedBy, $0.reason,
                 ]
             }
-            for line in table(["message", "queue", "rejected by", "reason"], rows) { Console.line(line) }
+            for line in table(["message", "queue", "age", "rejected by", "reason"], rows) { Console.line(line) }
+            if response.total > rows.count {
+                let more = rows.count < limit ? "the others when these are replayed or discarded" : "more with --limit"
+                Console.complain("shown: \(rows.count) of \(response.total) dead letters, \(more)")
+            }
         }
     }
 
@@ -83,28 +88,45 @@ struct QueueCommand: AsyncParsableCommand {
             if ids.isEmpty != all { throw ValidationError("Name messages, or --all") }
         }
 
+        /// Says what becomes of each as it happens: of many, that takes minutes.
         func take(_ fleet: FleetOptions, discards: Bool) async throws {
-            let letters = try await fleet.connect { [ids, dryRun] in
-                try await $0.replayDeadLetters(
-                    .with { ($0.messageIds, $0.discard, $0.dryRun) = (ids, discards, dryRun) })
-            }.letters
+            let request = ReplayDeadLettersRequest.with {
+                ($0.messageIds, $0.discard, $0.dryRun) = (ids, discards, dryRun)
+            }
+            let told = Mutex<[LetterOutcome]>([])
+            var failure: (any Error)?
+            do {
+                try await fleet.connect { [self] client in
+                    try await client.replayDeadLetters(request) { response in
+                        for try await part in response.messages {
+                            let count = told.withLock { told in
+                                told += part.letters
+                                return told.count
+                            }
+                            if !json { part.letters.forEach(show) }
+                            if json, count.isMultiple(of: 1000) { Console.complain("letters so far: \(count)") }
+                        }
+                    }
+                }
+            } catch { failure = error }
+            let letters = told.withLock { $0 }
             if json {
                 Console.line(try ReplayDeadLettersResponse.with { $0.letters = letters }.jsonString())
             } else {
-                show(letters)
+                let taken = letters.count { !$0.isLeft }
+                Console.line(
+                    dryRun
+                        ? "nothing was changed; letters that would be removed: \(taken)" : "letters removed: \(taken)")
             }
+            if let failure { throw failure }
             if letters.contains(where: \.isLeft) { throw ExitCode(Exit.failed.rawValue) }
         }
 
-        private func show(_ letters: [LetterOutcome]) {
-            let taken = letters.filter { !$0.isLeft }
-            for letter in taken { Console.line("\(letter.name): \(letter.told(isDryRun: dryRun))") }
-            Console.line(
-                dryRun
-                    ? "nothing was changed; letters that would be removed: \(taken.count)"
-                    : "letters removed: \(taken.count)")
-            for letter in letters where letter.isLeft {
+        private func show(_ letter: LetterOutcome) {
+            if letter.isLeft {
                 Console.complain("not touched: \(letter.name): \(letter.reason)")
+            } else {
+                Console.line("\(letter.name): \(letter.told(isDryRun: dryRun))")
             }
         }
     }

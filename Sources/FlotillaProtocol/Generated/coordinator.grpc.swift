@@ -188,7 +188,7 @@ package enum CoordinatorService: Sendable {
             package static let descriptor = GRPCCore.MethodDescriptor(
                 service: GRPCCore.ServiceDescriptor(fullyQualifiedService: "flotilla.v1.CoordinatorService"),
                 method: "ReplayDeadLetters",
-                type: .unary
+                type: .serverStreaming
             )
         }
         /// Namespace for "ApplyPlan" metadata.
@@ -466,7 +466,8 @@ extension CoordinatorService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters. Answers what became of each.
+        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters. Answers what became of each
+        /// > as it happens.
         ///
         /// - Parameters:
         ///   - request: A streaming request of `ReplayDeadLettersRequest` messages.
@@ -723,7 +724,8 @@ extension CoordinatorService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters. Answers what became of each.
+        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters. Answers what became of each
+        /// > as it happens.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `ReplayDeadLettersRequest` message.
@@ -731,11 +733,11 @@ extension CoordinatorService {
         /// - Throws: Any error which occurred during the processing of the request. Thrown errors
         ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
         ///     to an internal error.
-        /// - Returns: A response containing a single `ReplayDeadLettersResponse` message.
+        /// - Returns: A streaming response of `ReplayDeadLettersResponse` messages.
         func replayDeadLetters(
             request: GRPCCore.ServerRequest<ReplayDeadLettersRequest>,
             context: GRPCCore.ServerContext
-        ) async throws -> GRPCCore.ServerResponse<ReplayDeadLettersResponse>
+        ) async throws -> GRPCCore.StreamingServerResponse<ReplayDeadLettersResponse>
 
         /// Handle the "ApplyPlan" method.
         ///
@@ -979,19 +981,21 @@ extension CoordinatorService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters. Answers what became of each.
+        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters. Answers what became of each
+        /// > as it happens.
         ///
         /// - Parameters:
         ///   - request: A `ReplayDeadLettersRequest` message.
+        ///   - response: A response stream of `ReplayDeadLettersResponse` messages.
         ///   - context: Context providing information about the RPC.
         /// - Throws: Any error which occurred during the processing of the request. Thrown errors
         ///     of type `RPCError` are mapped to appropriate statuses. All other errors are converted
         ///     to an internal error.
-        /// - Returns: A `ReplayDeadLettersResponse` to respond with.
         func replayDeadLetters(
             request: ReplayDeadLettersRequest,
+            response: GRPCCore.RPCWriter<ReplayDeadLettersResponse>,
             context: GRPCCore.ServerContext
-        ) async throws -> ReplayDeadLettersResponse
+        ) async throws
 
         /// Handle the "ApplyPlan" method.
         ///
@@ -1363,7 +1367,7 @@ extension CoordinatorService.ServiceProtocol {
             request: GRPCCore.ServerRequest(stream: request),
             context: context
         )
-        return GRPCCore.StreamingServerResponse(single: response)
+        return response
     }
 
     package func applyPlan(
@@ -1566,13 +1570,17 @@ extension CoordinatorService.SimpleServiceProtocol {
     package func replayDeadLetters(
         request: GRPCCore.ServerRequest<ReplayDeadLettersRequest>,
         context: GRPCCore.ServerContext
-    ) async throws -> GRPCCore.ServerResponse<ReplayDeadLettersResponse> {
-        return GRPCCore.ServerResponse<ReplayDeadLettersResponse>(
-            message: try await self.replayDeadLetters(
-                request: request.message,
-                context: context
-            ),
-            metadata: [:]
+    ) async throws -> GRPCCore.StreamingServerResponse<ReplayDeadLettersResponse> {
+        return GRPCCore.StreamingServerResponse<ReplayDeadLettersResponse>(
+            metadata: [:],
+            producer: { writer in
+                try await self.replayDeadLetters(
+                    request: request.message,
+                    response: writer,
+                    context: context
+                )
+                return [:]
+            }
         )
     }
 
@@ -1877,7 +1885,8 @@ extension CoordinatorService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters. Answers what became of each.
+        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters. Answers what became of each
+        /// > as it happens.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `ReplayDeadLettersRequest` message.
@@ -1893,7 +1902,7 @@ extension CoordinatorService {
             serializer: some GRPCCore.MessageSerializer<ReplayDeadLettersRequest>,
             deserializer: some GRPCCore.MessageDeserializer<ReplayDeadLettersResponse>,
             options: GRPCCore.CallOptions,
-            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<ReplayDeadLettersResponse>) async throws -> Result
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.StreamingClientResponse<ReplayDeadLettersResponse>) async throws -> Result
         ) async throws -> Result where Result: Sendable
 
         /// Call the "ApplyPlan" method.
@@ -2352,7 +2361,8 @@ extension CoordinatorService {
         ///
         /// > Source IDL Documentation:
         /// >
-        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters. Answers what became of each.
+        /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters. Answers what became of each
+        /// > as it happens.
         ///
         /// - Parameters:
         ///   - request: A request containing a single `ReplayDeadLettersRequest` message.
@@ -2368,11 +2378,9 @@ extension CoordinatorService {
             serializer: some GRPCCore.MessageSerializer<ReplayDeadLettersRequest>,
             deserializer: some GRPCCore.MessageDeserializer<ReplayDeadLettersResponse>,
             options: GRPCCore.CallOptions = .defaults,
-            onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<ReplayDeadLettersResponse>) async throws -> Result = { response in
-                try response.message
-            }
+            onResponse handleResponse: @Sendable @escaping (GRPCCore.StreamingClientResponse<ReplayDeadLettersResponse>) async throws -> Result
         ) async throws -> Result where Result: Sendable {
-            try await self.client.unary(
+            try await self.client.serverStreaming(
                 request: request,
                 descriptor: CoordinatorService.Method.ReplayDeadLetters.descriptor,
                 serializer: serializer,
@@ -2799,7 +2807,8 @@ extension CoordinatorService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters. Answers what became of each.
+    /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters. Answers what became of each
+    /// > as it happens.
     ///
     /// - Parameters:
     ///   - request: A request containing a single `ReplayDeadLettersRequest` message.
@@ -2811,9 +2820,7 @@ extension CoordinatorService.ClientProtocol {
     package func replayDeadLetters<Result>(
         request: GRPCCore.ClientRequest<ReplayDeadLettersRequest>,
         options: GRPCCore.CallOptions = .defaults,
-        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<ReplayDeadLettersResponse>) async throws -> Result = { response in
-            try response.message
-        }
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.StreamingClientResponse<ReplayDeadLettersResponse>) async throws -> Result
     ) async throws -> Result where Result: Sendable {
         try await self.replayDeadLetters(
             request: request,
@@ -3273,7 +3280,8 @@ extension CoordinatorService.ClientProtocol {
     ///
     /// > Source IDL Documentation:
     /// >
-    /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters. Answers what became of each.
+    /// > Has the tasks of dead letters done again, under a new attempt, and removes the letters. Answers what became of each
+    /// > as it happens.
     ///
     /// - Parameters:
     ///   - message: request message to send.
@@ -3287,9 +3295,7 @@ extension CoordinatorService.ClientProtocol {
         _ message: ReplayDeadLettersRequest,
         metadata: GRPCCore.Metadata = [:],
         options: GRPCCore.CallOptions = .defaults,
-        onResponse handleResponse: @Sendable @escaping (GRPCCore.ClientResponse<ReplayDeadLettersResponse>) async throws -> Result = { response in
-            try response.message
-        }
+        onResponse handleResponse: @Sendable @escaping (GRPCCore.StreamingClientResponse<ReplayDeadLettersResponse>) async throws -> Result
     ) async throws -> Result where Result: Sendable {
         let request = GRPCCore.ClientRequest<ReplayDeadLettersRequest>(
             message: message,

@@ -687,6 +687,9 @@ package nonisolated struct ListDeadLettersResponse: Sendable {
 
   package var letters: [DeadLetter] = []
 
+  /// How many there are. Of more than 10,000, those that the broker holds first are looked at.
+  package var total: UInt64 = 0
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -723,11 +726,22 @@ package nonisolated struct DeadLetter: Sendable {
 
   package var bytes: UInt64 = 0
 
+  /// When it became one; unset where the broker does not tell.
+  package var diedAt: SwiftProtobuf.Google_Protobuf_Timestamp {
+    get {_diedAt ?? SwiftProtobuf.Google_Protobuf_Timestamp()}
+    set {_diedAt = newValue}
+  }
+  /// Returns true if `diedAt` has been explicitly set.
+  package var hasDiedAt: Bool {self._diedAt != nil}
+  /// Clears the value of `diedAt`. Subsequent reads from it will return its default value.
+  package mutating func clearDiedAt() {self._diedAt = nil}
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
 
   fileprivate var _rejectedAt: SwiftProtobuf.Google_Protobuf_Timestamp? = nil
+  fileprivate var _diedAt: SwiftProtobuf.Google_Protobuf_Timestamp? = nil
 }
 
 package nonisolated struct ReplayDeadLettersRequest: Sendable {
@@ -754,7 +768,7 @@ package nonisolated struct ReplayDeadLettersResponse: Sendable {
   // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
   // methods supported on all messages.
 
-  /// Every letter that was taken or named, those that don't exist last.
+  /// Of those that were taken or named, those that don't exist last.
   package var letters: [LetterOutcome] = []
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
@@ -2012,7 +2026,7 @@ nonisolated extension ListDeadLettersRequest: SwiftProtobuf.Message, SwiftProtob
 
 nonisolated extension ListDeadLettersResponse: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".ListDeadLettersResponse"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}letters\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}letters\0\u{1}total\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -2021,6 +2035,7 @@ nonisolated extension ListDeadLettersResponse: SwiftProtobuf.Message, SwiftProto
       // enabled. https://github.com/apple/swift-protobuf/issues/1034
       switch fieldNumber {
       case 1: try { try decoder.decodeRepeatedMessageField(value: &self.letters) }()
+      case 2: try { try decoder.decodeSingularUInt64Field(value: &self.total) }()
       default: break
       }
     }
@@ -2030,11 +2045,15 @@ nonisolated extension ListDeadLettersResponse: SwiftProtobuf.Message, SwiftProto
     if !self.letters.isEmpty {
       try visitor.visitRepeatedMessageField(value: self.letters, fieldNumber: 1)
     }
+    if self.total != 0 {
+      try visitor.visitSingularUInt64Field(value: self.total, fieldNumber: 2)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
   package static func ==(lhs: ListDeadLettersResponse, rhs: ListDeadLettersResponse) -> Bool {
     if lhs.letters != rhs.letters {return false}
+    if lhs.total != rhs.total {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
@@ -2042,7 +2061,7 @@ nonisolated extension ListDeadLettersResponse: SwiftProtobuf.Message, SwiftProto
 
 nonisolated extension DeadLetter: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".DeadLetter"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}message_id\0\u{1}queue\0\u{1}type\0\u{3}task_id\0\u{1}reason\0\u{3}rejected_by\0\u{3}rejected_at\0\u{1}bytes\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{3}message_id\0\u{1}queue\0\u{1}type\0\u{3}task_id\0\u{1}reason\0\u{3}rejected_by\0\u{3}rejected_at\0\u{1}bytes\0\u{3}died_at\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -2058,6 +2077,7 @@ nonisolated extension DeadLetter: SwiftProtobuf.Message, SwiftProtobuf._MessageI
       case 6: try { try decoder.decodeSingularStringField(value: &self.rejectedBy) }()
       case 7: try { try decoder.decodeSingularMessageField(value: &self._rejectedAt) }()
       case 8: try { try decoder.decodeSingularUInt64Field(value: &self.bytes) }()
+      case 9: try { try decoder.decodeSingularMessageField(value: &self._diedAt) }()
       default: break
       }
     }
@@ -2092,6 +2112,9 @@ nonisolated extension DeadLetter: SwiftProtobuf.Message, SwiftProtobuf._MessageI
     if self.bytes != 0 {
       try visitor.visitSingularUInt64Field(value: self.bytes, fieldNumber: 8)
     }
+    try { if let v = self._diedAt {
+      try visitor.visitSingularMessageField(value: v, fieldNumber: 9)
+    } }()
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -2104,6 +2127,7 @@ nonisolated extension DeadLetter: SwiftProtobuf.Message, SwiftProtobuf._MessageI
     if lhs.rejectedBy != rhs.rejectedBy {return false}
     if lhs._rejectedAt != rhs._rejectedAt {return false}
     if lhs.bytes != rhs.bytes {return false}
+    if lhs._diedAt != rhs._diedAt {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
