@@ -112,7 +112,7 @@ package func matchDevices(
     let vgpus = wanted.indices.filter { if case .vgpu = wanted[$0].backing { true } else { false } }
     for (index, findings) in zip(vgpus, vgpuFindings(vgpus.map { wanted[$0] }, on: host, taken: taken, for: migration))
     {
-        entries[index].findings = findings
+        entries[index].findings = unsupportedBacking(wanted[index]).map { [$0] } ?? findings
     }
     return DeviceMatch(entries: entries)
 }
