@@ -103,7 +103,6 @@ private func checkFunction(
     _ device: DeviceFunction, besides: [PciAddress], in tree: DeviceTree, isLive: Bool
 ) -> [Requirement] {
     let subject = device.function.address
-    if let part = partObstacle(device) { return [part] }
     let together = tree.together(with: device.address)
     let others = together.filter { $0.address != device.address }
     var found: [Requirement] = []
@@ -112,7 +111,7 @@ private func checkFunction(
             .pass(
                 subject, "companions", "goes together with \(others.map(\.function.text).joined(separator: ", "))"))
     }
-    var obstacles: [Requirement] = []
+    var obstacles = [partObstacle(device)].compactMap(\.self)
     for function in together { obstacles += handoverObstacles(of: function, consent: [], owner: nil) }
     // Without an IOMMU there are no groups; that was said of the host.
     if !tree.iommu { obstacles.removeAll { $0.requirement == "IOMMU group" } }

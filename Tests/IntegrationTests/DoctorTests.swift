@@ -80,7 +80,7 @@ extension Integration {
         /// The broker lets a worker do things by its user's name: another than the host's could do nothing.
         @Test(arguments: [
             ("user: kvm2, password-file: /nowhere", "'kvm2' is not the host 'kvm1'", "leave it away"),
-            ("user: kvm1", "counts only with a password-file", "password-file"),
+            ("user: kvm1", "goes with password-file", "password-file"),
         ]) func brokerUser(_ setting: String, _ found: String, _ remedy: String) throws {
             let folder = try TemporaryFolder()
             let settings = """

@@ -95,11 +95,6 @@ struct FleetCommand: AsyncParsableCommand {
 
         func run() async throws {
             let folder = try place.folder
-            guard Files.isDirectory(folder.trusted) else {
-                throw MigrationError(
-                    .notFound, "\(folder.path) holds no fleet: it has no folder \(folder.trusted)",
-                    hint: "make it with flotilla fleet init, or name the coordinator's folder with --dir")
-            }
             let hosts = Set(try folder.hosts() + others).sorted()
             let definitions: BrokerDefinitions
             do {
@@ -107,6 +102,11 @@ struct FleetCommand: AsyncParsableCommand {
                     Names(namespace: namespace), hosts: hosts, requesters: requesters, virtualHost: virtualHost)
             } catch let error as MigrationError where error.code == .invalidArgument {
                 throw ValidationError(error.description)
+            }
+            guard Files.isDirectory(folder.trusted) else {
+                throw MigrationError(
+                    .notFound, "\(folder.path) holds no fleet: it has no folder \(folder.trusted)",
+                    hint: "make it with flotilla fleet init, or name the coordinator's folder with --dir")
             }
             Console.line(try definitions.json())
         }

@@ -168,7 +168,7 @@ extension AMQPConfiguration {
         } else {
             if section.has("user") {
                 throw section.problem(
-                    "user", "counts only with a password-file: with a certificate, its common name is the user",
+                    "user", "goes with password-file: a certificate names its user itself",
                     hint: "leave it away, or set password-file")
             }
             authentication = .external
