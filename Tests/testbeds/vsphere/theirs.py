@@ -172,8 +172,11 @@ def assigned_facts(device, functions):
         } for each in backing.allowedDevice]
         facts = {"allowed": allowed, "customLabel": backing.customLabel, "assignedAddress": backing.assignedId}
         return label, {"dynamic": facts}, None
-    function = functions.get(backing.id)
     ids = {"vendor": backing.vendorId & 0xffff, "device": int(backing.deviceId) & 0xffff}
+    # Addresses go stale: what has other ids is another device, and one with these ids elsewhere is as good.
+    alike = {address: each for address, each in sorted(functions.items())
+             if (each.vendorId & 0xffff, each.deviceId & 0xffff) == (ids["vendor"], ids["device"])}
+    function = alike.get(backing.id, next(iter(alike.values()), None))
     if function:
         ids.update(subsystemVendor=function.subVendorId & 0xffff, subsystemDevice=function.subDeviceId & 0xffff)
     facts = {
