@@ -1,4 +1,3 @@
-import Dispatch
 import Glibc
 import MigrationModel
 import Synchronization
@@ -50,7 +49,7 @@ package enum Program {
         }
         let child = pid
         let output = Mutex<[UInt8]>([])
-        let ended = DispatchSemaphore(value: 0)
+        let ended = MonotonicSemaphore()
         let status = Mutex<Int32>(0)
         let isKilled = StopFlag()
         spawnThread(name) {
@@ -82,13 +81,11 @@ package enum Program {
             status.withLock { $0 = raw }
             ended.signal()
         }
-        let (seconds, attoseconds) = limit.components
-        let deadline = DispatchTime.now() + .seconds(Int(seconds)) + .nanoseconds(Int(attoseconds / 1_000_000_000))
-        if ended.wait(timeout: deadline) == .timedOut {
+        if !ended.wait(for: limit) {
             kill(-child, SIGKILL)
             isKilled.set()
-            let message = "\(path) did not end within \(seconds) s and was killed"
-            guard ended.wait(timeout: .now() + .seconds(5)) == .timedOut else {
+            let message = "\(path) did not end within \(limit.components.seconds) s and was killed"
+            guard !ended.wait(for: .seconds(5)) else {
                 throw MigrationError(.deadlineExceeded, message)
             }
             throw MigrationError(

@@ -1,4 +1,3 @@
-import Dispatch
 package import MigrationModel
 import Synchronization
 
@@ -9,7 +8,7 @@ package final class StopFlag: Sendable {
     private struct State {
         var reason: MigrationError?
         /// One for each thread that waits.
-        var waiting: [DispatchSemaphore] = []
+        var waiting: [MonotonicSemaphore] = []
     }
 
     private let stopped = Atomic<Bool>(false)
@@ -36,11 +35,10 @@ package final class StopFlag: Sendable {
 
     /// Blocks the calling thread for that long. Throws the reason as soon as the flag is set.
     package func wait(for duration: Duration) throws {
-        let wakeUp = DispatchSemaphore(value: 0)
+        let wakeUp = MonotonicSemaphore()
         state.withLock { if $0.reason == nil { $0.waiting.append(wakeUp) } else { wakeUp.signal() } }
         defer { state.withLock { $0.waiting.removeAll { $0 === wakeUp } } }
-        let (seconds, attoseconds) = duration.components
-        _ = wakeUp.wait(timeout: .now() + .seconds(Int(seconds)) + .nanoseconds(Int(attoseconds / 1_000_000_000)))
+        _ = wakeUp.wait(for: duration)
         try check()
     }
 }

@@ -1,6 +1,5 @@
 import CNBD
 import DiskImage
-import Dispatch
 import Glibc
 package import HostKit
 import MigrationModel
@@ -21,7 +20,7 @@ package final class NBDExport: Volume {
     private let limit: Int
     private let stop: StopFlag
     private let idle: Mutex<[NBDConnection]>
-    private let idleCount: DispatchSemaphore
+    private let idleCount: MonotonicSemaphore
 
     package static func isOne(_ text: String) -> Bool {
         ["nbd", "nbds", "nbd+unix", "nbds+unix"].contains(text.prefix { $0 != ":" }) && text.contains("://")
@@ -58,8 +57,7 @@ package final class NBDExport: Volume {
             while connections.count < Self.connectionCount { connections.append(try NBDConnection(uri, stop)) }
         }
         // Not its initial value: libdispatch insists that a semaphore ends no lower than it began.
-        idleCount = DispatchSemaphore(value: 0)
-        for _ in connections { idleCount.signal() }
+        idleCount = MonotonicSemaphore(connections.count)
         idle = Mutex(connections)
     }
 
@@ -117,7 +115,7 @@ package final class NBDExport: Volume {
     }
 
     private func withConnection(_ body: (NBDConnection) throws -> Void) throws {
-        while idleCount.wait(timeout: .now() + .milliseconds(100)) == .timedOut { try stop.check() }
+        while !idleCount.wait(for: .milliseconds(100)) { try stop.check() }
         guard let connection = idle.withLock({ $0.popLast() }) else {
             throw MigrationError(.internal, "\(name): no connection where one was counted")
         }

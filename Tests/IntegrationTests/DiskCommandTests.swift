@@ -40,6 +40,18 @@ import Testing
         try require("qemu-img", "compare", "-f", "raw", raw, image)
     }
 
+    /// A computer's time may be set at any moment: a wall clock that is an hour ahead of the kernel's lets no wait last longer.
+    @Test func pausesKeepToTheMonotonicClock() throws {
+        let tests = #filePath.split(separator: "/").dropLast(2).map { "/\($0)" }.joined()
+        let (clock, shift) = ("\(folder.path)/clock.so", "\(folder.path)/shift")
+        try require("cc", "-shared", "-fPIC", "-o", clock, "\(tests)/faults/clock.c")
+        try Files.writeAtomically(Array("3600".utf8), to: shift)
+        let outcome = try run(
+            Environment.flotilla(), ["disk", "convert", "-f", "raw", raw, image, "--rate", "24M"],
+            environment: ["LD_PRELOAD": clock, "FLOTILLA_CLOCK": shift], limit: 60)
+        #expect(outcome.status == 0 && outcome.seconds > 1, "\(outcome.errors)")
+    }
+
     @Test(arguments: [
         ["--cluster-size", "48K"], ["--cluster-size", "4K", "-O", "raw"], ["--compress", "zstd", "-O", "raw"],
         ["--cluster-size", "4K", "--compress", "zstd"], ["--rate", "0"],
