@@ -1,4 +1,3 @@
-import Dispatch
 import DiskImage
 import HostKit
 import Synchronization
@@ -23,8 +22,8 @@ final class ForwardFeed: ChunkFeed {
     /// nil for a pipe.
     private let disk: (any DiskSource)?
     private let state = Mutex(State())
-    private let readyCount = DispatchSemaphore(value: 0)
-    private let freeCount = DispatchSemaphore(value: 0)
+    private let readyCount = MonotonicSemaphore()
+    private let freeCount: MonotonicSemaphore
     let capacity: UInt64
 
     /// Reads the beginning of the stream.
@@ -51,8 +50,7 @@ final class ForwardFeed: ChunkFeed {
         }
         self.disk = disk
         capacity = stream.capacity
-        // Not its initial value: libdispatch insists that a semaphore ends no lower than it began.
-        for _ in 0..<blocks { freeCount.signal() }
+        freeCount = MonotonicSemaphore(blocks)
         reading = Mutex((stream, watched))
     }
 
@@ -71,7 +69,7 @@ final class ForwardFeed: ChunkFeed {
 
     private func read(_ stream: VMDK.ForwardReader, while goesOn: () throws -> Bool) throws -> Bool {
         while true {
-            while freeCount.wait(timeout: .now() + .milliseconds(100)) == .timedOut {
+            while !freeCount.wait(for: .milliseconds(100)) {
                 if !(try goesOn()) { return false }
             }
             if !(try goesOn()) { return false }
@@ -101,7 +99,7 @@ final class ForwardFeed: ChunkFeed {
     }
 
     func next(while goesOn: () throws -> Bool) throws -> ChunkWork {
-        while readyCount.wait(timeout: .now() + .milliseconds(100)) == .timedOut {
+        while !readyCount.wait(for: .milliseconds(100)) {
             if !(try goesOn()) { return ChunkWork() }
         }
         let (work, fallback) = state.withLock { state -> (ChunkWork, ChunkQueue?) in

@@ -41,7 +41,7 @@ extension Coordinator {
 
     /// Says of which hosts there is no key any more, or one again, and tells those who watch their migrations.
     private func noteForgotten() async throws {
-        let now = Set(try await store.write { try $0.hosts() }.map(\.profile.name)).subtracting(try member.believed())
+        let now = Set(try await store.write { try $0.hostNames() }).subtracting(try member.believed())
         let before = forgotten.withLock { forgotten in
             defer { forgotten = now }
             return forgotten

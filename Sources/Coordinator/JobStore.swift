@@ -67,6 +67,8 @@ package protocol JobTransaction {
 
     func host(_ name: String) throws -> HostRecord?
     func hosts() throws -> [HostRecord]
+    /// Without their profiles, which are large.
+    func hostNames() throws -> [String]
     /// Keeps whether the host is drained.
     func save(_ profile: HostProfile, at: Moment) throws
     /// Notes that the host was heard of.

@@ -301,6 +301,8 @@ struct SQLiteTransaction: JobTransaction {
 
     func hosts() throws -> [HostRecord] { try all("\(Self.hosts) ORDER BY name", [], host) }
 
+    func hostNames() throws -> [String] { try all("SELECT name FROM host", []) { $0[0] } }
+
     func save(_ profile: HostProfile, at: Moment) throws {
         try execute(
             """
