@@ -1,4 +1,5 @@
 import Export
+import FlotillaProtocol
 import Glibc
 package import HostKit
 package import MigrationModel
@@ -64,8 +65,7 @@ struct ExportRecord: Sendable {
                 let object = ObjectReference("VirtualMachine", vm)
                 // Asked first: what is made meanwhile is in the tree.
                 let isBusy = try client.isMakingSnapshot(of: object, stop: stop)
-                let tree = try client.properties(["snapshot"], of: object, stop: stop)["snapshot"]
-                let found = Self.snapshots(named: snapshot, tree?.all("rootSnapshotList") ?? [])
+                let found = Self.snapshots(named: snapshot, try snapshots(client, stop))
                 for each in found { try client.removeSnapshot(each, stop: stop) }
                 // What has a lease was there once.
                 if found.isEmpty, lease.isEmpty, !isSettled {
@@ -83,17 +83,41 @@ struct ExportRecord: Sendable {
         try remove()
     }
 
-    /// Throws `failedPrecondition` when the VM has another snapshot than the one just made: the files that were captured are
-    /// not those that it wrote to until then.
-    func requireOnlySnapshot(_ client: VIMClient, vmName: String, stop: StopFlag) throws {
-        let object = ObjectReference("VirtualMachine", vm)
-        let tree = try client.properties(["snapshot"], of: object, stop: stop)["snapshot"]
-        let roots = tree?.all("rootSnapshotList") ?? []
+    /// Throws `failedPrecondition` unless the snapshot just made is the VM's only one, and of the very files that were
+    /// captured. Others may hold what it wrote until then: a backup's snapshot, or one whose removal left its files.
+    func requireCapturedFiles(
+        of made: ObjectReference, _ manifest: Manifest, _ client: VIMClient, stop: StopFlag
+    ) throws {
+        let name = manifest.vm.name.printable
+        let roots = try snapshots(client, stop)
         guard roots.count == 1, roots[0].text("name").map(unescapedName) == snapshot else {
             throw MigrationError(
-                .failedPrecondition, "VM \(vmName.printable) got a snapshot from somebody else since it was captured",
+                .failedPrecondition, "VM \(name) got a snapshot from somebody else since it was captured",
                 hint: "wait until that is gone (a backup?), then run the same command again")
         }
+        let hardware = try client.properties(["config.hardware"], of: made, stop: stop)["config.hardware"]
+        let files = Set((hardware?.all("device") ?? []).compactMap { $0["backing"]?.text("fileName") })
+        for disk in manifest.disks where !files.contains(disk.source.path) {
+            throw MigrationError(
+                .failedPrecondition,
+                "VM \(name) does not write \(disk.id) to \(disk.source.path.printable) any more",
+                hint: "it did when it was captured: consolidate it if vSphere asks for that, then try again")
+        }
+    }
+
+    /// Throws `failedPrecondition` when the snapshot is gone: its removal merges what the VM wrote since into the files that
+    /// are read. It leaves the list before that begins.
+    func requireSnapshot(of manifest: Manifest, _ client: VIMClient, stop: StopFlag) throws {
+        guard Self.snapshots(named: snapshot, try snapshots(client, stop)).isEmpty else { return }
+        throw MigrationError(
+            .failedPrecondition,
+            "somebody removed snapshot \(snapshot) of VM \(manifest.vm.name.printable) while its disks were read",
+            hint: "let no backup or clean-up touch it meanwhile, and run the same command again")
+    }
+
+    private func snapshots(_ client: VIMClient, _ stop: StopFlag) throws -> [VIMNode] {
+        let tree = try client.properties(["snapshot"], of: ObjectReference("VirtualMachine", vm), stop: stop)
+        return tree["snapshot"]?.all("rootSnapshotList") ?? []
     }
 
     /// Seconds since it was written.

@@ -58,14 +58,15 @@ package final class VMExport: Sendable {
                 record.snapshot = "flotilla-\(Files.name(of: record.path))"
                 do {
                     try record.save()
-                    snapshot = try client.createSnapshot(
+                    let made = try client.createSnapshot(
                         of: vm, named: record.snapshot,
                         description: "Made by flotilla for a migration; removed after it",
                         quiesce: manifest.vm.tools.status == "toolsOk" && manifest.vm.powerState == .poweredOn,
                         stop: stop)
                     if source.transfer == .datastore {
-                        try record.requireOnlySnapshot(client, vmName: manifest.vm.name, stop: stop)
+                        try record.requireCapturedFiles(of: made, manifest, client, stop: stop)
                     }
+                    snapshot = made
                 } catch {
                     // The task may have come further than we heard.
                     let isSettled = !stop.isSet && (error as? MigrationError).map { $0.code != .unavailable } ?? false
@@ -122,9 +123,10 @@ package final class VMExport: Sendable {
     }
 
     /// Throws `failedPrecondition` unless all that was read is of one moment. To be called when everything is read, before
-    /// `end`: a lease may have been lost on the way, and the VM started since. A snapshot's disks can't change.
+    /// `end`: a lease may have been lost on the way, and the VM started since, or its snapshot removed.
     package func requireUnchanged(stop: StopFlag) throws {
-        guard state.withLock({ $0.snapshot }) == nil else { return }
+        let (snapshot, record) = state.withLock { ($0.snapshot, $0.record) }
+        if snapshot != nil { return try record.requireSnapshot(of: manifest, client, stop: stop) }
         try VSphere.requireUnchanged(client, source, manifest, stop: stop)
     }
 

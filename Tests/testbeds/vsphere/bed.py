@@ -15,8 +15,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 LEASE = 4  # seconds
 OFF, ON, WIDE = "Prüf & Stand 1", "läuft & schreibt 2", "zwei Platten 試験"
 # Whose files change, and one that is taken away.
-OTHER, GONE = "wird & anders 4", "ist & weg 5"
-MACHINES = [(OFF, [96], False), (ON, [64], True), (WIDE, [48, 200], False), (OTHER, [128], False), (GONE, [64], False)]
+OTHER, GONE, BRANCHED = "wird & anders 4", "ist & weg 5", "zweigt & ab 6"
+MACHINES = [
+    (OFF, [96], False), (ON, [64], True), (WIDE, [48, 200], False), (OTHER, [128], False), (GONE, [64], False), (BRANCHED, [64], True)]
 
 
 class Failure(Exception):

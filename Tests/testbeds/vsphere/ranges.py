@@ -2,7 +2,7 @@
 import re
 import subprocess
 
-from bed import GONE, ON, OTHER, Failure
+from bed import BRANCHED, GONE, ON, OTHER, Failure
 
 
 def datastore(case):
@@ -79,6 +79,21 @@ def datastore_snapshot(case):
     case.happened("cut")
 
 
+def datastore_merged(case):
+    """Somebody removes our snapshot: what the VM wrote since goes to the file that is read. Nothing else would tell."""
+    case.fault("no-tag", vm=ON, times=0)
+    case.fault("merge-at", path="folder", vm=ON, after=1 << 20)
+    case.migrate(vm=ON, snapshot=1, via="datastore", expect="somebody removed snapshot")
+    case.happened("merge-at")
+
+
+def datastore_branched(case):
+    """The VM writes to a file that no snapshot lists, since its capture."""
+    case.fault("branch", vm=BRANCHED)
+    case.migrate(vm=BRANCHED, snapshot=1, via="datastore", expect="does not write disk0 to .* any more")
+    case.happened("branch")
+
+
 def datastore_deleted(case):
     case.fault("delete-vm", path="folder", vm=GONE, after=1 << 20)
     case.migrate(vm=GONE, via="datastore", expect="deleted|not there|not on the server|removed", timeout=400)
@@ -132,9 +147,9 @@ def datastore_written(case):
     case.migrate(vm=OTHER, via="datastore", expect="changed since it was captured")
 
 
-# Deleted comes last: it takes a VM away.
+# Deleted comes last: it takes a VM away. One that was branched is of no use any more, either.
 CASES = [
     datastore, datastore_cut, datastore_range_once, datastore_no_range, datastore_html, datastore_html_always, datastore_expires,
     datastore_busy, datastore_file_gone, datastore_forbidden, datastore_snapshot, datastore_continues, datastore_starts_over,
-    datastore_unproven, datastore_written, datastore_deleted,
+    datastore_unproven, datastore_written, datastore_merged, datastore_branched, datastore_deleted,
 ]

@@ -178,6 +178,13 @@ def snapshot_fails(case):
     case.migrate(vm=ON, snapshot=1, expect=".", timeout=400)
 
 
+def merged(case):
+    """Somebody removes our snapshot."""
+    case.fault("merge-at", vm=ON, after=case.size(ON) // 2)
+    case.migrate(vm=ON, snapshot=1, expect="somebody removed snapshot")
+    case.happened("merge-at")
+
+
 def interrupted(case):
     case.fault("slow", vm=ON, rate=1 << 20, times=0)
     process = case.start(vm=ON, snapshot=1)
@@ -339,7 +346,7 @@ def started_meanwhile(case):
 CASES = [
     plain, two_disks, fingerprint, cut, cut_one_disk, cut_always, session_expires, lease_times_out, slow_link, stall, wrong_thumbprint,
     other_host, wrong_certificate, system_roots, wrong_password, html_once, html_always, html_sdk, busy, truncated, truncated_always, corrupted,
-    corrupted_always, running, snapshot, snapshot_fails, interrupted, killed, killed_making, removal_lasts, snapshot_of_changed, staged, staged_progress,
+    corrupted_always, running, snapshot, snapshot_fails, merged, interrupted, killed, killed_making, removal_lasts, snapshot_of_changed, staged, staged_progress,
     staged_length, staged_cut, staged_corrupted_always,
     started_meanwhile, deleted,
 ]

@@ -27,7 +27,7 @@ type rule struct {
 var kinds = map[string]bool{
 	"cut": true, "truncate": true, "corrupt": true, "slow": true, "stall": true, "html": true, "status": true, "range200": true,
 	"delete-vm": true, "expire-at": true, "nfc-host": true, "thumbprint": true, "length": true, "timeout-at": true,
-	"no-tag": true, "slow-snapshot": true, "slow-removal": true,
+	"no-tag": true, "slow-snapshot": true, "slow-removal": true, "branch": true, "merge-at": true,
 }
 
 type faults struct {
@@ -139,7 +139,7 @@ func (f *faults) answer(w http.ResponseWriter, _ *http.Request, path, vm string,
 
 // body sends a disk with what goes wrong on its way. Faults at a position count from the start of the answer.
 func (s *server) body(w http.ResponseWriter, lease *HttpNfcLease, d *disk, index int, path string, from reader, first, count int64) {
-	found := s.faults.takeWithin(count, path, d.vmID(), index, "cut", "truncate", "corrupt", "slow", "stall", "delete-vm", "expire-at", "timeout-at")
+	found := s.faults.takeWithin(count, path, d.vmID(), index, "cut", "truncate", "corrupt", "slow", "stall", "delete-vm", "expire-at", "timeout-at", "merge-at")
 	done := make(<-chan struct{})
 	if lease != nil {
 		done = lease.context.Done()
@@ -178,6 +178,9 @@ func (s *server) body(w http.ResponseWriter, lease *HttpNfcLease, d *disk, index
 		}
 		if r, is := found["expire-at"]; is && sent <= r.After && r.After < sent+piece {
 			s.expire()
+		}
+		if r, is := found["merge-at"]; is && sent <= r.After && r.After < sent+piece {
+			s.world.merge(d.vm)
 		}
 		if r, is := found["timeout-at"]; is && lease != nil && sent <= r.After && r.After < sent+piece {
 			lease.fail("timedOut", timedOut, "The lease timed out.")

@@ -60,6 +60,9 @@ func (s *server) sdk(w http.ResponseWriter, r *http.Request) {
 			fault(w, "The operation is not supported on the object.", "NotSupported", "")
 			return
 		}
+		if method.Name == "CreateSnapshot_Task" && s.faults.has("branch", method.This.Value, 0) {
+			s.world.branch(method.This)
+		}
 		switch method.Name {
 		case "ExportVm", "ExportSnapshot":
 			// The simulator finds methods on the object they are called on; its machines have none for this.

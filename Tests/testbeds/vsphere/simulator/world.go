@@ -327,6 +327,31 @@ func (w *world) renewContentIDs(id ref) {
 	})
 }
 
+// branch has the machine write to other files, which no snapshot of it lists: it needs consolidation.
+func (w *world) branch(id ref) {
+	vm, ok := simulator.Map.Get(id).(*simulator.VirtualMachine)
+	if !ok {
+		return
+	}
+	simulator.Map.WithLock(vm, func() {
+		for _, device := range vm.Config.Hardware.Device {
+			if disk, is := device.(*types.VirtualDisk); is {
+				if backing, flat := disk.Backing.(*types.VirtualDiskFlatVer2BackingInfo); flat {
+					backing.FileName = strings.TrimSuffix(backing.FileName, ".vmdk") + "-000001.vmdk"
+				}
+			}
+		}
+	})
+}
+
+// merge removes a machine's snapshots, as a backup's clean-up does.
+func (w *world) merge(id ref) {
+	_, err := methods.RemoveAllSnapshots_Task(context.Background(), w.client, &types.RemoveAllSnapshots_Task{This: id})
+	if err != nil {
+		log.Print(err)
+	}
+}
+
 // remove deletes a machine whatever it is doing.
 func (w *world) remove(value string) {
 	id := ref{Type: "VirtualMachine", Value: value}
