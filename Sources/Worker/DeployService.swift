@@ -35,6 +35,8 @@ struct DeployHandler: DeployService.ServiceProtocol {
         return StreamingServerResponse { writer in
             let request = request.message
             if case .console(let pattern) = request.options.verification.method { try validateConsolePattern(pattern) }
+            // With the digests and targets that the conversion added.
+            if request.mode != .dryRun { try await configuration.record(request.manifest) }
             let result =
                 switch request.mode {
                 case .dryRun, .check: try await examine(request)
@@ -118,8 +120,6 @@ struct DeployHandler: DeployService.ServiceProtocol {
             try DeployPlan(request.manifest, request.options, configuration, mode: request.mode)
         }
         let first = try await blocking("deploy", plan)
-        // With the digests and targets that the conversion added.
-        try await configuration.record(request.manifest)
         do { try await permit("define-domain", call) } catch {
             // An earlier attempt may have come further.
             throw await takeBack(first, call, because: error, ran: false)

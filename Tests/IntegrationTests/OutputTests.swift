@@ -25,14 +25,20 @@ extension Integration {
             }
             try place.expectDisks("demo-web")
             let names = try Files.list("\(place.state)/manifests")
-            let json = try Files.read("\(place.state)/manifests/\(try #require(names.first))")
-            let manifest = try Manifest(jsonUTF8Bytes: json)
-            #expect(names.count == 1 && manifest.schemaVersion == 1)
-            for disk in manifest.disks {
+            func manifest() throws -> Manifest {
+                let json = try Files.read("\(place.state)/manifests/\(try #require(names.first))")
+                return try Manifest(jsonUTF8Bytes: json)
+            }
+            let first = try manifest()
+            #expect(names.count == 1 && first.schemaVersion == 1)
+            for disk in first.disks {
                 #expect(
                     outcome.output.contains(disk.source.contentSha256) && outcome.output.contains(disk.source.sha256))
                 #expect(disk.source.contentSha256.count == 64 && disk.target.path.hasPrefix(place.pool))
             }
+            // A look at what is done doesn't make its record poorer.
+            #expect(try migrate([], in: place).0.status == 0)
+            #expect(try manifest().disks == first.disks)
         }
 
         @Test func deadlineStopsIt() throws {
