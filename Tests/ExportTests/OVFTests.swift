@@ -173,6 +173,19 @@ import Testing
         #expect(error.code == .dataLoss && error.message.contains(actual), "\(error)")
     }
 
+    /// Digests that somebody gave count; which these are nobody can tell.
+    @Test func twoDigestListsOfOtherNames() throws {
+        let zero = Array("SHA1(web.ovf)= \(String(repeating: "0", count: 40))\n".utf8)
+        try folder.write(
+            "web.ova",
+            Tar.archive([
+                .init(name: "web.ovf", data: Array(OVFText.small().utf8)), .init(name: "a.mf", data: zero),
+                .init(name: "b.mf", data: zero), .init(name: "web-disk1.vmdk", data: image),
+            ]))
+        let error = try #require(failure { try folder.capture("ova", "web.ova") })
+        #expect(error.code == .invalidArgument && error.message.contains("none is called web.mf"), "\(error)")
+    }
+
     @Test func passthroughItems() throws {
         try folder.write("web-disk1.vmdk", image)
         let dynamic = OVFText.item(

@@ -32,7 +32,9 @@ extension Manifest {
             .init("secureboot", .bool(vm.secureBoot)),
         ]
         let family = (vm.guestID + vm.tools.family + vm.guestFullName).lowercased()
-        machine.append(.init("os_hint", .string(family.contains("win") ? "windows" : "linux")))
+        // Not darwin.
+        let isWindows = family.contains("windows") || family.hasPrefix("win")
+        machine.append(.init("os_hint", .string(isWindows ? "windows" : "linux")))
         add("os_version", vm.guestFullName, to: &machine)
         root.append(.init("vm", .object(machine)))
         root.append(.init("disks", .array(try disks.enumerated().map { try hyperSDK($1, number: $0, size) })))

@@ -18,7 +18,7 @@ struct OVFCapture {
         self.package = package
         // Before the envelope is understood: a damaged one should be called damaged, not malformed.
         var digests: DigestList?
-        if let name = package.companion(".mf") {
+        if let name = try package.companion(".mf") {
             let shown = "\(Files.parent(of: package.path))/\(name)"
             let region = try package.region(name, owner: package.path)
             let list = try DigestList(
@@ -78,7 +78,7 @@ struct OVFCapture {
 
     mutating func run(_ stop: StopFlag) throws -> Manifest {
         if let remark = package.remark { manifest.note("source", remark) }
-        if package.companion(".cert") != nil {
+        if try package.companion(".cert") != nil {
             manifest.note("source", "the package is signed (.cert); its signature is not checked, its digests are")
         }
         if digests == nil {

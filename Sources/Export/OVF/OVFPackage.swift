@@ -93,13 +93,19 @@ struct OVFPackage {
         return (name, try region(name, owner: owner))
     }
 
-    /// Companion of the envelope: same name, other extension.
-    func companion(_ suffix: String) -> String? {
+    /// Companion of the envelope: same name, other extension; else the only one of an archive with that extension.
+    func companion(_ suffix: String) throws -> String? {
         let stem = descriptorName.lowercased().hasSuffix(".ovf") ? String(descriptorName.dropLast(4)) : descriptorName
         if contains(stem + suffix) { return stem + suffix }
         guard case .archive(let members) = storage else { return nil }
         let others = members.keys.filter { $0.lowercased().hasSuffix(suffix) }
-        return others.count == 1 ? others.first : nil
+        guard others.count < 2 else {
+            throw MigrationError(
+                .invalidArgument,
+                "\(path): of its \(others.count) \(suffix) files none is called \((stem + suffix).printable)",
+                hint: "nothing tells which counts: export the VM again, or leave out those that are not of this OVF")
+        }
+        return others.first
     }
 
     private static func percentDecoded(_ text: String, owner: String) throws -> String {
