@@ -157,6 +157,9 @@ import Testing
             "future device", .warning, "VirtualWarpDrive) is a device this program doesn't know",
             with("VirtualWarpDrive")),
         Case("sound card", .note, "(sound) is not carried", with("VirtualHdAudioCard")),
+        Case("hidden", .warning, "does not show the account config.extraConfig") {
+            $0.missing = ["config.extraConfig"]
+        },
         Case("template", .note, "it is a template", set("config.template", "<val>true</val>")),
     ]
 

@@ -22,6 +22,8 @@ struct MachineXML {
     var datastore = "ds-vmfs"
     /// More devices.
     var devices = ""
+    /// Properties that the account may not see.
+    var missing: [String] = []
 
     static func device(_ type: String, _ key: Int, _ content: String) -> String {
         "<device xsi:type=\"\(type)\"><key>\(key)</key>\(content)</device>"
@@ -45,7 +47,7 @@ struct MachineXML {
         var all = properties
         if !hardware.isEmpty { all["config.hardware"] = "<val>\(hardware)\(bus)\(disk)\(card)\(devices)</val>" }
         all["name"] = "<val>\(name)</val>"
-        return objectXML("VirtualMachine", "vm-\(name)", all)
+        return objectXML("VirtualMachine", "vm-\(name)", all, missing: missing)
     }
 
     /// What the server has besides VMs.

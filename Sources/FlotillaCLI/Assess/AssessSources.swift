@@ -36,8 +36,9 @@ enum AssessSource {
             do {
                 take(try captureManifest(from: url, vmName: vmName, stop: stop), url.description)
             } catch let error as MigrationError
-                where [.failedPrecondition, .unimplemented, .dataLoss, .invalidArgument].contains(error.code)
+                where error.code != .cancelled && Files.exists(url.path)
             {
+                // The others are judged all the same.
                 refused(url.description, error)
             }
         case .vsphere(var url, let server):
