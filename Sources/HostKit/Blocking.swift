@@ -9,10 +9,10 @@ import Synchronization
 ///
 /// The thread can't be interrupted. Work that must stop early polls a `StopFlag`.
 package func blocking<Value: Sendable>(
-    _ name: String = "flotilla", _ body: @escaping @Sendable () throws -> Value
+    _ name: String = "flotilla", stack: Int = 1 << 20, _ body: @escaping @Sendable () throws -> Value
 ) async throws -> Value {
     try await withCheckedThrowingContinuation { continuation in
-        spawnThread(name) { continuation.resume(with: Result { try body() }) }
+        spawnThread(name, stack: stack) { continuation.resume(with: Result { try body() }) }
     }
 }
 
@@ -35,12 +35,12 @@ private final class ThreadBody: Sendable {
     init(_ run: @escaping @Sendable () -> Void) { self.run = run }
 }
 
-/// Starts a detached POSIX thread with an 1 MiB stack. `name` shows in `ps -L` and is cut to 15 bytes.
-package func spawnThread(_ name: String, _ body: @escaping @Sendable () -> Void) {
+/// Starts a detached POSIX thread. `name` shows in `ps -L` and is cut to 15 bytes; `stack` is in bytes.
+package func spawnThread(_ name: String, stack: Int = 1 << 20, _ body: @escaping @Sendable () -> Void) {
     var attributes = pthread_attr_t()
     pthread_attr_init(&attributes)
     pthread_attr_setdetachstate(&attributes, Int32(PTHREAD_CREATE_DETACHED))
-    pthread_attr_setstacksize(&attributes, 1 << 20)
+    pthread_attr_setstacksize(&attributes, stack)
     defer { pthread_attr_destroy(&attributes) }
     var thread = pthread_t()
     let box = Unmanaged.passRetained(

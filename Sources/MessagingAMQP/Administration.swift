@@ -12,7 +12,7 @@ struct Administration {
     static func run<Value: Sendable>(
         _ configuration: AMQPConfiguration, _ body: @escaping @Sendable (Administration) throws -> Value
     ) async throws -> Value {
-        try await blocking("amqp admin") {
+        try await blocking("amqp admin", stack: Link.stack) {
             var failure: (any Error)?
             for broker in configuration.brokers.shuffled() {
                 let administration: Administration

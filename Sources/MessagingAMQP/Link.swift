@@ -34,6 +34,10 @@ final class Link: Sendable {
         var socket: Int32?
     }
 
+    /// Of threads that read from a broker, in bytes: librabbitmq goes down into headers' tables and arrays as deep as they
+    /// are nested, which a frame of 1 MiB has room to be 200,000 times. What is not touched takes no memory.
+    static let stack = 64 << 20
+
     private let configuration: AMQPConfiguration
     private let wakeup: Wakeup
     private let onChange: @Sendable (BusStatus.Connection) -> Void
@@ -48,7 +52,7 @@ final class Link: Sendable {
         self.wakeup = wakeup
         self.onChange = onChange
         state = Mutex(State(status: .init(name: name, state: .connecting(attempt: 1, lastError: nil))))
-        spawnThread("amqp \(name)") { [self] in run(role()) }
+        spawnThread("amqp \(name)", stack: Self.stack) { [self] in run(role()) }
     }
 
     var status: BusStatus.Connection { state.withLock { $0.status } }

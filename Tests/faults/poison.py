@@ -13,8 +13,14 @@ from fleet import ROOT, Violation, wait
 sys.path.insert(0, str(ROOT / "protocol/examples/python"))
 import flotilla_bus as bus  # noqa: E402
 
+# pika goes down into what it sends.
+sys.setrecursionlimit(200_000)
 HOUR = 3_600_000
 EXPORT = "/flotilla.v1.ExportService/Export"
+# Deeper than the stack of a reader's thread, unless that was made for it. A broker takes its time for more.
+NESTED = []
+for _ in range(13_000):
+    NESTED = [NESTED]
 CONTROL, EVENTS = "flotilla.v1.ControlMessages", "flotilla.v1.WorkerEvents"
 
 
@@ -65,7 +71,7 @@ def connect(fleet, name):
 
 
 def poison(fleet):
-    """forged, expired, misaddressed, replayed, oversized, undecodable messages to worker and coordinator: all dead letters"""
+    """forged, expired, misaddressed, replayed, oversized, undecodable, deeply nested messages to worker and coordinator: all dead letters"""
     fleet.submit()
     coordinator, kvm1 = Sender(fleet, "coordinator"), Sender(fleet, "kvm1")
     attempt = {"flotilla-attempt": 1, "flotilla-fence": 1}
@@ -73,6 +79,7 @@ def poison(fleet):
     send = coordinator.everywhere(tasks, "kvm1", task="poison-export", headers=attempt)
     send("unknown-method", "not served", kind="/flotilla.v1.HostService/Inspect")
     send("no-fence", "are needed", headers={"flotilla-attempt": 1})
+    send("nested", "not signed", signer=None, headers={"nested": NESTED})
     send("path", "no task id", task="../../etc/passwd")
     send("first", None, task="replayed-export")
     send("replay", "replay", task="replayed-export")
@@ -83,6 +90,7 @@ def poison(fleet):
     events = {"exchange": "flotilla.events", "key": "evt.kvm1.task", "kind": EVENTS}
     send = kvm1.everywhere(events, "coordinator", body=said)
     send("unknown-type", "no type of event", kind=EXPORT)
+    send("nested", "not signed", signer=None, headers={"nested": NESTED})
     send("for-another", "signed it, for host 'kvm2'", body=said.replace(b"kvm1", b"kvm2"))
     expected = coordinator.reasons | kvm1.reasons
 
