@@ -2,6 +2,61 @@ import CLibvirt
 import Glibc
 import HostKit
 import MigrationModel
+import Synchronization
+
+/// A connection that is being made: libvirt itself waits without an end. One that comes too late is closed again.
+private final class Opening: Sendable {
+    private enum State {
+        case waiting, givenUp
+        case ended(Result<UInt, MigrationError>)
+    }
+
+    private let uri: String
+    private let state = Mutex(State.waiting)
+    private let ended = MonotonicSemaphore()
+
+    init(_ uri: String) {
+        self.uri = uri
+        spawnThread("libvirt open") { self.open() }
+    }
+
+    private func open() {
+        let pointer = virConnectOpen(uri)
+        // libvirt's last error is this thread's.
+        let result = pointer.map { Result<UInt, MigrationError>.success(UInt(bitPattern: $0)) } ?? .failure(failure())
+        let isLate = state.withLock { state in
+            if case .givenUp = state { return true }
+            state = .ended(result)
+            return false
+        }
+        if isLate, let pointer { virConnectClose(pointer) }
+        ended.signal()
+    }
+
+    private func failure() -> MigrationError {
+        var error = libvirtError("connect to \(uri)")
+        if error.code != .unauthenticated && error.code != .permissionDenied { error.code = .unavailable }
+        error.hint =
+            "check that the daemon runs (`systemctl status virtqemud libvirtd`) and that this user may use it "
+            + "(group libvirt, or root)"
+        return error
+    }
+
+    func wait(for limit: Duration) throws -> OpaquePointer {
+        _ = ended.wait(for: limit)
+        let result = state.withLock { state -> Result<UInt, MigrationError>? in
+            if case .ended(let result) = state { return result }
+            state = .givenUp
+            return nil
+        }
+        guard let address = try result?.get(), let pointer = OpaquePointer(bitPattern: address) else {
+            throw MigrationError(
+                .unavailable, "connect to \(uri): the daemon has not answered for \(limit.components.seconds) s",
+                hint: "look at what it waits for (its log, `systemctl status virtqemud libvirtd`), or restart it")
+        }
+        return pointer
+    }
+}
 
 /// A connection to the local libvirt daemon. libvirt allows calls from any thread; each blocks until the daemon has
 /// answered, so callers go through `HostKit.blocking`. Closes when the last reference, a domain's included, is gone.
@@ -25,20 +80,15 @@ package final class LibvirtConnection: Sendable {
     ///   - uri: a local one: `qemu:///system`, `qemu:///system?socket=…`, `test:///default`.
     ///   - interval: in seconds. Calls on a daemon that doesn't so much as answer at six such intervals fail with
     ///     `unavailable`, and so does the connection; one that is only busy does answer.
+    ///   - patience: with a daemon whose socket takes a connection and that then stands still.
     /// - Throws: `failedPrecondition` for a URI that names a remote server, `unavailable` when no daemon answers.
-    package init(uri: String = "qemu:///system", keepAlive interval: Int32 = 10) throws {
+    package init(
+        uri: String = "qemu:///system", keepAlive interval: Int32 = 10, patience: Duration = .seconds(60)
+    ) throws {
         try Self.requireLocal(uri)
         _ = Self.prepared
-        guard let pointer = virConnectOpen(uri) else {
-            var error = libvirtError("connect to \(uri)")
-            if error.code != .unauthenticated && error.code != .permissionDenied { error.code = .unavailable }
-            error.hint =
-                "check that the daemon runs (`systemctl status virtqemud libvirtd`) and that this user may use it "
-                + "(group libvirt, or root)"
-            throw error
-        }
+        pointer = try Opening(uri).wait(for: patience)
         self.uri = uri
-        self.pointer = pointer
         // Not known to the test driver, which is no daemon, nor to daemons of old.
         _ = virConnectSetKeepAlive(pointer, interval, 6)
     }

@@ -1,6 +1,7 @@
 import Deploy
 import FlotillaProtocol
 import Foundation
+import Glibc
 import HostKit
 import MigrationModel
 import Passthrough
@@ -23,6 +24,28 @@ import Testing
         let error = #expect(throws: MigrationError.self) { try LibvirtConnection(uri: uri) }
         #expect(error?.code == code && error?.hint != nil)
         #expect(error?.message.contains(message) == true, "\(error?.message ?? "")")
+    }
+
+    /// The kernel takes the connection, and nobody ever answers.
+    @Test func aDaemonThatStandsStillIsGivenUp() throws {
+        try withFolder { folder in
+            let socket = Glibc.socket(AF_UNIX, Int32(SOCK_STREAM.rawValue), 0)
+            defer { close(socket) }
+            var address = sockaddr_un()
+            address.sun_family = sa_family_t(AF_UNIX)
+            withUnsafeMutableBytes(of: &address.sun_path) { $0.copyBytes(from: Array("\(folder)/sock".utf8)) }
+            let isBound = withUnsafePointer(to: &address) {
+                $0.withMemoryRebound(to: sockaddr.self, capacity: 1) {
+                    bind(socket, $0, socklen_t(MemoryLayout<sockaddr_un>.size)) == 0
+                }
+            }
+            #expect(isBound && listen(socket, 4) == 0)
+            let uri = "qemu:///system?socket=\(folder)/sock"
+            let error = #expect(throws: MigrationError.self) {
+                try LibvirtConnection(uri: uri, patience: .milliseconds(200))
+            }
+            #expect(error?.code == .unavailable && error?.message.contains("has not answered for") == true)
+        }
     }
 
     @Test func aDomainsLife() throws {
