@@ -6,9 +6,9 @@ import SwiftProtobuf
 
 extension Coordinator {
     /// Progress, or that there is none: told to those who ask, and not stored.
-    func hear(_ event: TaskEvent, from host: String, isOld: Bool) throws {
+    func hear(_ event: TaskEvent, from host: String, isOld: Bool) async throws {
         switch event.kind {
-        case .update(let bytes): try relay(event, bytes)
+        case .update(let bytes): try await relay(event, from: host, bytes)
         case .heartbeat(let beat) where !isOld:
             silences.note(event.identity, on: host, seconds: beat.secondsWithoutProgress)
         case .ended: silences.note(event.identity, on: host, seconds: 0)
@@ -16,12 +16,17 @@ extension Coordinator {
         }
     }
 
-    private func relay(_ event: TaskEvent, _ bytes: some SwiftProtobufContiguousBytes) throws {
+    private func relay(
+        _ event: TaskEvent, from host: String, _ bytes: some SwiftProtobufContiguousBytes & Sendable
+    ) async throws {
         guard let dash = event.taskID.lastIndex(of: "-"),
             let stage = Stage(rawValue: String(event.taskID[event.taskID.index(after: dash)...]))
         else { return }
         let migrationID = String(event.taskID[..<dash])
         guard watchers.hasWatcher(of: migrationID) else { return }
+        // Of the attempt that owns the task: no other host, and no attempt that was given up, speaks for it.
+        let task = try await store.write { try $0.task(id: event.taskID) }
+        guard let task, task.host == host, task.machine.fence == event.fence else { return }
         let progress: TaskProgress?
         let step: TaskStep?
         switch stage {

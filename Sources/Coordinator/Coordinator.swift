@@ -290,7 +290,7 @@ package final class Coordinator: Sendable {
         for events in batch {
             for event in events.events {
                 guard case .task(let task) = event.event else { continue }
-                try hear(task, from: events.host, isOld: event.time.moment < horizon)
+                try await hear(task, from: events.host, isOld: event.time.moment < horizon)
             }
         }
         try await decide { transitions in
@@ -323,8 +323,10 @@ extension Transitions {
         case .task(let task) where task.isUpdate || isOld && task.isHeartbeat: break
         case .task(let task): try handle(task, from: host)
         case .inventory(let profile) where profile.name == host:
-            if let known = try store.host(host)?.profile, known.capturedAt.moment > profile.capturedAt.moment { return }
-            try store.save(profile, at: now)
+            let known = try store.host(host)?.profile.capturedAt.moment ?? profile.capturedAt.moment
+            // One of the future is of a clock that was put right since.
+            let isCredible = known <= now + FleetMember.clockTolerance
+            if known <= profile.capturedAt.moment || !isCredible { try store.save(profile, at: now) }
         case .heartbeat where !isOld: try noteAlive(host, patience)
         case .rejected(let rejected): try store.note(rejected, by: host, at: now)
         case .heartbeat, .inventory, nil: break

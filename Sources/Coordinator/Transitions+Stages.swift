@@ -181,12 +181,14 @@ extension Transitions {
         try save(migration)
         let manifest = migration.manifest ?? Manifest()
         let options = try settledOptions(of: migration, for: manifest.vm)
+        let isDoneBefore = try wasDone(migration.id)
         try start(
             .deploy, of: migration,
             DeployRequest.with {
                 $0.manifest = manifest
                 $0.options = options
                 $0.mode = mode
+                $0.doneBefore = isDoneBefore
             })
     }
 

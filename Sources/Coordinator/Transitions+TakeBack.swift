@@ -26,6 +26,9 @@ extension Transitions {
         _ = try store.note(TaskEvent(call, sequence: 0, .ended(TaskEnded())), kind: Self.done, at: now)
     }
 
+    /// Whether a deploy of it came to its end, and was not taken back since.
+    func wasDone(_ migration: String) throws -> Bool { try hasSinceTakingBack(Self.done, migration) }
+
     /// Whether a deploy ever changed the host: without a permit it changes nothing.
     func wasDeployed(_ migration: String) throws -> Bool {
         let deploy = Stage.deploy.taskID(ofMigration: migration)
@@ -44,7 +47,7 @@ extension Transitions {
     mutating func takeBack(_ migration: inout MigrationRecord, because error: TaskEnded) throws -> Bool {
         guard migration.result == nil, try hasSinceTakingBack(Self.permitted, migration.id) else { return false }
         // What was done once is in use, whatever a host tells of its domains now.
-        if try hasSinceTakingBack(Self.done, migration.id) {
+        if try wasDone(migration.id) {
             migration.findings.append(
                 .with {
                     $0.severity = .warning

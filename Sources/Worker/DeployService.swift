@@ -95,7 +95,7 @@ struct DeployHandler: DeployService.ServiceProtocol {
             try Task.checkCancellation()
             return result
         } catch {
-            throw await takeBack(plan, call, because: error, ran: hasRun)
+            throw await takeBack(plan, request, call, because: error, ran: hasRun)
         }
     }
 
@@ -122,7 +122,7 @@ struct DeployHandler: DeployService.ServiceProtocol {
         let first = try await blocking("deploy", plan)
         do { try await permit("define-domain", call) } catch {
             // An earlier attempt may have come further.
-            throw await takeBack(first, call, because: error, ran: false)
+            throw await takeBack(first, request, call, because: error, ran: false)
         }
         Failpoint.deployPermitted.hit()
         return try await blocking("deploy") {
@@ -140,7 +140,7 @@ struct DeployHandler: DeployService.ServiceProtocol {
 
     /// Undoes a deploy that failed or was cancelled. Returns what to say of it.
     private func takeBack(
-        _ plan: DeployPlan, _ call: CallIdentity, because error: any Error, ran: Bool
+        _ plan: DeployPlan, _ request: DeployRequest, _ call: CallIdentity, because error: any Error, ran: Bool
     ) async -> any Error {
         // What may succeed when it is tried again goes on from here, and so does the task's next owner.
         if let error = error as? MigrationError, error.code.isRetryable || error.code == .aborted { return error }
@@ -148,6 +148,11 @@ struct DeployHandler: DeployService.ServiceProtocol {
         var failure = error as? MigrationError ?? MigrationError(.cancelled, "cancelled")
         if !(error is MigrationError), !(error is CancellationError) {
             failure = MigrationError(.internal, "\(error)")
+        }
+        // Somebody may work with it, whatever the coordinator was told of this host's domains.
+        if request.doneBefore, plan.isDefined {
+            failure.message += "; domain \(plan.domain.name) was there before and stays"
+            return failure
         }
         do {
             try await blocking("deploy") { try plan.rollBack(plan.owner(fence: call.fence), ran: ran) }

@@ -29,6 +29,52 @@ import Testing
         }
     }
 
+    /// Its clock was a day ahead, and the coordinator's too, when it told of itself.
+    @Test func whatAHostSaysIsHeardAfterItsClockWasPutRight() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            for (age, pool) in [(-86_400_000, "future"), (0, "now"), (1_000, "late")] as [(Int64, String)] {
+                worker.profile.capturedAt = Moment(milliseconds: Moment.now.milliseconds - age).timestamp
+                worker.profile.pools[0].name = pool
+                try await worker.announce()
+                let expected = pool == "late" ? "now" : pool
+                let heard = try await eventually {
+                    let profile = try await client.listHosts(.init()).hosts.first?.profile
+                    return profile?.pools.first?.name == expected ? true : nil
+                }
+                #expect(heard == true, "\(pool)")
+            }
+        }
+    }
+
+    /// Of a host and an attempt that do not own the task nothing is told.
+    @Test func progressIsItsOwners() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let id = try await client.submitMigration(Rig.request).id
+            let call = try await worker.take()
+            try await worker.accept(call)
+            let (begun, begin) = AsyncStream<Void>.makeStream()
+            async let steps = client.watchMigration(.with { $0.id = id }) { response in
+                var steps: [String] = []
+                for try await event in response.messages {
+                    begin.yield()
+                    if case .step(let step) = event.event { steps.append(step.step.message) }
+                }
+                return steps
+            }
+            for await _ in begun { break }
+            for (fence, words) in [(99, "strange"), (call.identity.fence, "own")] as [(UInt64, String)] {
+                let identity = CallIdentity(task: call.identity.task, attempt: 1, fence: fence)
+                let speaker = TaskCall(identity: identity, method: call.method, audience: Rig.host, body: [])
+                let update: Data = try ExportUpdate.with { $0.step.message = words }.serializedBytes()
+                try await worker.say(speaker, .update(update))
+            }
+            try await worker.fail(call, .notFound, "the source is gone")
+            #expect(try await steps == ["own"])
+        }
+    }
+
     /// A broker deletes the control queue of a host that is long away.
     @Test func hostsQueuesAreDeclaredAgain() async throws {
         let rig = try Rig()

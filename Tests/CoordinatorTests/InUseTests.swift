@@ -14,6 +14,7 @@ import Testing
         let id = try await client.submitMigration(Rig.request).id
         for stage in [Stage.export, .convert] { try await worker.work(stage) }
         let deploy = try await worker.take()
+        #expect(try !DeployRequest(serializedBytes: deploy.body).doneBefore)
         try await worker.accept(deploy)
         try await worker.say(deploy, .permit(.with { $0.step = "define-domain" }))
         #expect(try await worker.told { if case .permit(let reply) = $0.kind { reply.granted } else { nil } })
@@ -59,6 +60,8 @@ import Testing
             _ = try await client.submitMigration(Rig.request)
             for stage in [Stage.export, .convert] { try await worker.work(stage) }
             let deploy = try await worker.take()
+            // Nor may the worker, when this one fails.
+            #expect(try DeployRequest(serializedBytes: deploy.body).doneBefore)
             try await worker.accept(deploy)
             _ = try await client.cancelMigration(.with { $0.id = id })
             let ended = try await client.end(id)

@@ -217,6 +217,28 @@ import Testing
         #expect(try rig.entries == ["pci:0000:3b:00.0 unproven reserved"])
     }
 
+    /// Somebody may work with it, whatever the coordinator was told of the host's domains.
+    @Test func whatWasDoneBeforeStaysWhenItFails() async throws {
+        let rig = try DeployRig()
+        try rig.gpu("3b")
+        var request = try rig.request("used", [a100]) {
+            $0.options.start = true
+            $0.options.verification = .with { ($0.console, $0.timeoutSeconds) = ("login:", 1) }
+        }
+        let console = "\(rig.root)/worker/console/\(request.manifest.migrationID).log"
+        try Files.createDirectories(Files.parent(of: console))
+        try Files.writeAtomically(Array("login: ".utf8), to: console)
+        try await rig.handler().run(request)
+        // Rotated since.
+        try Files.writeAtomically([], to: console)
+        request.doneBefore = true
+        let outcome = await failure { try await rig.handler().run(request, fence: 2) }
+        #expect(outcome?.message.hasSuffix("domain used was there before and stays") == true)
+        #expect(try rig.domain("used")?.state().isRunning == true)
+        #expect(try rig.entries == ["pci:0000:3b:00.0 used reserved"])
+        try rig.domain("used")?.destroy()
+    }
+
     /// Cancelled while it waits for its proof: by somebody it is taken back; because the process ends, or the task is
     /// another's, it stays.
     @Test(arguments: [true, false]) func cancelledWhileVerifying(_ isOurs: Bool) async throws {

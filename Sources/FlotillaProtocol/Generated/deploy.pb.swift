@@ -151,37 +151,46 @@ package nonisolated enum DiskBus: SwiftProtobuf.Enum, Swift.CaseIterable {
 
 }
 
-package nonisolated struct DeployRequest: Sendable {
+package nonisolated struct DeployRequest: @unchecked Sendable {
   // SwiftProtobuf.Message conformance is added in an extension below. See the
   // `Message` and `Message+*Additions` files in the SwiftProtobuf library for
   // methods supported on all messages.
 
   package var manifest: Manifest {
-    get {_manifest ?? Manifest()}
-    set {_manifest = newValue}
+    get {_storage._manifest ?? Manifest()}
+    set {_uniqueStorage()._manifest = newValue}
   }
   /// Returns true if `manifest` has been explicitly set.
-  package var hasManifest: Bool {self._manifest != nil}
+  package var hasManifest: Bool {_storage._manifest != nil}
   /// Clears the value of `manifest`. Subsequent reads from it will return its default value.
-  package mutating func clearManifest() {self._manifest = nil}
+  package mutating func clearManifest() {_uniqueStorage()._manifest = nil}
 
   package var options: DeployOptions {
-    get {_options ?? DeployOptions()}
-    set {_options = newValue}
+    get {_storage._options ?? DeployOptions()}
+    set {_uniqueStorage()._options = newValue}
   }
   /// Returns true if `options` has been explicitly set.
-  package var hasOptions: Bool {self._options != nil}
+  package var hasOptions: Bool {_storage._options != nil}
   /// Clears the value of `options`. Subsequent reads from it will return its default value.
-  package mutating func clearOptions() {self._options = nil}
+  package mutating func clearOptions() {_uniqueStorage()._options = nil}
 
-  package var mode: DeployMode = .unspecified
+  package var mode: DeployMode {
+    get {_storage._mode}
+    set {_uniqueStorage()._mode = newValue}
+  }
+
+  /// An earlier deploy of the migration was done: a domain of it that is there may be in use, and is not taken back when
+  /// this one fails.
+  package var doneBefore: Bool {
+    get {_storage._doneBefore}
+    set {_uniqueStorage()._doneBefore = newValue}
+  }
 
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
 
-  fileprivate var _manifest: Manifest? = nil
-  fileprivate var _options: DeployOptions? = nil
+  fileprivate var _storage = _StorageClass.defaultInstance
 }
 
 package nonisolated struct DeployOptions: Sendable {
@@ -591,43 +600,90 @@ nonisolated extension DiskBus: SwiftProtobuf._ProtoNameProviding {
 
 nonisolated extension DeployRequest: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".DeployRequest"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}manifest\0\u{1}options\0\u{1}mode\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}manifest\0\u{1}options\0\u{1}mode\0\u{3}done_before\0")
+
+  fileprivate class _StorageClass {
+    var _manifest: Manifest? = nil
+    var _options: DeployOptions? = nil
+    var _mode: DeployMode = .unspecified
+    var _doneBefore: Bool = false
+
+      // This property is used as the initial default value for new instances of the type.
+      // The type itself is protecting the reference to its storage via CoW semantics.
+      // This will force a copy to be made of this reference when the first mutation occurs;
+      // hence, it is safe to mark this as `nonisolated(unsafe)`.
+      static nonisolated(unsafe) let defaultInstance = _StorageClass()
+
+    private init() {}
+
+    init(copying source: _StorageClass) {
+      _manifest = source._manifest
+      _options = source._options
+      _mode = source._mode
+      _doneBefore = source._doneBefore
+    }
+  }
+
+  fileprivate mutating func _uniqueStorage() -> _StorageClass {
+    if !isKnownUniquelyReferenced(&_storage) {
+      _storage = _StorageClass(copying: _storage)
+    }
+    return _storage
+  }
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
-    while let fieldNumber = try decoder.nextFieldNumber() {
-      // The use of inline closures is to circumvent an issue where the compiler
-      // allocates stack space for every case branch when no optimizations are
-      // enabled. https://github.com/apple/swift-protobuf/issues/1034
-      switch fieldNumber {
-      case 1: try { try decoder.decodeSingularMessageField(value: &self._manifest) }()
-      case 2: try { try decoder.decodeSingularMessageField(value: &self._options) }()
-      case 3: try { try decoder.decodeSingularEnumField(value: &self.mode) }()
-      default: break
+    _ = _uniqueStorage()
+    try withExtendedLifetime(_storage) { (_storage: _StorageClass) in
+      while let fieldNumber = try decoder.nextFieldNumber() {
+        // The use of inline closures is to circumvent an issue where the compiler
+        // allocates stack space for every case branch when no optimizations are
+        // enabled. https://github.com/apple/swift-protobuf/issues/1034
+        switch fieldNumber {
+        case 1: try { try decoder.decodeSingularMessageField(value: &_storage._manifest) }()
+        case 2: try { try decoder.decodeSingularMessageField(value: &_storage._options) }()
+        case 3: try { try decoder.decodeSingularEnumField(value: &_storage._mode) }()
+        case 4: try { try decoder.decodeSingularBoolField(value: &_storage._doneBefore) }()
+        default: break
+        }
       }
     }
   }
 
   package func traverse<V: SwiftProtobuf.Visitor>(visitor: inout V) throws {
-    // The use of inline closures is to circumvent an issue where the compiler
-    // allocates stack space for every if/case branch local when no optimizations
-    // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
-    // https://github.com/apple/swift-protobuf/issues/1182
-    try { if let v = self._manifest {
-      try visitor.visitSingularMessageField(value: v, fieldNumber: 1)
-    } }()
-    try { if let v = self._options {
-      try visitor.visitSingularMessageField(value: v, fieldNumber: 2)
-    } }()
-    if self.mode != .unspecified {
-      try visitor.visitSingularEnumField(value: self.mode, fieldNumber: 3)
+    try withExtendedLifetime(_storage) { (_storage: _StorageClass) in
+      // The use of inline closures is to circumvent an issue where the compiler
+      // allocates stack space for every if/case branch local when no optimizations
+      // are enabled. https://github.com/apple/swift-protobuf/issues/1034 and
+      // https://github.com/apple/swift-protobuf/issues/1182
+      try { if let v = _storage._manifest {
+        try visitor.visitSingularMessageField(value: v, fieldNumber: 1)
+      } }()
+      try { if let v = _storage._options {
+        try visitor.visitSingularMessageField(value: v, fieldNumber: 2)
+      } }()
+      if _storage._mode != .unspecified {
+        try visitor.visitSingularEnumField(value: _storage._mode, fieldNumber: 3)
+      }
+      if _storage._doneBefore != false {
+        try visitor.visitSingularBoolField(value: _storage._doneBefore, fieldNumber: 4)
+      }
     }
     try unknownFields.traverse(visitor: &visitor)
   }
 
   package static func ==(lhs: DeployRequest, rhs: DeployRequest) -> Bool {
-    if lhs._manifest != rhs._manifest {return false}
-    if lhs._options != rhs._options {return false}
-    if lhs.mode != rhs.mode {return false}
+    if lhs._storage !== rhs._storage {
+      let storagesAreEqual: Bool = withExtendedLifetime((lhs._storage, rhs._storage)) { (_args: (_StorageClass, _StorageClass)) in
+        let _storage = _args.0
+        let rhs_storage = _args.1
+        if _storage._manifest != rhs_storage._manifest {return false}
+        if _storage._options != rhs_storage._options {return false}
+        if _storage._mode != rhs_storage._mode {return false}
+        if _storage._doneBefore != rhs_storage._doneBefore {return false}
+        return true
+      }
+      if !storagesAreEqual {return false}
+    }
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
