@@ -79,9 +79,9 @@ struct Transitions {
             _ = try apply(.accepted(fence: event.fence), to: task, answering: event.seq)
         case .heartbeat:
             _ = try apply(.heartbeat(fence: event.fence), to: task, answering: event.seq)
-        case .released:
+        case .released(let released):
             _ = try store.note(event, kind: "released", at: now)
-            let after = try apply(.released(fence: event.fence), to: task)
+            let after = try apply(.released(fence: event.fence, blameless: released.blameless), to: task)
             _ = try apply(.dispatch, to: after)
         case .permit(let permit):
             try answer(permit, event, task)

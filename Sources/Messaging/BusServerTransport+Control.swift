@@ -103,10 +103,13 @@ extension BusServerTransport {
 
     /// Says of what an earlier process held that nobody works on it any more. Called before anything is served. What
     /// can't be said goes on when its lease has run out.
-    package func release(_ calls: [CallIdentity]) async {
+    ///
+    /// - Parameter isBlameless: whether it can't be what ended that process.
+    package func release(_ calls: [CallIdentity], isBlameless: (CallIdentity) -> Bool) async {
         for call in calls {
+            let released = TaskReleased.with { $0.blameless = isBlameless(call) }
             logger.info("task released", metadata: call.logged())
-            try? await events.publish(TaskEvent(call, sequence: Self.releaseSequence, .released(TaskReleased())))
+            try? await events.publish(TaskEvent(call, sequence: Self.releaseSequence, .released(released)))
         }
     }
 

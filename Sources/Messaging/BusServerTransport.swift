@@ -292,6 +292,10 @@ package final class BusServerTransport: ServerTransport {
             if let ended { return await end(running, ended) }
             let reason = running.stopReason.map { "\($0)" } ?? "-"
             logger.warning("task stopped", metadata: call.identity.logged(["reason": "\(reason)"]))
+            guard case .shutdown = running.stopReason else { return }
+            do { try await ledger.recordStop(of: call.identity) } catch {
+                logger.warning("its stop is not noted", metadata: call.identity.logged(["error": "\(error)"]))
+            }
         }
     }
 

@@ -9,6 +9,9 @@ package protocol TaskLedger: Sendable {
     /// Keeps how an attempt ended until the coordinator says that it has it.
     func recordEnd(of call: CallIdentity, _ event: TaskEvent) async throws
 
+    /// Keeps that an attempt was stopped in order, since the process ends.
+    func recordStop(of call: CallIdentity) async throws
+
     /// The coordinator has the result: clean up after the task and forget it.
     /// Does nothing unless this fence's end is what the ledger holds. The caller admits no attempt of the task meanwhile.
     func acknowledge(task: String, fence: UInt64) async throws

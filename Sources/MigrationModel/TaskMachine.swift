@@ -29,8 +29,8 @@ package struct TaskMachine: Hashable, Sendable {
         case accepted(fence: UInt64)
         case heartbeat(fence: UInt64)
         case ended(fence: UInt64, outcome: Outcome)
-        /// The host's new process says that the one which held this fence is gone.
-        case released(fence: UInt64)
+        /// The host's new process says that the one which held this fence is gone, and not because of it if `blameless`.
+        case released(fence: UInt64, blameless: Bool = false)
         /// Time has passed.
         case tick
         /// The worker that had it is known to be gone (its process ended), so no lease needs to run out.
@@ -139,7 +139,7 @@ package struct TaskMachine: Hashable, Sendable {
         case (.accepted(let from), .cancelled), (.heartbeat(let from), .cancelled):
             return from == fence ? [.cancel(fence: fence)] : [.revoke(fence: from)]
 
-        case (.released(let from), .cancelled) where from == fence:
+        case (.released(let from, _), .cancelled) where from == fence:
             return [.cancel(fence: fence)]
 
         case (.alive, .cancelled) where isUnswept:
@@ -178,8 +178,10 @@ package struct TaskMachine: Hashable, Sendable {
             return []
 
         // One that counts as sent is still in its host's queue, or comes again from there.
-        case (.released(let from), .running) where from == fence:
-            return lose(now: now, policy: policy)
+        case (.released(let from, let isBlameless), .running) where from == fence:
+            guard isBlameless else { return lose(now: now, policy: policy) }
+            state = .waiting(notBefore: now)
+            return []
 
         case (.unclaimed, .sent):
             return lose(now: now, policy: policy)

@@ -42,8 +42,11 @@ package final class Journal: TaskLedger {
     /// Forgotten tasks whose fences are remembered.
     private static let remembered = 10_000
 
-    /// What an earlier process had taken on and not ended.
+    /// What an earlier process had taken on and not ended, in that order.
     package let interrupted: [CallIdentity]
+    /// Of them, those that the last process had and did not stop in order.
+    private let suspects: [String]
+    private let process: Int
 
     private let file: JournalFile
     private let logger: Logger
@@ -66,6 +69,11 @@ package final class Journal: TaskLedger {
         let entries = state.trim()
         file = try JournalFile(path, entries, growth: growth)
         interrupted = entries.filter { $0.ended == nil && !$0.forgotten }.map(\.identity)
+        let last = entries.map(\.process).max() ?? 0
+        process = last + 1
+        suspects = entries.filter {
+            $0.ended == nil && !$0.forgotten && $0.process == last && $0.stopped != true
+        }.map(\.task)
         self.state = Mutex(state)
         sweeper = Sweeper(cleanUp)
         self.answers = answers
@@ -75,11 +83,12 @@ package final class Journal: TaskLedger {
     package func admit(_ call: TaskCall) async throws -> Admission {
         let request = hex(Digest.hash(.sha256, call.body))
         let identity = call.identity
-        return try await change(identity.task) { [answers] earlier in
+        return try await change(identity.task) { [answers, process] earlier in
             if let earlier, identity.fence < earlier.fence { return (.stale, nil) }
             if let earlier, identity.fence == earlier.fence, earlier.forgotten { return (.stale, nil) }
             var entry = JournalEntry(
-                task: identity.task, attempt: identity.attempt, fence: identity.fence, request: request)
+                task: identity.task, attempt: identity.attempt, fence: identity.fence, request: request,
+                process: process)
             if let earlier, !earlier.forgotten, let data = earlier.ended, earlier.request == request,
                 earlier.fence == identity.fence || answers(call.method)
             {
@@ -102,6 +111,24 @@ package final class Journal: TaskLedger {
             entry.ended = data
             return ((), entry)
         }
+    }
+
+    package func recordStop(of call: CallIdentity) async throws {
+        try await change(call.task) { earlier in
+            guard var entry = earlier, entry.identity == call, entry.ended == nil else { return ((), nil) }
+            entry.stopped = true
+            return ((), entry)
+        }
+    }
+
+    /// Those of `interrupted` that may be what ended the last process: the others were stopped in order, or had not begun.
+    /// Tasks begin in the order in which they were taken on, `slots` at once of those that take hours, and as many of others.
+    package func suspects(slots: Int) -> Set<String> {
+        let prompt = suspects.filter { task in
+            [Stage.deploy, .undeploy].contains { task.hasSuffix("-\($0.rawValue)") }
+        }
+        let others = suspects.filter { !prompt.contains($0) }
+        return Set(prompt.prefix(slots) + others.prefix(slots))
     }
 
     package func acknowledge(task: String, fence: UInt64) async throws {

@@ -16,6 +16,10 @@ struct JournalEntry: Codable, Sendable {
     var ended: Data?
     /// The coordinator has the result. The fence stays known, so that a late copy of the task is not run again.
     var forgotten = false
+    /// Which of the host's processes took it on: each has a larger number than the one before.
+    var process: Int
+    /// It was stopped in order when its process ended.
+    var stopped: Bool?
 
     var identity: CallIdentity { CallIdentity(task: task, attempt: attempt, fence: fence) }
 
@@ -27,8 +31,9 @@ struct JournalEntry: Codable, Sendable {
                 throw MigrationError(.invalidArgument, "'\(task)' is no task id that a journal can hold")
             }
             let end = ended.map { ",\"ended\":\"\($0.base64EncodedString())\"" } ?? ""
+            let stop = stopped == true ? ",\"stopped\":true" : ""
             return Array(
-                "{\"task\":\"\(task)\",\"attempt\":\(attempt),\"fence\":\(fence),\"request\":\"\(request)\"\(end),\"forgotten\":\(forgotten)}"
+                "{\"task\":\"\(task)\",\"attempt\":\(attempt),\"fence\":\(fence),\"request\":\"\(request)\"\(end),\"forgotten\":\(forgotten),\"process\":\(process)\(stop)}"
                     .utf8)
         }
     }

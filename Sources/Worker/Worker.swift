@@ -56,7 +56,8 @@ package final class Worker: Sendable {
         await recoverDevices()
         try await bus.connected()
         try await Self.announce(configuration, transport)
-        await transport.release(journal.interrupted)
+        let suspects = journal.suspects(slots: configuration.transport.slots)
+        await transport.release(journal.interrupted) { !suspects.contains($0.task) }
         await transport.republish()
         try await withThrowingTaskGroup(of: Void.self) { group in
             group.addTask { try await self.configuration.keepSweepingExports(self.logger) }

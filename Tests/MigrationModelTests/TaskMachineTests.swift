@@ -177,10 +177,15 @@ private let dataLoss = MigrationError.Code.dataLoss.rawValue
         _ = machine.handle(.released(fence: 1), now: moment(1), policy: policy)
         #expect(machine.state == .waiting(notBefore: moment(1)) && machine.failures == 0)
         #expect(machine.handle(.dispatch, now: moment(1), policy: policy) == [.send(attempt: 2, fence: 2)])
+        #expect(machine.losses == 1)
         // The released attempt's late words change nothing any more.
         #expect(machine.handle(.heartbeat(fence: 1), now: moment(1), policy: policy) == [.revoke(fence: 1)])
         _ = machine.handle(.ended(fence: 1, outcome: .success), now: moment(1), policy: policy)
         #expect(machine.state == .sent)
+        // What can't have ended its process is not lost.
+        _ = machine.handle(.accepted(fence: 2), now: moment(1), policy: policy)
+        _ = machine.handle(.released(fence: 2, blameless: true), now: moment(2), policy: policy)
+        #expect(machine.state == .waiting(notBefore: moment(2)) && machine.losses == 1)
     }
 
     /// A lease or a wait that was reckoned by a clock that has been set back since ends as soon as any other.

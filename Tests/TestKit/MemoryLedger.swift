@@ -55,6 +55,8 @@ package final class MemoryLedger: TaskLedger {
         state.withLock { $0.ended[call.task] = event }
     }
 
+    package func recordStop(of call: CallIdentity) async throws {}
+
     package func acknowledge(task: String, fence: UInt64) async throws {
         state.withLock { if $0.ended[task]?.fence == fence { $0.ended[task] = nil } }
     }
