@@ -176,6 +176,7 @@ extension CallIdentity {
         ExportService.Method.Export.descriptor.fullyQualifiedMethod: ExportRequest.self,
         ConvertService.Method.Convert.descriptor.fullyQualifiedMethod: ConvertRequest.self,
         DeployService.Method.Deploy.descriptor.fullyQualifiedMethod: DeployRequest.self,
+        DeployService.Method.Undeploy.descriptor.fullyQualifiedMethod: UndeployRequest.self,
     ]
     guard let request = requests[method] else { return }
     do { _ = try request.init(serializedBytes: body) } catch {

@@ -55,7 +55,12 @@ struct FleetOptions: ParsableArguments {
                 try await body(Client(wrapping: client))
             }
         } catch let error as RPCError {
-            throw MigrationError(error)
+            var error = MigrationError(error)
+            // A socket that nobody serves, or one that ended meanwhile.
+            if error.code == .unavailable, error.hint == nil {
+                error.hint = "see whether flotilla coordinator runs, then try again"
+            }
+            throw error
         }
     }
 }

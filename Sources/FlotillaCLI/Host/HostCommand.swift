@@ -48,6 +48,7 @@ struct HostCommand: AsyncParsableCommand {
 
         @OptionGroup var fleet: FleetOptions
         @Argument(help: "The host's name.") var name: String
+        @Flag(help: "As without it.") var json = false
 
         func validate() throws { try requireHostName(name) }
 
