@@ -22,10 +22,15 @@ package struct DeviceHolders: Sendable {
                     prefixes.contains(where: target.hasPrefix)
                         || Self.mayBeDisk(target) && isOpenForWriting("\(proc)/\(process)/fdinfo/\(descriptor)")
                 else { continue }
-                let name = (try? Files.read("\(proc)/\(process)/comm", limit: 4096)) ?? []
-                byPath[target] = "process \(process) (\(String(decoding: name.prefix { $0 != 0x0a }, as: UTF8.self)))"
+                byPath[target] = Self.name(of: process, proc: proc)
             }
         }
+    }
+
+    /// "process 4242 (Xorg)".
+    static func name(of process: String, proc: String?) -> String {
+        let name = proc.flatMap { try? Files.read("\($0)/\(process)/comm", limit: 4096) } ?? []
+        return "process \(process) (\(String(decoding: name.prefix { $0 != 0x0a }, as: UTF8.self)))"
     }
 
     /// Every disk and partition lies in /dev itself.

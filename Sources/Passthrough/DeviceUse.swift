@@ -119,6 +119,7 @@ struct DeviceUsers {
     private let consoleOnFramebuffer: Bool
     /// Of habanalabs before Linux 6.4, whose class lies beside the PCI devices.
     private let habanaFiles: [String: [String]]
+    private let computeNodes: KFDNodes
 
     init(_ sysfs: Sysfs, _ around: Surroundings) {
         self.sysfs = sysfs
@@ -134,6 +135,7 @@ struct DeviceUsers {
         habanaFiles = Dictionary(
             grouping: sysfs.list("class/habanalabs"), by: { sysfs.text("class/habanalabs/\($0)/pci_addr") ?? "" }
         ).mapValues { names in names.map { "/dev/\($0)" } }
+        computeNodes = KFDNodes(sysfs, proc: around.proc)
         for name in sysfs.list("class/net") where sysfs.text("class/net/\(name)/operstate") == "up" {
             note("class/net/\(name)", DeviceUse(.network, "network interface \(name), which is up"))
         }
@@ -213,7 +215,13 @@ struct DeviceUsers {
         paths += sysfs.list("\(folder)/accel").map { "/dev/accel/\($0)" }
         paths += habanaFiles[address.description] ?? []
         if let minor = nvidiaMinor(address) { paths.append("/dev/nvidia\(minor)") }
-        uses += Set(paths.compactMap { around.holders.byPath[$0] }).sorted().map { DeviceUse(.process, $0) }
+        var processes: Set<String> = []
+        if driver == "amdgpu" {
+            paths += computeNodes.files[address.slotName] ?? []
+            processes.formUnion(computeNodes.users(of: address.slotName))
+        }
+        processes.formUnion(paths.compactMap { around.holders.byPath[$0] })
+        uses += processes.sorted().map { DeviceUse(.process, $0) }
         if virtualFunctions > 0 {
             uses.append(
                 DeviceUse(

@@ -94,6 +94,46 @@ import Testing
         #expect(read.functions.map { $0.uses.map(\.by) } == [["process 42 (python3)"]])
     }
 
+    /// A partition's files belong to a platform device; both of the kernel's numbers for it, and what /dev/kfd alone holds.
+    @Test(arguments: [0x8300, 0x8301, 0x1000_8300]) func findsWhoHasAPartition(_ location: UInt32) throws {
+        let tree = try MadeTree()
+        for (bus, group) in [("83", 4), ("84", 5)] {
+            try tree.device("0000:\(bus):00.0", 0x1002, 0x74a1, class: 0x1200, driver: "amdgpu", group: group)
+        }
+        func put(_ path: String, _ text: String) throws {
+            try Files.createDirectories(Files.parent(of: tree.sysfs.path(path)))
+            try Files.writeAtomically(Array(text.utf8), to: tree.sysfs.path(path))
+        }
+        for (node, id, text) in [
+            (0, 0, "cpu_cores_count 64\nlocation_id 0\ndomain 0\ndrm_render_minor 0\n"),
+            (1, 51, "cpu_cores_count 0\nlocation_id \(location)\ndomain 0\ndrm_render_minor 129\n"),
+            (2, 52, "cpu_cores_count 0\nlocation_id \(0x8400)\ndomain 0\ndrm_render_minor 130\n"),
+        ] {
+            try put("class/kfd/kfd/topology/nodes/\(node)/gpu_id", "\(id)\n")
+            try put("class/kfd/kfd/topology/nodes/\(node)/properties", text)
+        }
+        _ = try tree.folder.sub("class/drm/renderD129/device/drm/card7")
+        let proc = try tree.folder.sub("proc")
+        for (process, file) in [(42, "dri/renderD129"), (43, "dri/card7"), (44, "kfd")] {
+            let open = try tree.folder.sub("proc/\(process)/fd")
+            #expect(symlink("/dev/\(file)", "\(open)/3") == 0)
+            try Files.writeAtomically(Array("python3\n".utf8), to: "\(proc)/\(process)/comm")
+        }
+        var around = Surroundings()
+        around.holders = DeviceHolders(proc: proc)
+        around.proc = proc
+        func users() throws -> [[String]] {
+            try DeviceTree(tree.sysfs, around: around).functions.map { $0.uses.map(\.by) }
+        }
+        let open = ["process 42 (python3)", "process 43 (python3)"]
+        #expect(try users() == [open, []])
+        try put("class/kfd/kfd/proc/44/vram_51", "0\n")
+        try put("class/kfd/kfd/proc/44/vram_52", "4096\n")
+        #expect(try users() == [open, ["process 44 (python3)"]])
+        try put("class/kfd/kfd/proc/44/queues/0/gpuid", "51\n")
+        #expect(try users() == [open + ["process 44 (python3)"], ["process 44 (python3)"]])
+    }
+
     @Test(arguments: [
         ("0000:3b:00.0", true), ("10000:e1:1f.7", true), ("3b:00.0", false), ("0000:3b:20.0", false),
         ("0000:3b:00.8", false),
