@@ -26,12 +26,12 @@ package struct PreparedHost: Sendable {
 
     private let root: String
     private let path: String
-    private let run: @Sendable ([String]) throws -> Void
+    private let run: (@Sendable ([String]) throws -> Void)?
 
     /// - Parameters:
     ///   - root: "" for this host.
-    ///   - run: runs an argument vector.
-    package init(root: String, run: @escaping @Sendable ([String]) throws -> Void = PreparedHost.runProgram) {
+    ///   - run: runs an argument vector; nil: somebody else does, later.
+    package init(root: String, run: (@Sendable ([String]) throws -> Void)? = PreparedHost.runProgram) {
         self.root = root
         path = "\(root)\(GPULedger.folder)/prepared.json"
         self.run = run
@@ -82,8 +82,27 @@ package struct PreparedHost: Sendable {
         for change in setup.changes {
             try put(change.path, change.after, mode: mode(of: change.path) ?? change.mode)
         }
+        let commands = record.commands
         try finish(&record)
         try check(setup, &record)
+        try checkGRUB(setup, commands, &record)
+    }
+
+    /// What was made must have the words, or the next boot does without them: then the program is run again next time.
+    private func checkGRUB(_ setup: HostSetup, _ commands: [[String]], _ record: inout Record) throws {
+        guard run != nil else { return }
+        for command in commands {
+            guard let made = HostSetup.grubConfiguration(of: command), let bytes = content(of: made, limit: 1 << 24),
+                let entry = setup.entriesWithout(inGRUB: String(decoding: bytes, as: UTF8.self)).first
+            else { continue }
+            record.commands.append(command)
+            try write(record)
+            throw MigrationError(
+                .failedPrecondition,
+                "\(root)\(made), which \(command.joined(separator: " ")) has written, lacks what was added: \(entry)",
+                hint: "add \"\(setup.parameters.joined(separator: " "))\" where that program has the kernel's command "
+                    + "line from, then run the same command again")
+        }
     }
 
     /// The programs may have written boot entries anew, from what they take for the kernel's command line.
@@ -177,7 +196,9 @@ package struct PreparedHost: Sendable {
         try withExtendedLifetime(lock, body)
     }
 
-    private func content(of path: String) -> [UInt8]? { try? Files.read("\(root)\(path)", limit: 1 << 20) }
+    private func content(of path: String, limit: Int = 1 << 20) -> [UInt8]? {
+        try? Files.read("\(root)\(path)", limit: limit)
+    }
 
     /// Folders that these files and the record need and that are not there, with those that were made before.
     private func missingFolders(for paths: [String], besides made: [String]) -> [String] {
@@ -195,7 +216,7 @@ package struct PreparedHost: Sendable {
     private func finish(_ record: inout Record) throws {
         try write(record)
         while let command = record.commands.first {
-            try run(command)
+            try run?(command)
             record.commands.removeFirst()
             try write(record)
         }

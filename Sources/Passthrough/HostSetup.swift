@@ -128,10 +128,22 @@ package struct HostSetup: Sendable {
         Self.entryFolders.contains(Files.parent(of: path)) && kernel.edited(entry: text) == text
     }
 
+    /// What makes GRUB's configuration. That it reads drop-ins of /etc/default is its distribution's doing (Debian's is one);
+    /// GRUB's own does not.
+    private func grubScripts() -> [String] {
+        let programs = ["grub2-mkconfig", "grub-mkconfig"].compactMap { Self.program($0, root) }
+        let libraries = ["grub2", "grub"].map { "/usr/share/\($0)/grub-mkconfig_lib" }
+        return (programs + libraries).compactMap(text)
+    }
+
+    /// Entries of a GRUB configuration made of these settings, that lack the words.
+    func entriesWithout(inGRUB text: String) -> [String] { kernel.entriesWithout(inGRUB: text) }
+
     private mutating func planGRUB(_ grub: String) throws {
         let own = "/etc/default/grub.d/90-flotilla-gpu.cfg"
-        let dropIns = ((try? Files.list("\(root)/etc/default/grub.d")) ?? []).filter { $0.hasSuffix(".cfg") }
-            .map { "/etc/default/grub.d/\($0)" }.filter { $0 != own }.sorted()
+        let isFolderRead = (grubScripts() + [grub]).contains { $0.contains("default/grub.d") }
+        let dropIns = (isFolderRead ? (try? Files.list("\(root)/etc/default/grub.d")) ?? [] : [])
+            .filter { $0.hasSuffix(".cfg") }.map { "/etc/default/grub.d/\($0)" }.filter { $0 != own }.sorted()
         // Sorted by name, as grub-mkconfig reads them.
         let later = dropIns.compactMap(text)
         let words = kernel.grubWords([grub] + later)
@@ -139,7 +151,7 @@ package struct HostSetup: Sendable {
         if kernel.isMet(by: words) {
             // Somebody wrote it there already.
             change(own, to: text(own))
-        } else if has("/etc/default/grub.d"), !kernel.isOpposed(words) {
+        } else if isFolderRead, has("/etc/default/grub.d"), !kernel.isOpposed(words) {
             let addition = Self.head + "GRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX \(missing.joined(separator: " "))\"\n"
             change(own, to: addition)
             var texts = [grub] + dropIns.filter { $0 < own }.compactMap(text) + [addition]
@@ -267,6 +279,13 @@ package struct HostSetup: Sendable {
             }
         }
         return commands
+    }
+
+    /// Where one of these commands writes GRUB's configuration; nil for the others.
+    static func grubConfiguration(of command: [String]) -> String? {
+        guard let program = command.first.map(Files.name(of:)) else { return nil }
+        if program == "update-grub" { return "/boot/grub/grub.cfg" }
+        return program.hasSuffix("-mkconfig") ? command.last : nil
     }
 
     private static func program(_ name: String, _ root: String) -> String? {

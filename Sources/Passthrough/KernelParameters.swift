@@ -116,6 +116,26 @@ struct KernelParameters {
         return words.values.reduce(undoing) { $0.union($1) }
     }
 
+    /// Titles of entries of a grub.cfg that its script for Linux (10_linux, 10_linux_zfs) made without the words. Those for
+    /// recovery have a line of their own, and others' kernels, which os-prober found, too. With blscfg there are none here.
+    func entriesWithout(inGRUB text: String) -> [String] {
+        var (isOurs, entry) = (false, "")
+        var found: [String] = []
+        for line in text.split(separator: "\n") {
+            if line.hasPrefix("### BEGIN ") || line.hasPrefix("### END ") {
+                isOurs = line.hasPrefix("### BEGIN ") && line.contains("_linux")
+            }
+            let words = line.split { $0 == " " || $0 == "\t" }.map(String.init)
+            if words.first == "menuentry" { entry = String(line) }
+            guard isOurs, ["linux", "linux16", "linuxefi"].contains(words.first), !entry.contains("-recovery-"),
+                !isMet(by: Set(words))
+            else { continue }
+            let parts = entry.split(separator: "'", omittingEmptySubsequences: false)
+            found.append(parts.count > 2 ? String(parts[1]) : words.dropFirst().joined(separator: " "))
+        }
+        return found
+    }
+
     func isOpposed(_ words: Set<String>) -> Bool { words.contains(where: Self.opposed.contains) }
 
     func isMet(by words: Set<String>) -> Bool { wanted.allSatisfy(words.contains) && !isOpposed(words) }

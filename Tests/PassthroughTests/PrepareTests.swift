@@ -11,11 +11,15 @@ struct SetupRig {
     let folder: TemporaryFolder
     var root: String { "\(folder.path)/root" }
 
+    /// Debian's reads drop-ins, by a line like that of its own.
+    static let debianGRUB = "/usr/sbin/grub-mkconfig"
+
     init(_ files: [String: String], programs: [String] = []) throws {
         folder = try TemporaryFolder("root")
         for (path, text) in files { try write(path, text) }
         for program in programs {
-            try write(program, "")
+            let isDebian = program == Self.debianGRUB
+            try write(program, isDebian ? "for x in ${sysconfdir}/default/grub.d/*.cfg ; do\n" : "")
             try #require(Program.run("/usr/bin/chmod", ["755", "\(root)\(program)"]).status == 0)
         }
     }
@@ -57,7 +61,7 @@ struct SetupRig {
     @Test func debianWithADeviceThereAndBack() throws {
         let rig = try SetupRig(
             ["/etc/default/grub": Self.grub, "/etc/default/grub.d/init.cfg": "# nothing\n"],
-            programs: ["/usr/sbin/update-grub", "/usr/sbin/update-initramfs"])
+            programs: [SetupRig.debianGRUB, "/usr/sbin/update-grub", "/usr/sbin/update-initramfs"])
         let ran = Mutex<[[String]]>([])
         let host = PreparedHost(root: rig.root) { command in ran.withLock { $0.append(command) } }
         let before = try rig.snapshot()
@@ -220,7 +224,8 @@ struct SetupRig {
         #expect(error?.code == .failedPrecondition && error?.message.contains("can't edit") == true)
         #expect(try rig.snapshot() == before)
 
-        let debian = try SetupRig([main: text, "/etc/default/grub.d/init.cfg": "# GRUB_CMDLINE_LINUX+=x\n"])
+        let debian = try SetupRig(
+            [main: text, "/etc/default/grub.d/init.cfg": "# GRUB_CMDLINE_LINUX+=x\n"], programs: [SetupRig.debianGRUB])
         try PreparedHost(root: debian.root) { _ in }.apply(debian.setup())
         #expect(debian.text(main) == text)
         #expect(
@@ -231,7 +236,9 @@ struct SetupRig {
     /// Files are read one after the other: a drop-in replaces what it does not name.
     @Test func dropInsReplaceWhatWasBefore() throws {
         let set = "GRUB_CMDLINE_LINUX=\"intel_iommu=on iommu=pt\"\n"
-        let rig = try SetupRig(["/etc/default/grub": set, "/etc/default/grub.d/50-x.cfg": "GRUB_CMDLINE_LINUX='a'\n"])
+        let rig = try SetupRig(
+            ["/etc/default/grub": set, "/etc/default/grub.d/50-x.cfg": "GRUB_CMDLINE_LINUX='a'\n"],
+            programs: [SetupRig.debianGRUB])
         let own = "/etc/default/grub.d/90-flotilla-gpu.cfg"
         #expect(try rig.setup().changes.contains { $0.path == own })
         try rig.write("/etc/default/grub.d/50-x.cfg", "GRUB_CMDLINE_LINUX=\"${GRUB_CMDLINE_LINUX} a\"\n")
@@ -245,9 +252,9 @@ struct SetupRig {
     @Test(arguments: ["GRUB_CMDLINE_LINUX=\"a\"\n", "GRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX iommu=off\"\n"])
     func dropInsThatComeAfterOurs(_ text: String) throws {
         let late = "/etc/default/grub.d/99-site.cfg"
-        let rig = try SetupRig([
-            "/etc/default/grub": Self.grub, "/etc/default/grub.d/init-select.cfg": "# nothing\n", late: text,
-        ])
+        let rig = try SetupRig(
+            ["/etc/default/grub": Self.grub, "/etc/default/grub.d/init-select.cfg": "# nothing\n", late: text],
+            programs: [SetupRig.debianGRUB])
         let before = try rig.snapshot()
         let error = failure { try PreparedHost(root: rig.root) { _ in }.apply(rig.setup()) }
         #expect(error?.code == .failedPrecondition, "\(error?.message ?? "none")")

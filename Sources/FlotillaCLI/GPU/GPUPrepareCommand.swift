@@ -84,7 +84,7 @@ struct GPUPrepareCommand: AsyncParsableCommand {
 
     private func work() throws {
         // Programs of another system are for somebody to run there.
-        let host = root == nil ? PreparedHost(root: "") : PreparedHost(root: folder) { _ in }
+        let host = root == nil ? PreparedHost(root: "") : PreparedHost(root: folder, run: nil)
         let (report, apply) = try revert ? takeBack(host) : prepare(host)
         if !json {
             for change in report.changes { Console.out(change.diff) }

@@ -1,0 +1,92 @@
+import HostKit
+import MigrationModel
+import Passthrough
+import Synchronization
+import TestKit
+import Testing
+
+/// Which of GRUB's files count, and whether what is made of them has the words.
+@Suite struct PrepareGRUBTests {
+    static let main = "/etc/default/grub"
+    static let own = "/etc/default/grub.d/90-flotilla-gpu.cfg"
+    static let made = "/boot/grub/grub.cfg"
+
+    /// GRUB's own grub-mkconfig reads no drop-ins, whatever lies there.
+    @Test func aFolderThatNobodyReads() throws {
+        let words = "GRUB_CMDLINE_LINUX=\"intel_iommu=on iommu=pt\"\n"
+        let rig = try SetupRig(
+            [Self.main: PrepareTests.grub, "/etc/default/grub.d/50-x.cfg": words], programs: ["/usr/bin/grub-mkconfig"])
+        let before = try rig.snapshot()
+        let host = PreparedHost(root: rig.root) { _ in }
+        let setup = try rig.setup()
+        #expect(setup.changes.map(\.path).contains(Self.main) && !setup.changes.contains { $0.path == Self.own })
+        #expect(setup.commands == [["/usr/bin/grub-mkconfig", "-o", Self.made]])
+        try host.apply(setup)
+        #expect(rig.text(Self.main)?.contains(words) == true)
+        #expect(try rig.setup().changes.isEmpty)
+        try host.revert(commands: [])
+        #expect(try rig.snapshot() == before)
+    }
+
+    /// A library of grub-mkconfig's, or the settings themselves, read it too.
+    @Test(arguments: ["/usr/share/grub/grub-mkconfig_lib", main]) func whoeverReadsTheFolder(_ reader: String) throws {
+        let line = "for f in /etc/default/grub.d/*.cfg; do . $f; done\n"
+        var files = [Self.main: PrepareTests.grub, "/etc/default/grub.d/50-x.cfg": "# nothing\n"]
+        files[reader, default: ""] += line
+        let rig = try SetupRig(files, programs: ["/usr/bin/grub-mkconfig"])
+        #expect(try rig.setup().changes.map(\.path).contains(Self.own))
+    }
+
+    /// A menu like grub-mkconfig's: the kernel's entry, that for recovery, and another system's.
+    static func menu(_ words: String) -> String {
+        """
+        ### BEGIN /etc/grub.d/10_linux ###
+        menuentry 'Arch Linux' --class arch $menuentry_id_option 'gnulinux-simple-1' {
+        \tlinux\t/boot/vmlinuz-linux root=UUID=1 rw \(words) quiet
+        }
+        submenu 'Advanced options' {
+        \tmenuentry 'recovery' $menuentry_id_option 'gnulinux-6.1-recovery-1' {
+        \t\tlinux\t/boot/vmlinuz-linux root=UUID=1 rw single
+        \t}
+        }
+        ### END /etc/grub.d/10_linux ###
+        ### BEGIN /etc/grub.d/30_os-prober ###
+        menuentry 'Debian on /dev/sdb1' $menuentry_id_option 'osprober-gnulinux-2' {
+        \tlinux\t/vmlinuz root=/dev/sdb1
+        }
+        ### END /etc/grub.d/30_os-prober ###
+
+        """
+    }
+
+    @Test(arguments: ["/usr/bin/grub-mkconfig", "/usr/sbin/update-grub"])
+    func theMenuIsReadBack(_ program: String) throws {
+        let rig = try SetupRig([Self.main: PrepareTests.grub, Self.made: Self.menu("")], programs: [program])
+        let words = Mutex("intel_iommu=on")
+        let ran = Mutex(0)
+        let host = PreparedHost(root: rig.root) { [root = rig.root] _ in
+            ran.withLock { $0 += 1 }
+            let menu = Array(Self.menu(words.withLock { $0 }).utf8)
+            try Files.writeAtomically(menu, to: "\(root)\(Self.made)", mode: 0o640)
+        }
+        // As often as it is tried.
+        for count in 1...2 {
+            let error = failure { try host.apply(rig.setup()) }
+            #expect(error?.code == .failedPrecondition && error?.message.contains("lacks what was added") == true)
+            #expect(error?.message.contains("Arch Linux") == true && error?.hint?.contains("iommu=pt") == true)
+            #expect(try host.pending().count == 1 && ran.withLock { $0 } == count)
+        }
+        words.withLock { $0 = "intel_iommu=on iommu=pt" }
+        try host.apply(rig.setup())
+        #expect(try host.pending().isEmpty && ran.withLock { $0 } == 3)
+    }
+
+    /// Of another system somebody makes the menu later, there.
+    @Test func theMenuOfAnotherSystem() throws {
+        let rig = try SetupRig(
+            [Self.main: PrepareTests.grub, Self.made: Self.menu("")], programs: ["/usr/sbin/update-grub"])
+        let host = PreparedHost(root: rig.root, run: nil)
+        try host.apply(rig.setup())
+        #expect(try host.pending().isEmpty && rig.text(Self.main)?.contains("iommu=pt") == true)
+    }
+}
