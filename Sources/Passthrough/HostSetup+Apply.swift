@@ -83,9 +83,16 @@ package struct PreparedHost: Sendable {
             try put(change.path, change.after, mode: mode(of: change.path) ?? change.mode)
         }
         let commands = record.commands
+        let before = bootFiles(record)
         try finish(&record)
-        try check(setup, &record)
+        try check(setup, before, commands, &record)
         try checkGRUB(setup, commands, &record)
+    }
+
+    /// What was written, and every boot entry.
+    private func bootFiles(_ record: Record) -> [String: [UInt8]] {
+        let paths = Set(record.entries.map(\.path)).union(HostSetup.entries(below: root))
+        return Dictionary(uniqueKeysWithValues: paths.compactMap { path in content(of: path).map { (path, $0) } })
     }
 
     /// What was made must have the words, or the next boot does without them: then the program is run again next time.
@@ -105,22 +112,24 @@ package struct PreparedHost: Sendable {
         }
     }
 
-    /// The programs may have written boot entries anew, from what they take for the kernel's command line.
-    private func check(_ setup: HostSetup, _ record: inout Record) throws {
-        for change in setup.changes {
-            guard let now = content(of: change.path), now != change.after else { continue }
-            guard setup.isMet(change.path, by: String(decoding: now, as: UTF8.self)),
-                let index = record.entries.firstIndex(where: { $0.path == change.path })
-            else {
+    /// The programs, those of an earlier run too, may have written boot entries anew, from what they take for the kernel's
+    /// command line.
+    private func check(
+        _ setup: HostSetup, _ before: [String: [UInt8]], _ commands: [[String]], _ record: inout Record
+    ) throws {
+        for (path, now) in bootFiles(record).sorted(by: { $0.key < $1.key }) where now != before[path] {
+            guard setup.isMet(path, by: String(decoding: now, as: UTF8.self)) else {
                 throw MigrationError(
                     .failedPrecondition,
-                    "\(root)\(change.path) was written anew, without what was added, while these programs ran: "
-                        + setup.commands.map { $0.joined(separator: " ") }.joined(separator: "; "),
+                    "\(root)\(path) was written anew, without what was added, while these programs ran: "
+                        + commands.map { $0.joined(separator: " ") }.joined(separator: "; "),
                     hint: "add \"\(setup.parameters.joined(separator: " "))\" where they have the kernel's command "
                         + "line from (/etc/kernel/cmdline, or kernelstub's configuration), then run the same command "
                         + "again")
             }
-            record.entries[index].written = hex(Digest.hash(.sha256, now))
+            if let index = record.entries.firstIndex(where: { $0.path == path }) {
+                record.entries[index].written = hex(Digest.hash(.sha256, now))
+            }
         }
         try write(record)
     }

@@ -126,6 +126,28 @@ import Testing
         #expect(try !rig.setup(["0000:01:00.0"]).changes.isEmpty)
     }
 
+    /// A program that failed is tried again by a run that has no more to change: what it writes then counts as well, also
+    /// entries that had the words before or were not there.
+    @Test(arguments: ["a", "b", "c"]) func wordsThatAnotherTryTakesAway(_ name: String) throws {
+        let folder = "/boot/loader/entries"
+        let rig = try SetupRig(
+            [
+                "\(folder)/a.conf": "linux /a\noptions root=x\n",
+                "\(folder)/b.conf": "linux /b\noptions root=x intel_iommu=on iommu=pt\n",
+            ], programs: ["/usr/sbin/update-initramfs"])
+        let failing = PreparedHost(root: rig.root) { _ in throw MigrationError(.internal, "disk full") }
+        #expect(failure { try failing.apply(rig.setup(["0000:01:00.0"])) }?.message == "disk full")
+        let setup = try rig.setup(["0000:01:00.0"])
+        #expect(setup.changes.isEmpty)
+        let path = "\(folder)/\(name).conf"
+        let host = PreparedHost(root: rig.root) { [root = rig.root] _ in
+            try Files.writeAtomically(Array("linux /a\noptions root=x\n".utf8), to: "\(root)\(path)", mode: 0o640)
+        }
+        let error = failure { try host.apply(setup) }
+        #expect(error?.code == .failedPrecondition && error?.message.contains(path) == true)
+        #expect(error?.message.contains("update-initramfs") == true)
+    }
+
     @Test func proxmoxCarriesItToItsPartitions() throws {
         let rig = try SetupRig(["/etc/kernel/cmdline": "root=x\n"], programs: ["/usr/sbin/proxmox-boot-tool"])
         #expect(try rig.setup().commands == [["/usr/sbin/proxmox-boot-tool", "refresh"]])
