@@ -1,4 +1,5 @@
 package import FlotillaProtocol
+import MigrationModel
 
 /// What a host can hand over for the devices a VM had.
 package struct DeviceMatch: Sendable {
@@ -45,6 +46,21 @@ package func functionsOfOthers(
             && (migration.isEmpty || !function.inUseBy.contains("(migration \(migration))"))
     }
     return Set(others.compactMap { PciAddress($0.address) })
+}
+
+/// The same by what libvirt says, for a vGPU that a person makes.
+///
+/// - Throws: `failedPrecondition` when `gpu`, which is to hold it, is one.
+package func functionsOfOthers(
+    _ domains: [GPULedger.Domain], than own: String, on gpu: PciAddress?
+) throws -> Set<PciAddress> {
+    let others = domains.filter { $0.name != own }
+    if let gpu, let holder = others.first(where: { $0.resources.contains { $0.function == gpu } }) {
+        throw MigrationError(
+            .failedPrecondition, "\(gpu) is in use by domain \(holder.name)",
+            hint: "undeploy that domain, or take the device out of its definition")
+    }
+    return Set(others.flatMap(\.resources).compactMap(\.function))
 }
 
 /// Marks what the ledger has for somebody: reserved while no domain names it yet, or not reset since one had it. Without

@@ -110,7 +110,7 @@ extension VgpuHost {
 
     package func plan(
         create profile: VgpuProfile, for owner: GPUOwner, device: String, on gpu: PciAddress? = nil,
-        parameters: [String] = []
+        besides others: Set<PciAddress> = [], parameters: [String] = []
     ) throws -> Plan {
         var plan = Plan()
         if let known = try store.read().first(where: { $0.owner.isSame(as: owner) && $0.device == device }) {
@@ -125,7 +125,7 @@ extension VgpuHost {
             return plan
         }
         var failure: MigrationError?
-        for place in candidates(for: profile, on: gpu) {
+        for place in candidates(for: profile, on: gpu, besides: others) {
             guard let type = place.type(of: profile) else { continue }
             let record = record(of: type, at: place, for: owner, device: device, parameters)
             do {
@@ -139,7 +139,7 @@ extension VgpuHost {
             return plan
         }
         guard let instance = profile.gpuInstance else { throw try failure ?? noRoom(for: profile, on: gpu) }
-        plan.steps.append(try adding(instance, for: profile, on: gpu))
+        plan.steps.append(try adding(instance, for: profile, on: gpu, besides: others))
         plan.notes.append("then a \(profile) on the first virtual function that offers it")
         plan.notes.append("without room for the instance, those of a GPU without vGPUs are made again in other orders")
         return plan
@@ -188,9 +188,11 @@ extension VgpuHost {
     }
 
     /// On the first GPU that has room for one.
-    private func adding(_ instance: String, for profile: VgpuProfile, on gpu: PciAddress?) throws -> HostStep {
+    private func adding(
+        _ instance: String, for profile: VgpuProfile, on gpu: PciAddress?, besides others: Set<PciAddress> = []
+    ) throws -> HostStep {
         var failures: [MigrationError] = []
-        for card in partitionable(on: gpu) {
+        for card in partitionable(on: gpu, besides: others) {
             do { return try addingInstance(instance, on: card) } catch let error as MigrationError {
                 failures.append(error)
             }

@@ -42,6 +42,17 @@ extension Integration {
             #expect(nowhere.status == 1 && nowhere.errors.contains("holds no bus/pci/devices"))
         }
 
+        /// Whose devices are whose is asked of libvirt before anything is done to them.
+        @Test(.enabled(if: geteuid() == 0)) func libvirtIsAsked() throws {
+            let nowhere = "qemu+unix:///system?socket=\(folder.path)/none"
+            for command in [["bind", "ff:1f.7"], ["create", "A40-2Q", "--domain", "web"]] {
+                let outcome = try run(
+                    Environment.flotilla(), ["gpu"] + command + ["--dry-run", "--libvirt", nowhere])
+                #expect(outcome.errors.contains("which domains own which devices is not known"), "\(outcome.errors)")
+                #expect(outcome.status != 0)
+            }
+        }
+
         /// Each says what it would do, or why not, and leaves the tree as it is.
         @Test func dryRuns() throws {
             let before = try snapshot()

@@ -184,6 +184,26 @@ import Testing
         #expect(full?.code == .resourceExhausted)
     }
 
+    /// What libvirt's domains name counts for one made by hand as well; a vGPU of theirs leaves room beside it.
+    @Test func whatLibvirtsDomainsNameIsNotUsedByHand() throws {
+        let machine = try VgpuMachine()
+        for gpu in ["0000:3b:00.0", "0000:5e:00.0"] { try machine.mdevGPU(gpu, [("nvidia-222", "GRID T4-4Q", 2)]) }
+        let (first, second) = (try pci("0000:3b:00.0"), try pci("0000:5e:00.0"))
+        let uuid = "6f1a9b80-0000-4000-8000-000000000001"
+        let domains = [
+            GPULedger.Domain(name: "db", migration: "", resources: [GPUResource(function: first)]),
+            GPULedger.Domain(name: "ci", migration: "", resources: [GPUResource(mdev: uuid, partOf: [second])]),
+        ]
+        #expect(try functionsOfOthers(domains, than: "db", on: first).isEmpty)
+        let others = try functionsOfOthers(domains, than: "render", on: nil)
+        #expect(others == [first])
+        let refused = failure { try functionsOfOthers(domains, than: "render", on: first) }
+        #expect(refused?.code == .failedPrecondition && refused?.message.contains("in use by domain db") == true)
+        let plan = try machine.host().plan(
+            create: VgpuProfile("T4-4Q"), for: render, device: "gpu0", besides: others)
+        #expect(plan.steps.count == 1 && machine.host().text(of: plan.steps[0]).contains("0000:5e:00.0"))
+    }
+
     @Test func aTypeThatDidNotTakeIsNoVgpu() throws {
         let machine = try VgpuMachine { VgpuKernel(sysfs: $0, deaf: ["0000:3b:00.1", "0000:3b:00.2", "0000:3b:00.3"]) }
         try machine.vendorGPU("3b", types: ["NVIDIA A40-2Q 558"])

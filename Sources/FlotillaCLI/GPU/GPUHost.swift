@@ -41,10 +41,10 @@ struct GPUHost: ParsableArguments {
         return try DeviceTree(sysfs, around: around, modules: "/lib/modules/\(kernelRelease())")
     }
 
-    /// Everybody's devices by libvirt. Where no libvirt runs nobody has any; where one runs and does not answer, nothing
-    /// may be assumed.
-    private func domains() throws -> [GPULedger.Domain] {
-        if libvirt == "none" { return [] }
+    /// Everybody's devices by libvirt. Where no libvirt runs nobody has any, nor is a recorded tree's asked; where one runs
+    /// and does not answer, nothing may be assumed. Blocks.
+    func domains() throws -> [GPULedger.Domain] {
+        if libvirt == "none" || !isLive { return [] }
         let sockets = ["/run/libvirt/virtqemud-sock", "/run/libvirt/libvirt-sock"]
         guard libvirt != nil || sockets.contains(where: Files.exists) else { return [] }
         do {

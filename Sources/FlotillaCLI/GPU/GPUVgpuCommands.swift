@@ -124,39 +124,43 @@ struct GPUCreateCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "create", abstract: "Makes a vGPU for a domain, which stays over reboots.",
         discussion: """
-            A migration makes its own. Again for the same domain and device: the same vGPU. Tested on trees made from NVIDIA's \
+            A migration makes its own. Again for the same domain and device: the same vGPU. None is made on what another \
+            domain's definition names. Tested on trees made from NVIDIA's \
             documented layout with stand-ins for its programs, and on the kernel's own sample of a mediated device, never on \
             an NVIDIA card.
             """)
 
+    @OptionGroup var host: GPUHost
     @Argument(help: "Profile in any spelling: A100-40C, grid_a100-40c, NVIDIA A100-40C, A100-1-5C.") var profile: String
     @Option(help: "The domain it is for.") var domain: String
     @Option(help: "Name of the device within the domain.") var device = "gpu0"
     @Option(help: "GPU to make it on (default: whichever has room).") var gpu: PciAddress?
     @Flag(help: "Print every write and program, do none.") var dryRun = false
-    @Option(help: ArgumentHelp("With --dry-run: look at a recorded device tree.", valueName: "folder"))
-    var sysfsRoot: String?
     @Flag(help: "Print JSON.") var json = false
 
     func validate() throws {
         guard isValidDomainName(domain) else { throw ValidationError("'\(domain)' can't be a domain's name") }
-        if sysfsRoot != nil && !dryRun {
+        if !host.isLive && !dryRun {
             throw ValidationError("A recorded device tree can't be changed: add --dry-run")
         }
     }
 
     func run() async throws {
-        let (profile, device, gpu) = (VgpuProfile(profile), device, gpu)
+        let (host, profile, device, gpu) = (host, VgpuProfile(profile), device, gpu)
         let owner = GPUOwner(domain: domain, migration: "", fence: 0)
         if dryRun {
-            let vgpus = sysfsRoot.map { VgpuHost(recorded: Sysfs(folder: $0)) } ?? VgpuHost()
-            if sysfsRoot == nil { try requireRoot() }
-            let plan = try await refusable { try vgpus.plan(create: profile, for: owner, device: device, on: gpu) }
+            let vgpus = host.isLive ? VgpuHost() : VgpuHost(recorded: host.sysfs)
+            if host.isLive { try requireRoot() }
+            let plan = try await refusable {
+                let others = try functionsOfOthers(host.domains(), than: owner.domain, on: gpu)
+                return try vgpus.plan(create: profile, for: owner, device: device, on: gpu, besides: others)
+            }
             return show(plan, vgpus, nothing: "there already: nothing to do")
         }
         try requireRoot()
+        let others = try await refusable { try functionsOfOthers(host.domains(), than: owner.domain, on: gpu) }
         let record = try await blocking("gpu") {
-            try VgpuHost().create(profile, for: owner, device: device, on: gpu)
+            try VgpuHost().create(profile, for: owner, device: device, on: gpu, besides: others)
         }
         if json { return Console.line(try jsonLine(record)) }
         Console.line("\(record.profile) on \(record.function)\(record.uuid.map { ", UUID \($0)" } ?? "")")
