@@ -117,7 +117,8 @@ package struct DeviceHost: Sendable {
             try owner.libvirt == libvirt && !defined.contains(owner.migration)
                 && !underWay.contains(owner.migration) && !ledger.isKeptByAnother(owner)
         }
-        findings += reaped.map { record in
+        findings += reaped.left
+        findings += reaped.destroyed.map { record in
             .make(
                 .note, record.function,
                 "the vGPU \(record.profile) on \(record.function) was made for \(record.owner), which is not there: "

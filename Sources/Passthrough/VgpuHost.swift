@@ -153,25 +153,45 @@ package struct VgpuHost: Sendable {
         }
     }
 
-    /// Destroys those of migrations that are gone. One that can't be destroyed now keeps its record. Returns the others.
+    /// Destroys those of migrations that are gone. One that can't be destroyed now keeps its record, and is `left`.
     ///
     /// - Parameters:
     ///   - named: keys of what domains name, which stays whosever it was.
     ///   - isGone: asked under the lock that every maker of a vGPU holds.
-    func reap(besides named: Set<String> = [], _ isGone: (GPUOwner) throws -> Bool) throws -> [VgpuRecord] {
-        guard try !store.read().isEmpty || !migs.read().made.isEmpty else { return [] }
+    func reap(
+        besides named: Set<String> = [], _ isGone: (GPUOwner) throws -> Bool
+    ) throws -> (destroyed: [VgpuRecord], left: [Finding]) {
+        guard try !store.read().isEmpty || !migs.read().made.isEmpty else { return ([], []) }
         return try exclusively {
-            let reaped = try store.read().filter { record in
+            var left: [Finding] = []
+            func attempt(_ what: String, on address: String, of owner: GPUOwner, _ body: () throws -> Void) -> Bool {
+                do { try body() } catch {
+                    let hint = (error as? MigrationError)?.hint ?? "end what uses it"
+                    left.append(
+                        .warning(
+                            address,
+                            "\(what) on \(address) was made for \(owner), which is not there, and can't be destroyed: "
+                                + ((error as? MigrationError)?.message ?? "\(error)"),
+                            remedy: "\(hint); the worker tries again when it is started"))
+                    return false
+                }
+                return true
+            }
+            let destroyed = try store.read().filter { record in
                 if let key = record.resource?.key, named.contains(key) { return false }
                 guard try !record.owner.migration.isEmpty && isGone(record.owner) else { return false }
                 let owner = try ledger.newest(record.owner)
-                return (try? remove(record, as: owner)) != nil
+                return attempt("the vGPU \(record.profile)", on: record.function, of: owner) {
+                    try remove(record, as: owner)
+                }
             }
             // One of a vGPU that could not be destroyed stays with it.
             for made in try instancesWithoutVgpu() where try !made.owner.migration.isEmpty && isGone(made.owner) {
-                try? removeInstance(of: made.owner, device: made.device)
+                _ = attempt("the GPU instance \(made.instance.name)", on: made.gpu, of: made.owner) {
+                    try removeInstance(of: made.owner, device: made.device)
+                }
             }
-            return reaped
+            return (destroyed, left)
         }
     }
 

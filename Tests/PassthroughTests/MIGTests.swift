@@ -333,7 +333,7 @@ import Testing
         let owner = GPUOwner(domain: "web", migration: "m-1", fence: 2)
         #expect(try machine.host().holds(owner))
         if isReaped {
-            #expect(try machine.host().reap { _ in false }.isEmpty && machine.instances("3b").count == 3)
+            #expect(try machine.host().reap { _ in false }.destroyed.isEmpty && machine.instances("3b").count == 3)
             _ = try machine.host().reap { $0.isSame(as: owner) }
         } else {
             try machine.host().destroy(of: owner)

@@ -126,5 +126,12 @@ import Testing
         let busy = VgpuHost(sysfs: machine.sysfs, tools: machine.tools, folder: "\(machine.folder.path)/state")
         #expect(failure { try busy.destroy(of: made.owner) } != nil)
         try expectAllThere(Self.system)
+        // Whoever finds it without its domain says so, and what to do.
+        let blind = DeviceHost(sysfs: machine.sysfs, tools: machine.tools, folder: "\(machine.folder.path)/state")
+        let said = try blind.recover(libvirt: Self.system, domains: [], underWay: []).filter { $0.severity == .warning }
+        #expect(said.count == 1 && said.first?.subject == made.function, "\(said)")
+        #expect(said.first?.message.contains("domain web (migration m-1), which is not there, and can't be") == true)
+        #expect(said.first?.remedy.hasSuffix("the worker tries again when it is started") == true)
+        #expect(try machine.host().records() == [made])
     }
 }
