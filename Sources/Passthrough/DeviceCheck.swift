@@ -117,7 +117,7 @@ private func checkFunction(
     if !tree.iommu { obstacles.removeAll { $0.requirement == "IOMMU group" } }
     let requested = Set(besides.flatMap { tree.together(with: $0).map(\.address) })
     let blockers = blockingMembers(of: together, in: tree).filter { !requested.contains($0.address) }
-    obstacles += blockers.map { groupObstacle($0, of: together) }
+    obstacles += blockers.map { groupObstacle($0, of: together, in: tree, consent: []) }
     let failed = Set(obstacles.map(\.requirement))
     if !failed.contains("not a bridge") { found.append(.pass(subject, "not a bridge", "an ordinary device")) }
     if failed.contains("not a bridge") { return found + obstacles.filter { $0.requirement == "not a bridge" } }

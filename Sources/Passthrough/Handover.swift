@@ -39,7 +39,9 @@ package struct Handover: Sendable {
         let mine = Set(functions.map(\.address))
         let blockers = blockingMembers(of: functions, in: tree).filter { !mine.contains($0.address) }
         if !blockers.isEmpty && !consent.contains(.group) {
-            for blocker in blockers { obstacles.append(groupObstacle(blocker, of: functions)) }
+            for blocker in blockers {
+                obstacles.append(groupObstacle(blocker, of: functions, in: tree, consent: consent))
+            }
         } else if !blockers.isEmpty {
             let more = Set(blockers.flatMap { tree.together(with: $0.address).map(\.address) }).subtracting(mine)
             groupMembers = more.sorted().compactMap { tree[$0] }
@@ -78,15 +80,25 @@ func blockingMembers(of functions: [DeviceFunction], in tree: DeviceTree) -> [De
     }
 }
 
-func groupObstacle(_ blocker: DeviceFunction, of functions: [DeviceFunction]) -> Requirement {
-    let group = blocker.function.iommuGroup
+/// - Parameter consent: to anything but the group. What speaks against taking the blocker too is told with it.
+func groupObstacle(
+    _ blocker: DeviceFunction, of functions: [DeviceFunction], in tree: DeviceTree, consent: Consent
+) -> Requirement {
+    let (group, address) = (blocker.function.iommuGroup, blocker.function.address)
     let sharer = functions.first { $0.function.iommuGroup == group }?.function.address ?? "it"
+    var remedy = "move the card to a slot with a group of its own"
+    if !blocker.function.bridge {
+        let own = Set(functions.map(\.address))
+        let obstacles = tree.together(with: blocker.address).filter { !own.contains($0.address) }
+            .flatMap { handoverObstacles(of: $0, consent: consent, owner: nil) }
+        let reasons = obstacles.map { $0.found + ($0.remedy.map { " (\($0))" } ?? "") }
+        remedy +=
+            reasons.isEmpty
+            ? ", or agree with --with-group that \(address) is taken from the host too"
+            : "; \(address) can't be taken from the host too as it is: \(reasons.joined(separator: "; "))"
+    }
     return .fail(
-        sharer, "IOMMU group", "\(sharer) shares IOMMU group \(group) with \(blocker.function.text)",
-        remedy: blocker.function.bridge
-            ? "move the card to a slot with a group of its own"
-            : "move the card to a slot with a group of its own, or agree with --with-group that "
-                + "\(blocker.function.address) is taken from the host too")
+        sharer, "IOMMU group", "\(sharer) shares IOMMU group \(group) with \(blocker.function.text)", remedy: remedy)
 }
 
 /// What stands against any handover on this host.

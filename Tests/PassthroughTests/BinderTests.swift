@@ -136,6 +136,29 @@ func pci(_ text: String) throws -> PciAddress { try #require(PciAddress(text)) }
         #expect(drivers(rig.sysfs) == before)
     }
 
+    /// Who can't have the other member is told of that one too, not sent from one refusal to the next.
+    @Test func aGroupMemberThatCanNotBeTaken() throws {
+        let rig = try BindRig()
+        try Files.createDirectories(rig.sysfs.path("devices/0000:05:01.0/net/eth5"))
+        try Files.createDirectories(rig.sysfs.path("class/net"))
+        try Files.writeAtomically(Array("up\n".utf8), to: rig.sysfs.path("devices/0000:05:01.0/net/eth5/operstate"))
+        try FileManager.default.createSymbolicLink(
+            atPath: rig.sysfs.path("class/net/eth5"), withDestinationPath: "../../devices/0000:05:01.0/net/eth5")
+        let why =
+            "0000:05:01.0 can't be taken from the host too as it is: 0000:05:01.0 (8086:100e, e1000) is in use by "
+            + "network interface eth5, which is up (set it down first"
+        let binder = rig.binder(FixtureKernel(rig.sysfs))
+        let refused = failure { try binder.bind([pci("0000:05:02.0")], observe: rig.observe()) }
+        #expect(refused?.hint?.contains(why) == true, "\(refused?.hint ?? "")")
+        #expect(refused?.hint?.contains("--with-group") == false)
+        let checked = checkDevices([try pci("0000:05:02.0")], vgpu: nil, in: try rig.observe()())
+        #expect(checked.contains { $0.requirement == "IOMMU group" && $0.remedy?.contains(why) == true })
+        // With that agreed to, the group is all that is left to agree to.
+        let next = failure { try binder.bind([pci("0000:05:02.0")], consent: .use, observe: rig.observe()) }
+        #expect(next?.hint?.contains("agree with --with-group that 0000:05:01.0 is taken") == true)
+        _ = try binder.plan(bind: [pci("0000:05:02.0")], consent: [.use, .group], observe: rig.observe())
+    }
+
     struct Refusal: Sendable, CustomTestStringConvertible {
         var testDescription: String
         var address: String
