@@ -212,7 +212,11 @@ package struct HostSetup: Sendable {
             tree?.functions.allSatisfy { $0.function.id.text != id || chosen.contains($0.address) } ?? false
         }
         if !ids.isEmpty { modprobe += "options vfio-pci ids=\(ids.sorted().joined(separator: ","))\n" }
-        var drivers = Set(devices.map(\.function.driver).filter { !$0.isEmpty && !isVfio(driver: $0) })
+        // By the modules' names, which modprobe knows: xhci_hcd's is xhci_pci. What is built in has none.
+        var drivers = Set(
+            devices.map(\.function.driver).filter { !$0.isEmpty && !isVfio(driver: $0) }.map { driver in
+                tree?.sysfs.linkName("bus/pci/drivers/\(driver)/module") ?? driver
+            })
         // After a reboot they have vfio-pci: who had them before is known from the last time.
         for line in (text(Self.modprobe) ?? "").split(separator: "\n") {
             let words = line.split(separator: " ")

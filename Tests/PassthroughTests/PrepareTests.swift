@@ -82,7 +82,7 @@ struct SetupRig {
         let modprobe = try #require(rig.text("/etc/modprobe.d/flotilla-vfio.conf"))
         #expect(
             modprobe.contains("options vfio-pci ids=1234:1111\n")
-                && modprobe.contains("softdep bochs-drm pre: vfio-pci"))
+                && modprobe.contains("softdep bochs pre: vfio-pci"))
         #expect(rig.text("/etc/initramfs-tools/hooks/flotilla-vfio")?.hasPrefix("#!/bin/sh\n") == true)
 
         let again = try rig.setup(["0000:01:00.0"])
@@ -195,6 +195,21 @@ struct SetupRig {
         #expect(rig.text("/etc/udev/rules.d/20-site.rules") == "# ours\n")
         let folders = try rig.snapshot().filter { $0.hasSuffix("/") }
         #expect(folders == ["/", "etc/", "etc/kernel/", "etc/modprobe.d/", "etc/udev/", "etc/udev/rules.d/"])
+    }
+
+    /// modprobe knows modules, and drivers have other names.
+    @Test func modulesComeAfterVfioByTheirOwnNames() throws {
+        let rig = try SetupRig(["/etc/kernel/cmdline": "root=x\n"])
+        let modprobe = "/etc/modprobe.d/flotilla-vfio.conf"
+        func lines(_ setup: HostSetup) -> [String] {
+            let bytes = setup.changes.first { $0.path == modprobe }?.after ?? []
+            return String(decoding: bytes, as: UTF8.self).split(separator: "\n").map(String.init)
+        }
+        let named = try lines(rig.setup(["0000:01:00.0"]))
+        #expect(named.contains("softdep bochs pre: vfio-pci") && !named.contains { $0.contains("bochs-drm") })
+        // Built in: there is nothing to order, and nothing else it could be called.
+        try Files.remove("\(rig.folder.path)/sys/bus/pci/drivers/bochs-drm/module")
+        #expect(try lines(rig.setup(["0000:01:00.0"])).contains("softdep bochs-drm pre: vfio-pci"))
     }
 
     @Test func nothingPreparedIsNothingToTakeBack() throws {
