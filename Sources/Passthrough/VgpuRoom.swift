@@ -5,7 +5,9 @@ import SwiftProtobuf
 /// `VgpuHost.create` tries GPUs, so that what is found to fit is made so.
 ///
 /// Source: NVIDIA's vGPU user guide. A GPU's frame buffer is shared among its vGPUs, and a virtual function holds one. Unless
-/// it mixes sizes, its first vGPU decides the size of all. A MIG-backed one takes a GPU instance.
+/// it mixes sizes, its first vGPU decides the size of all. A MIG-backed one takes a GPU instance. Time-sliced ones on an
+/// instance (DC-2-24Q: two on 2g.48gb+gfx) are counted only where a function offers them, as one: which instance, and how
+/// many on it, is in NVIDIA's tables and not in the names.
 extension HostProfile {
     /// How many vGPUs of this profile could be made if nothing else were.
     ///
@@ -113,7 +115,10 @@ extension HostProfile {
         let there = vgpus(on: gpu)
         let mig = mig(of: gpu)
         let instance = profile.gpuInstance
-        if let mig, let instance {
+        // A name that the GPU has no instance of is one of several on a larger one: where it is offered, one is certain.
+        if let mig, let instance,
+            mig.profile(instance) != nil || mig.instances.contains(where: { $0.name == instance })
+        {
             // The instances are known, whatever each function offers.
             let used = there.count { $0 == nil || $0?.gpuInstance == instance }
             guard mig.instances.count(where: { $0.name == instance }) > used,

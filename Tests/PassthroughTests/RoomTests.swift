@@ -125,6 +125,24 @@ import Testing
         #expect(host.room(for: VgpuProfile("A100-1-5C")) == 1)
     }
 
+    /// Several may share an instance, of another size than theirs: where one is offered, one is certain.
+    @Test func profilesThatShareAnInstance() {
+        let gpu = function("0000:3b:00.0", 0x10de, 0x2bb5, group: 99) {
+            $0.mig.enabled = true
+            $0.mig.profiles = [.with { ($0.name, $0.id, $0.free, $0.total) = ("1g.24gb+gfx", "47", 3, 4) }]
+            $0.mig.instances = [.with { ($0.name, $0.id) = ("1g.24gb+gfx", "3") }]
+        }
+        let parts = (1...4).map { index in
+            function("0000:3b:00.\(index)", 0x10de, 0x2bb5, group: Int32(100 + index)) {
+                ($0.physicalFunction, $0.vgpuPath) = (gpu.address, "vendor-vfio")
+                $0.vgpuTypes = [.with { ($0.id, $0.name, $0.available) = ("1", "NVIDIA RTX PRO 6000 DC-1-12Q", 1) }]
+            }
+        }
+        let (profile, other) = ("RTX PRO 6000 DC-1-12Q", "RTX PRO 6000 DC-2-24Q")
+        #expect(Self.host([gpu] + parts).room(for: VgpuProfile(profile)) == 1)
+        #expect(fitting([profile, profile, other], on: Self.host([gpu] + parts)) == [true, false, false])
+    }
+
     /// What is said to fit is made, and what is not is refused, one after the other on two cards.
     @Test(arguments: [
         ["A100-3-20C", "A100-1-5C", "A100-2-10C", "A100-4-20C", "A100-3-20C", "A100-1-10C", "A100-1-5C", "A100-2-10C"],

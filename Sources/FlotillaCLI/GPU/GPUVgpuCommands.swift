@@ -125,7 +125,8 @@ struct GPUCreateCommand: AsyncParsableCommand {
         commandName: "create", abstract: "Makes a vGPU for a domain, which stays over reboots.",
         discussion: """
             A migration makes its own. Again for the same domain and device: the same vGPU. None is made on what another \
-            domain's definition names. Tested on trees made from NVIDIA's \
+            domain's definition names. A GPU instance is made for a profile that has one to itself (A100-1-5C); those that \
+            share one (DC-1-12Q on 1g.24gb+gfx) need it made by hand, and a migration counts on one of them. Tested on trees made from NVIDIA's \
             documented layout with stand-ins for its programs, and on the kernel's own sample of a mediated device, never on \
             an NVIDIA card.
             """)
