@@ -1,7 +1,7 @@
 import HostKit
 
 /// Which processes hold a file below `/dev` open that leads to a PCI device: VFIO groups and devices, DRM,
-/// accelerators, framebuffers, NVIDIA's, and, open for writing, block devices. Best effort: other users' processes are
+/// accelerators, framebuffers, NVIDIA's, SCSI's generic ones, and, open for writing, block devices. Best effort: other users' processes are
 /// invisible without CAP_SYS_PTRACE, and processes end while being looked at. Looks at no
 /// more than 65,536 processes and 262,144 descriptors.
 package struct DeviceHolders: Sendable {
@@ -11,7 +11,7 @@ package struct DeviceHolders: Sendable {
     package init() {}
 
     package init(proc: String) {
-        let prefixes = ["/dev/vfio/", "/dev/dri/", "/dev/accel/", "/dev/hl", "/dev/fb", "/dev/nvidia"]
+        let prefixes = ["vfio/", "dri/", "accel/", "hl", "fb", "nvidia", "sg", "bsg/"].map { "/dev/\($0)" }
         var budget = 262_144
         for process in ((try? Files.list(proc)) ?? []).lazy.filter({ Int32($0) != nil }).prefix(65_536) {
             guard budget > 0 else { break }

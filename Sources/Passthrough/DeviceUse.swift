@@ -139,7 +139,18 @@ struct DeviceUsers {
         for name in sysfs.list("class/net") where sysfs.text("class/net/\(name)/operstate") == "up" {
             note("class/net/\(name)", DeviceUse(.network, "network interface \(name), which is up"))
         }
+        noteGeneric()
         noteDisks()
+    }
+
+    /// Commands go to a storage controller's devices, and to itself, past their disks.
+    private mutating func noteGeneric() {
+        for (folder, files) in [("class/scsi_generic", "/dev"), ("class/bsg", "/dev/bsg")] {
+            for name in sysfs.list(folder) {
+                guard let holder = around.holders.byPath["\(files)/\(name)"] else { continue }
+                note("\(folder)/\(name)", DeviceUse(.process, "\(holder), which has \(name)"))
+            }
+        }
     }
 
     private mutating func noteDisks() {

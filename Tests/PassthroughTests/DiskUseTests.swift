@@ -101,6 +101,29 @@ import Testing
         withExtendedLifetime(holder) {}
     }
 
+    /// Whoever sends commands past the disks, to read as well.
+    @Test(arguments: [("scsi_generic", "sg4", "sg4"), ("bsg", "4:0:0:0", "bsg/4:0:0:0")])
+    func genericDevices(_ kind: String, _ name: String, _ file: String) throws {
+        let rig = try BindRig()
+        let folder = "devices/0000:09:00.0/host4/target4:0:0/4:0:0:0/\(kind)/\(name)"
+        try Files.createDirectories(rig.sysfs.path(folder))
+        try Files.createDirectories(rig.sysfs.path("class/\(kind)"))
+        #expect(symlink("../../\(folder)", rig.sysfs.path("class/\(kind)/\(name)")) == 0)
+        let proc = "\(rig.folder.path)/proc"
+        let open = try rig.folder.sub("proc/42/fd")
+        try Files.writeAtomically(Array("smartd\n".utf8), to: "\(proc)/42/comm")
+        var around = Surroundings()
+        #expect(try uses(rig, around).isEmpty)
+        #expect(symlink("/dev/\(file)", "\(open)/3") == 0)
+        around.holders = DeviceHolders(proc: proc)
+        #expect(try uses(rig, around) == ["process 42 (smartd), which has \(name)"])
+        let refused = failure {
+            try rig.binder(FixtureKernel(rig.sysfs)).bind(
+                [pci(Self.nvme)], consent: .group, observe: rig.observe(around))
+        }
+        #expect(refused?.code == .failedPrecondition && refused?.hint?.contains("--force-in-use") == true)
+    }
+
     /// A file of that name that is not that disk says nothing of it.
     @Test(.enabled(if: geteuid() == 0), arguments: ["1:3", ""]) func aDiskThatCanNotBeAsked(_ number: String) throws {
         let rig = try BindRig()
