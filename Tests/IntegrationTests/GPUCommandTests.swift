@@ -42,6 +42,32 @@ extension Integration {
             #expect(nowhere.status == 1 && nowhere.errors.contains("holds no bus/pci/devices"))
         }
 
+        /// Of a GPU with virtual functions once, and how many of those are left for each type.
+        @Test func vgpuTypesAreListedOnce() throws {
+            for part in ["0000:03:00.1", "0000:03:00.2"] {
+                let folder = "\(tree)/bus/pci/devices/\(part)/nvidia"
+                try Files.createDirectories(folder)
+                let isFree = part.hasSuffix("1")
+                let whole = isFree ? "1428 : NVIDIA H200X-141C\n" : ""
+                let types = "ID    : vGPU Name\n\(whole)1430 : NVIDIA H200X-70C\n"
+                try Files.writeAtomically(Array(types.utf8), to: "\(folder)/creatable_vgpu_types")
+                try Files.writeAtomically(Array("0\n".utf8), to: "\(folder)/current_vgpu_type")
+            }
+            let text = try gpu("list", "--all", "--sysfs-root", tree).output
+            let lines = text.split(separator: "\n").map { $0.drop { "│├└─ ".contains($0) } }
+            let title = "vGPU types (vendor-vfio, on 2 virtual functions):"
+            let at = try #require(lines.firstIndex { $0 == title }, "\(text)")
+            #expect(
+                lines[(at + 1)...(at + 2)] == [
+                    "NVIDIA H200X-141C (1428), free on 1", "NVIDIA H200X-70C (1430), free on 2",
+                ])
+            #expect(lines.count { $0.contains("H200X") } == 2)
+            #expect(lines[..<at].last { $0.hasPrefix("0000:") }?.hasPrefix("0000:03:00.0") == true)
+            // Whoever reads JSON finds them where the kernel has them.
+            let json = try gpu("list", "--all", "--json", "--sysfs-root", tree).output
+            #expect(json.components(separatedBy: "H200X-70C").count == 3)
+        }
+
         /// Whose devices are whose is asked of libvirt before anything is done to them.
         @Test(.enabled(if: geteuid() == 0)) func libvirtIsAsked() throws {
             let nowhere = "qemu+unix:///system?socket=\(folder.path)/none"

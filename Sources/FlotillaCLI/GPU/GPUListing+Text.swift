@@ -7,6 +7,10 @@ extension GPUListing {
         var lines: [String] = []
         if !iommu { lines.append("The IOMMU is off: nothing can be handed to a VM (flotilla gpu prepare).") }
         if groups.isEmpty { lines.append("No GPU here (--all shows other devices).") }
+        let all = groups.flatMap(\.functions)
+        // Virtual functions offer what their GPU does: it is said there, once.
+        let parts = Dictionary(grouping: all.filter { $0.vgpu != nil }) { $0.physicalFunction ?? "" }
+        let listed = Set(all.map(\.address))
         for group in groups {
             let count = group.functions.filter { !$0.bridge }.count
             let title = group.group.map { "IOMMU group \($0)" } ?? (iommu ? "in no IOMMU group" : "no IOMMU groups")
@@ -14,13 +18,34 @@ extension GPUListing {
             let last = group.functions.count - 1
             for (index, function) in group.functions.enumerated() {
                 lines.append("\(index == last ? "└─" : "├─") \(function.headline)")
-                for detail in function.details { lines.append("\(index == last ? "  " : "│ ")    \(detail)") }
+                for detail in function.details + vgpuDetails(function, parts, listed) {
+                    lines.append("\(index == last ? "  " : "│ ")    \(detail)")
+                }
             }
         }
         if namesFrom == nil, !groups.isEmpty {
             lines.append("Names are unknown: \(PciNames.files[0]) is missing (Debian: apt install pci.ids).")
         }
         return lines
+    }
+
+    private func vgpuDetails(
+        _ function: Function, _ parts: [String: [Function]], _ listed: Set<String>
+    ) -> [String] {
+        if let physical = function.physicalFunction, listed.contains(physical) { return [] }
+        func text(_ type: VgpuOffer) -> String { "  \(type.name.isEmpty ? type.id : type.name) (\(type.id))" }
+        var details: [String] = []
+        if let vgpu = function.vgpu {
+            details.append("vGPU types (\(vgpu.path)):")
+            details += vgpu.types.map { text($0) + ($0.available.map { ", \($0) left" } ?? "") }
+        }
+        guard let parts = parts[function.address], let path = parts[0].vgpu?.path else { return details }
+        let offers = parts.flatMap { $0.vgpu?.types ?? [] }
+        var types: [String] = []
+        for type in offers.map(text) where !types.contains(type) { types.append(type) }
+        details.append("vGPU types (\(path), on \(parts.count) virtual function\(parts.count == 1 ? "" : "s")):")
+        return details
+            + types.map { type in "\(type), free on \(offers.count { text($0) == type && $0.available != 0 })" }
     }
 }
 
@@ -62,12 +87,6 @@ extension GPUListing.Function {
             )
         }
         if let mig { details.append("MIG \(mig)") }
-        if let vgpu {
-            details.append("vGPU types (\(vgpu.path)):")
-            details += vgpu.types.map { type in
-                "  \(type.name.isEmpty ? type.id : type.name) (\(type.id))\(type.available.map { ", \($0) left" } ?? "")"
-            }
-        }
         return details
     }
 }
