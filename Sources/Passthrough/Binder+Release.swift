@@ -49,9 +49,22 @@ extension Binder {
         let first = override == record.override ? [] : [Self.override(address, with: record.override)]
         if now == record.driver { return first }
         let isKernelsChoice = record.driver == Self.anyDriver && !isVfio(driver: now)
-        return first + (now.isEmpty || isKernelsChoice ? [] : [Self.unbind(address)])
+        let forgetting = record.driver == Self.anyDriver ? self.forgetting(address, in: now) : []
+        return first + forgetting + (now.isEmpty || isKernelsChoice ? [] : [Self.unbind(address)])
             + (record.driver.isEmpty ? [] : [Self.probe(address)])
     }
+
+    /// A driver that has the function's id from its boot options would take it back. Others that it has stay with it.
+    private func forgetting(_ address: String, in driver: String) -> [SysfsWrite] {
+        let (folder, list) = ("bus/pci/devices/\(address)", "bus/pci/drivers/\(driver)/\(Self.removeID)")
+        guard isVfio(driver: driver), sysfs.exists(list), let vendor = sysfs.number("\(folder)/vendor"),
+            let device = sysfs.number("\(folder)/device")
+        else { return [] }
+        let id = "\(String(vendor, radix: 16)) \(String(device, radix: 16))"
+        return [SysfsWrite(attribute: list, text: "\(id)\n")]
+    }
+
+    private static let removeID = "remove_id"
 
     /// Gives functions, with all that was bound with them, back to the drivers they had. What is with its driver already
     /// stays. Returns what changed.
@@ -115,6 +128,8 @@ extension Binder {
                 try restore(record)
                 done.insert(record.address)
                 let now = driver(of: record.address)
+                // As it was before: nothing to try again.
+                if record.driver == Self.anyDriver, isVfio(driver: now) { failures.append(takenBack(record, by: now)) }
                 if now != before { changes.append(Change(address: record.address, from: before, to: now)) }
             } catch {
                 failures.append(error as? MigrationError ?? MigrationError(.internal, "\(error)"))
@@ -131,10 +146,20 @@ extension Binder {
         return changes
     }
 
+    private func takenBack(_ record: BindRecord, by driver: String) -> MigrationError {
+        MigrationError(
+            .internal, "\(driver) took \(record.address) back: its id is among those that driver takes",
+            hint: "flotilla gpu prepare --revert and a reboot give it back, if that bound it; else take its id out of "
+                + "the options for \(driver) (/etc/modprobe.d, the kernel's command line) and reboot")
+    }
+
     private func restore(_ record: BindRecord) throws {
         let address = record.address
         guard sysfs.exists("bus/pci/devices/\(address)") else { return }  // Taken out meanwhile.
-        for write in writes(restoring: record) { try step(write) }
+        for write in writes(restoring: record) {
+            // Fails where the id is not in that list, which can't be read.
+            if write.attribute.hasSuffix("/\(Self.removeID)") { try? step(write) } else { try step(write) }
+        }
         if record.driver == Self.anyDriver || driver(of: address) == record.driver { return }
         if record.driver.isEmpty {
             throw MigrationError(.internal, "\(driver(of: address)) does not let go of \(address)")

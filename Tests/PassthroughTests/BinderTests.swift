@@ -3,6 +3,7 @@ import FlotillaProtocol
 import HostKit
 import MigrationModel
 import Passthrough
+import Synchronization
 import TestKit
 import Testing
 
@@ -112,6 +113,26 @@ func pci(_ text: String) throws -> PciAddress { try #require(PciAddress(text)) }
         #expect(rig.driver(Self.gpu) == "vfio-pci")
         let changes = try rig.binder(kernel).release([pci(Self.gpu)], observe: rig.observe())
         #expect(changes == [Binder.Change(address: Self.gpu, from: "vfio-pci", to: "bochs-drm")])
+    }
+
+    /// Its id, which `options vfio-pci ids=` gave that driver at boot, is taken from it; where that can't be, it is told.
+    @Test(arguments: [true, false]) func aDriverThatHasItsIDLetsGo(_ forgets: Bool) throws {
+        let rig = try BindRig()
+        let kernel = FixtureKernel(rig.sysfs)
+        for address in [Self.gpu, Self.audio] {
+            try kernel.write("vfio-pci\n", to: "bus/pci/devices/\(address)/driver_override")
+            try kernel.write("\(address)\n", to: "bus/pci/devices/\(address)/driver/unbind")
+            try kernel.write("\(address)\n", to: "bus/pci/drivers_probe")
+        }
+        kernel.writes.withLock { $0.ids = ["1234 1111"] }
+        if forgets { try Files.writeAtomically([], to: rig.sysfs.path("bus/pci/drivers/vfio-pci/remove_id")) }
+        let error = failure { try rig.binder(kernel).release([pci(Self.gpu)], observe: rig.observe()) }
+        #expect(rig.driver(Self.audio) == "snd_hda_intel" && !rig.journal.contains("releasing"))
+        #expect(rig.driver(Self.gpu) == (forgets ? "bochs-drm" : "vfio-pci") && (error == nil) == forgets)
+        if forgets { return }
+        #expect(error?.message.contains("vfio-pci took \(Self.gpu) back") == true)
+        #expect(error?.hint?.contains("prepare --revert") == true)
+        #expect(try rig.binder(kernel).bind([pci(Self.gpu)], observe: rig.observe()).map(\.address) == [Self.audio])
     }
 
     @Test func groupMembersGoOnlyWithConsentAndComeBackWithTheLast() throws {

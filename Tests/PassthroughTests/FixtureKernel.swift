@@ -11,6 +11,8 @@ final class FixtureKernel: SysfsWriter {
         var log: [String] = []
         /// Fail the write of this number, from 1.
         var failing: Set<Int> = []
+        /// What vfio-pci takes by its boot options: "1234 1111", a vendor and a device in hexadecimal.
+        var ids: Set<String> = []
     }
 
     let sysfs: Sysfs
@@ -61,6 +63,10 @@ final class FixtureKernel: SysfsWriter {
             if driver(value).isEmpty { try probe(value) }
         } else if attribute.hasSuffix("/bind") {
             try bind(value, Files.name(of: Files.parent(of: attribute)))
+        } else if attribute.hasSuffix("/vfio-pci/remove_id") {
+            guard writes.withLock({ $0.ids.remove(value) }) != nil else {
+                throw MigrationError(.notFound, "\(value) is not in the list")
+            }
         } else {
             try set(attribute, value)
         }
@@ -69,6 +75,9 @@ final class FixtureKernel: SysfsWriter {
     private func probe(_ address: String) throws {
         let override = sysfs.text("bus/pci/devices/\(address)/driver_override") ?? "(null)"
         if override == "(null)" {
+            let ids = ["vendor", "device"].map { sysfs.number("bus/pci/devices/\(address)/\($0)") ?? 0 }
+            let id = ids.map { String($0, radix: 16) }.joined(separator: " ")
+            if writes.withLock({ $0.ids.contains(id) }) { return try bind(address, "vfio-pci") }
             if let driver = matching[address] { try bind(address, driver) }
         } else {
             try bind(address, override)

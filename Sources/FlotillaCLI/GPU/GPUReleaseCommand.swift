@@ -8,7 +8,8 @@ struct GPUReleaseCommand: AsyncParsableCommand {
         commandName: "release", abstract: "Gives functions back to the drivers they had before `flotilla gpu bind`.",
         discussion: """
             With all that was taken along with them. What a VM left in a device is reset first where the device can be. One \
-            that was bound at boot goes to the driver the kernel picks. Exits 3 when refused: nothing was changed.
+            that was bound at boot goes to the driver the kernel picks, until the next boot. Exits 3 when refused: nothing \
+            was changed.
             """)
 
     @OptionGroup var host: GPUHost
