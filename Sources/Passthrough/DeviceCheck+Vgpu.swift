@@ -27,10 +27,10 @@ func checkVgpu(_ profile: String, on device: DeviceFunction, in tree: DeviceTree
         ]
     }
     found.append(.pass(subject, "driver", device.function.driver))
-    found += useObstacles(of: device, consent: [.console, .use], owner: nil).filter { obstacle in
-        // Its own virtual functions and other vGPUs beside the new one are as it should be.
-        device.uses.contains { ($0.kind == .domain || $0.kind == .vfio) && obstacle.found.contains($0.by) }
-    }
+    // Its own virtual functions and other vGPUs beside the new one are as it should be.
+    var whole = device
+    whole.uses.removeAll { $0.isOfPart || ![.domain, .reservation, .vfio].contains($0.kind) }
+    found += useObstacles(of: whole, consent: [.console, .use], owner: nil)
     let places = [device] + device.virtualFunctions.compactMap { tree[$0] }
     let offering = places.filter { $0.vgpuPath != nil }
     guard !offering.isEmpty else {
@@ -51,13 +51,12 @@ func checkVgpu(_ profile: String, on device: DeviceFunction, in tree: DeviceTree
     if !device.virtualFunctions.isEmpty {
         found.append(.pass(subject, "virtual functions", "\(device.virtualFunctions.count) enabled"))
     }
+    let physical = (device.physicalFunction ?? device.address).description
     let wanted = VgpuProfile(profile)
     let alike = offering.flatMap { place in
         place.vgpuOffers.filter { VgpuProfile($0.name) == wanted }.map { (place, $0) }
     }
-    let free = alike.filter { place, offer in
-        (offer.available ?? 1) > 0 && !place.uses.contains { [.vgpu, .domain, .reservation, .vfio].contains($0.kind) }
-    }
+    let free = alike.filter { place, offer in (offer.available ?? 1) > 0 && !isTaken(place) }
     if let (place, offer) = free.first {
         let count = offer.available.map { ", \($0) more" } ?? ""
         found.append(
@@ -71,11 +70,17 @@ func checkVgpu(_ profile: String, on device: DeviceFunction, in tree: DeviceTree
                     remedy: "enable SR-IOV and the IOMMU in the firmware"))
         }
     } else if let mig, let instance = VgpuProfile(profile).gpuInstance, !mig.enabled || mig.hasRoom(for: instance) {
-        found.append(checkInstance(instance, on: subject, in: mig, places: offering))
-    } else if !alike.isEmpty {
+        found.append(checkInstance(instance, on: physical, in: mig, places: offering))
+    } else if device.physicalFunction != nil, isTaken(device) {
+        let users = device.uses.map(\.by).joined(separator: ", ")
         found.append(
             .fail(
-                subject, "profile", "\(subject) knows \(profile), and has no room for another",
+                subject, "profile", "\(subject) can have one vGPU, and is in use by \(users)",
+                remedy: "destroy that vGPU, or choose another virtual function of \(physical)"))
+    } else if !alike.isEmpty || offering.allSatisfy(isTaken) {
+        found.append(
+            .fail(
+                subject, "profile", "\(subject) has no room for another \(profile)",
                 remedy: "destroy a vGPU on it, or choose another GPU"))
     } else {
         let names = Set(offering.flatMap { $0.vgpuOffers.map(\.name) }).sorted()
@@ -84,10 +89,16 @@ func checkVgpu(_ profile: String, on device: DeviceFunction, in tree: DeviceTree
                 subject, "profile",
                 "\(subject) can't make \(profile) now; it offers \(names.isEmpty ? "nothing" : names.joined(separator: ", "))",
                 remedy: isMIGProfile(wanted.key)
-                    ? "choose an offered profile; this one needs room for a GPU instance in MIG mode: \(enableMIGHint(subject))"
+                    ? "choose an offered profile; this one needs room for a GPU instance in MIG mode: \(enableMIGHint(physical))"
                     : "choose an offered profile; while another size is in use a GPU offers only that one"))
     }
     return found
+}
+
+/// It takes no vGPU. What a physical function has on the kernel's path, its types count.
+private func isTaken(_ place: DeviceFunction) -> Bool {
+    let isCounted = place.vgpuPath == "mdev" && place.physicalFunction == nil
+    return !isCounted && place.uses.contains { [.vgpu, .domain, .reservation, .vfio].contains($0.kind) }
 }
 
 /// One is made with the vGPU where there is none yet.
@@ -97,8 +108,7 @@ private func checkInstance(
     guard mig.enabled else {
         return .fail(gpu, "MIG mode", "\(gpu) is not in MIG mode", remedy: enableMIGHint(gpu))
     }
-    guard places.contains(where: { !$0.uses.contains { [.vgpu, .domain, .reservation, .vfio].contains($0.kind) } })
-    else {
+    guard !places.allSatisfy(isTaken) else {
         return .fail(
             gpu, "virtual functions", "each virtual function of \(gpu) is in use",
             remedy: "destroy a vGPU on it, or choose another GPU")

@@ -40,11 +40,14 @@ package struct DeviceUse: Sendable, Encodable, Hashable {
     package var by: String
     /// Set for domains and reservations, to tell one's own.
     var owner: GPUOwner?
+    /// Only a part of the function is theirs: a virtual function of it, or a vGPU.
+    var isOfPart = false
 
-    package init(_ kind: Kind, _ by: String, owner: GPUOwner? = nil) {
+    package init(_ kind: Kind, _ by: String, owner: GPUOwner? = nil, isOfPart: Bool = false) {
         self.kind = kind
         self.by = by
         self.owner = owner
+        self.isOfPart = isOfPart
     }
 
     private enum CodingKeys: CodingKey { case kind, by }
@@ -192,15 +195,21 @@ struct DeviceUsers {
         let folder = "bus/pci/devices/\(address)"
         let own = GPUResource(function: address, sysfs: sysfs)
         var uses: [DeviceUse] = []
-        for domain in around.domains where domain.resources.contains(where: { $0.overlaps(own) }) {
+        for domain in around.domains {
+            let theirs = domain.resources.filter { $0.overlaps(own) }
+            guard !theirs.isEmpty else { continue }
             uses.append(
                 DeviceUse(
                     .domain, "domain \(domain.name)",
-                    owner: GPUOwner(domain: domain.name, migration: domain.migration, fence: 0)))
+                    owner: GPUOwner(domain: domain.name, migration: domain.migration, fence: 0),
+                    isOfPart: theirs.allSatisfy { $0.isPart(of: own) }))
         }
         for entry in around.reservations where entry.resource.overlaps(own) {
             switch entry.state {
-            case .reserved: uses.append(DeviceUse(.reservation, "\(entry.owner)", owner: entry.owner))
+            case .reserved:
+                uses.append(
+                    DeviceUse(
+                        .reservation, "\(entry.owner)", owner: entry.owner, isOfPart: entry.resource.isPart(of: own)))
             case .dirty: uses.append(DeviceUse(.dirty, "what \(entry.owner) left in it", owner: entry.owner))
             }
         }

@@ -35,6 +35,8 @@ package struct GPUResource: Hashable, Comparable, Sendable, Codable, CustomStrin
         key == other.key || parents.contains(other.key) || other.parents.contains(key)
     }
 
+    func isPart(of other: GPUResource) -> Bool { parents.contains(other.key) }
+
     package static func < (a: Self, b: Self) -> Bool { a.key < b.key }
 }
 

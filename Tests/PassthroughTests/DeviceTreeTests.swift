@@ -41,8 +41,10 @@ struct MadeTree {
         try FileManager.default.createSymbolicLink(atPath: path, withDestinationPath: target)
     }
 
-    func verdicts(_ addresses: String..., vgpu: String? = nil) throws -> [String] {
-        try checkDevices(addresses.map { try pci($0) }, vgpu: vgpu, in: DeviceTree(sysfs)).filter {
+    func verdicts(
+        _ addresses: String..., vgpu: String? = nil, around: Surroundings = Surroundings()
+    ) throws -> [String] {
+        try checkDevices(addresses.map { try pci($0) }, vgpu: vgpu, in: DeviceTree(sysfs, around: around)).filter {
             $0.verdict != .pass
         }
         .map { "\($0.verdict.rawValue) \($0.subject) \($0.requirement)" }
@@ -194,6 +196,37 @@ struct MadeTree {
         // The whole GPU can't go while its parts are in use.
         #expect(try tree.verdicts("0000:41:00.0") == ["fail 0000:41:00.0 free"])
         #expect(try tree.verdicts("0000:41:00.4").contains("fail 0000:41:00.4 free"))
+        // Another domain's part is no obstacle, the whole is.
+        var around = Surroundings()
+        for (function, isWhole) in [("0000:41:00.4", false), ("0000:41:00.0", true)] {
+            let resource = GPUResource(function: try pci(function), sysfs: tree.sysfs)
+            around.domains = [GPULedger.Domain(name: "web", migration: "", resources: [resource])]
+            let verdicts = try tree.verdicts("0000:41:00.0", vgpu: "grid_a40-2q", around: around)
+            #expect(verdicts.contains("fail 0000:41:00.0 free") == isWhole)
+            #expect(try tree.verdicts("0000:41:00.0", around: around).contains("fail 0000:41:00.0 free"))
+        }
+        // One that holds a vGPU offers none.
+        try Files.writeAtomically(
+            [], to: tree.sysfs.path("bus/pci/devices/0000:41:00.4/nvidia/creatable_vgpu_types"))
+        let holding = try checkDevices([pci("0000:41:00.4")], vgpu: "a40-2q", in: DeviceTree(tree.sysfs))
+        let profile = try #require(holding.first { $0.requirement == "profile" })
+        #expect(profile.verdict == .fail && profile.found.contains("in use by a vGPU of type 558"))
+        #expect(profile.remedy?.contains("another virtual function of 0000:41:00.0") == true)
+    }
+
+    /// What a physical function has, its types count.
+    @Test(arguments: [12, 0]) func mediatedDevicesBesideOthers(_ left: Int) throws {
+        let tree = try MadeTree()
+        let (gpu, uuid) = ("0000:af:00.0", "4b20d080-1b54-4048-85b3-a6a62d165c01")
+        let type = "mdev_supported_types/nvidia-222"
+        try tree.device(
+            gpu, 0x10de, 0x1eb8, class: 0x0302, driver: "nvidia", group: 5,
+            ["\(type)/name": "GRID T4-1Q", "\(type)/available_instances": "\(left)", "\(uuid)/x": "", "reset": ""])
+        var around = Surroundings()
+        let mine = GPUResource(mdev: uuid, partOf: [try pci(gpu)])
+        around.domains = [GPULedger.Domain(name: "web", migration: "", resources: [mine])]
+        let expected = left > 0 ? [] : ["fail \(gpu) profile"]
+        #expect(try tree.verdicts(gpu, vgpu: "t4-1q", around: around) == expected)
     }
 
     @Test func namesComeFromTheFile() throws {
