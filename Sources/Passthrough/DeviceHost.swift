@@ -46,7 +46,8 @@ package struct DeviceHost: Sendable {
     /// dirty, and gives them back. One that can't be reset stays dirty.
     ///
     /// - Returns: what was dirty and is free now.
-    /// - Throws: `failedPrecondition` when it is refused, or the kernel can't reset one.
+    /// - Throws: `failedPrecondition` when it is refused, or the kernel can't reset one: nothing was changed. What fails
+    ///   later says what was reset.
     package func reset(_ addresses: [PciAddress], observe: () throws -> DeviceTree) throws -> [PciAddress] {
         let tree = try observe()
         let dirty = try dirty(with: addresses, in: tree)
@@ -57,8 +58,16 @@ package struct DeviceHost: Sendable {
             binder.bind(addresses, observe: observe).filter { $0.to == Binder.driver }.map(\.address)
         ).intersection(together)
         let outcome = Result { try ledger.reset(dirty, sysfs: sysfs, kernel: kernel) }
-        if !moved.isEmpty { _ = try binder.release(addresses, only: moved, observe: observe) }
-        try outcome.get()
+        do {
+            if !moved.isEmpty { _ = try binder.release(addresses, only: moved, observe: observe) }
+            try outcome.get()
+        } catch var error as MigrationError {
+            if error.code == .failedPrecondition { error.code = .internal }
+            let left = try ledger.reservations().filter { $0.state == .dirty }.map(\.resource)
+            let done = dirty.filter { !left.contains($0) }
+            if !done.isEmpty { error.message += "; reset: \(done.map(\.description).joined(separator: ", "))" }
+            throw error
+        }
         return dirty.compactMap(\.function)
     }
 
@@ -71,12 +80,14 @@ package struct DeviceHost: Sendable {
         return plan.writes + dirty.compactMap(\.resetting) + binder.writesBack(after: plan)
     }
 
-    /// Dirty functions among these and those that go with them.
+    /// Dirty functions among these and those that go with them. Throws `failedPrecondition` for one that can't be reset.
     private func dirty(with addresses: [PciAddress], in tree: DeviceTree) throws -> [GPUResource] {
         let together = try Handover(addresses, in: tree).functions.map(\.address)
-        return try ledger.reservations().filter { $0.state == .dirty }.map(\.resource).filter { resource in
+        let dirty = try ledger.reservations().filter { $0.state == .dirty }.map(\.resource).filter { resource in
             resource.function.map(together.contains) ?? false
         }
+        for resource in dirty { try resource.requireReset(sysfs) }
+        return dirty
     }
 
     /// Puts right what processes that are gone left: drivers half moved, vGPUs and reservations without a domain. What a

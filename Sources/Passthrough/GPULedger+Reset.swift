@@ -57,11 +57,7 @@ extension GPULedger {
                 .failedPrecondition, "\(function) can't be reset while \(driver) drives it",
                 hint: "reset it while it is bound to vfio-pci, before it is released")
         }
-        guard sysfs.exists("\(folder)/reset") else {
-            throw MigrationError(
-                .failedPrecondition, "the kernel knows no way to reset \(function) (it has no reset attribute)",
-                hint: "reboot the host before another VM gets this device")
-        }
+        try resource.requireReset(sysfs)
         if let write = resource.resetting { try kernel.write(write.text, to: write.attribute) }
     }
 }
@@ -70,5 +66,15 @@ extension GPUResource {
     /// The write that resets it; nil for a mediated device.
     package var resetting: SysfsWrite? {
         function.map { SysfsWrite(attribute: "bus/pci/devices/\($0)/reset", text: "1\n") }
+    }
+
+    /// Throws `failedPrecondition` for a function that is there, and that the kernel can't reset.
+    func requireReset(_ sysfs: Sysfs) throws {
+        guard let function, sysfs.exists("bus/pci/devices/\(function)"),
+            !sysfs.exists("bus/pci/devices/\(function)/reset")
+        else { return }
+        throw MigrationError(
+            .failedPrecondition, "the kernel knows no way to reset \(function) (it has no reset attribute)",
+            hint: "reboot the host before another VM gets this device")
     }
 }

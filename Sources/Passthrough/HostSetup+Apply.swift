@@ -42,8 +42,8 @@ package struct PreparedHost: Sendable {
 
     /// Writes the files and runs the programs. Nothing to change and nothing left over: does nothing.
     ///
-    /// - Throws: `failedPrecondition`, with nothing changed, when another process is at it or a file changed since `setup`
-    ///   was made; with a program that failed the files are written, and the next run tries it again.
+    /// - Throws: `failedPrecondition`, with nothing changed, when another process is at it, a file changed since `setup`
+    ///   was made or is a link out of the root; with a program that failed the files are written, and the next run tries it again.
     package func apply(_ setup: HostSetup) throws {
         try exclusively { try write(setup) }
     }
@@ -54,6 +54,7 @@ package struct PreparedHost: Sendable {
                 .failedPrecondition, "\(root)\(change.path) was changed by somebody else just now",
                 hint: "run the same command again")
         }
+        for change in setup.changes { _ = try target(of: change.path) }
         var record = try read()
         for change in setup.changes {
             guard let after = change.after else { continue }
@@ -105,7 +106,7 @@ package struct PreparedHost: Sendable {
             record.commands.append(command)
             try write(record)
             throw MigrationError(
-                .failedPrecondition,
+                .internal,
                 "\(root)\(made), which \(command.joined(separator: " ")) has written, lacks what was added: \(entry)",
                 hint: "add \"\(setup.parameters.joined(separator: " "))\" where that program has the kernel's command "
                     + "line from, then run the same command again")
@@ -120,7 +121,7 @@ package struct PreparedHost: Sendable {
         for (path, now) in bootFiles(record).sorted(by: { $0.key < $1.key }) where now != before[path] {
             guard setup.isMet(path, by: String(decoding: now, as: UTF8.self)) else {
                 throw MigrationError(
-                    .failedPrecondition,
+                    .internal,
                     "\(root)\(path) was written anew, without what was added, while these programs ran: "
                         + commands.map { $0.joined(separator: " ") }.joined(separator: "; "),
                     hint: "add \"\(setup.parameters.joined(separator: " "))\" where they have the kernel's command "
@@ -178,6 +179,7 @@ package struct PreparedHost: Sendable {
         // Nothing was ever prepared.
         guard Files.exists(path) else { return }
         let changes = try reverting()
+        for change in changes { _ = try target(of: change.path) }
         var record = try read()
         record.commands = changes.isEmpty ? record.commands : commands
         try write(record)
@@ -231,8 +233,8 @@ package struct PreparedHost: Sendable {
         }
     }
 
-    private func put(_ path: String, _ bytes: [UInt8]?, mode: UInt32) throws {
-        // A link stays a link: what it leads to changes. Below another root it may lead out of it.
+    /// A link stays a link: what it leads to changes. Throws `failedPrecondition` for one out of another root.
+    private func target(of path: String) throws -> String {
         let full = "\(root)\(path)"
         let target = Files.exists(full) ? try Files.canonical(full) : full
         let top = root.isEmpty ? "" : try Files.canonical(root)
@@ -241,6 +243,11 @@ package struct PreparedHost: Sendable {
                 .failedPrecondition, "\(full) is a link that leads out of \(root), to \(target)",
                 hint: "make it a link relative to its folder")
         }
+        return target
+    }
+
+    private func put(_ path: String, _ bytes: [UInt8]?, mode: UInt32) throws {
+        let target = try target(of: path)
         guard let bytes else {
             try Files.remove(target)
             return try Files.synchronizeDirectory(of: target)

@@ -7,15 +7,15 @@ import MigrationModel
 /// Source: NVIDIA's MIG user guide, "Enable MIG Mode".
 extension VgpuHost {
     /// - Parameter tree: as it is now.
-    /// - Throws: `failedPrecondition` while it is in use, or when the mode is only pending after; `internal` when nvidia-smi
-    ///   fails.
+    /// - Throws: `failedPrecondition` while it is in use: nothing was changed; `internal` when nvidia-smi fails, or the mode
+    ///   is only pending after.
     package func setMIG(_ isOn: Bool, of gpu: PciAddress, in tree: DeviceTree) throws {
         try exclusively {
             guard let step = try switchingMIG(isOn, of: gpu, in: tree) else { return }
             try carryOut(step, hint: "not every GPU has MIG; see journalctl -k | grep -i nvidia")
-            guard try mig(of: gpu) == isOn else {
+            guard tools.migModes()?[gpu] == (isOn ? "enabled" : "disabled") else {
                 throw MigrationError(
-                    .failedPrecondition,
+                    .internal,
                     "the MIG mode of \(gpu) is to be \(isOn ? "on" : "off"), and still is not: something uses the GPU, so that it "
                         + "could not be reset",
                     hint:

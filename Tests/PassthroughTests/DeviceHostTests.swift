@@ -35,6 +35,21 @@ import Testing
         try host.ledger.reserve([resource], for: other)
     }
 
+    /// None is touched where one can't be reset.
+    @Test func resetIsJudgedBeforeTheFirst() throws {
+        let rig = try BindRig()
+        let addresses = [try pci("0000:01:00.0"), try pci("0000:06:00.0")]
+        try Files.writeAtomically([], to: rig.sysfs.path("bus/pci/devices/0000:01:00.0/reset"))
+        let kernel = FixtureKernel(rig.sysfs)
+        let host = DeviceHost(sysfs: rig.sysfs, kernel: kernel, folder: "\(rig.folder.path)/state")
+        try host.ledger.reserve(addresses.map { GPUResource(function: $0, sysfs: rig.sysfs) }, for: owner)
+        try host.ledger.handOver(to: owner)
+        try host.ledger.release(of: owner)
+        let refused = failure { try host.reset(addresses, observe: rig.observe()) }
+        #expect(refused?.code == .failedPrecondition && refused?.message.contains("reset 0000:06:00.0") == true)
+        #expect(try kernel.log.isEmpty && host.ledger.reservations().count == 2)
+    }
+
     /// Bound to vfio-pci at boot, with or without its audio, while another device's release is unfinished: only what
     /// the reset took goes back.
     @Test(arguments: [["0000:01:00.0", "0000:01:00.1"], ["0000:01:00.0"]])

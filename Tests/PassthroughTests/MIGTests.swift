@@ -224,6 +224,7 @@ import Testing
         }
         try machine.write("", to: "mig/\(gpu)/held")
         let pending = set(true)
+        #expect(pending?.code == .internal)
         #expect(pending?.message.contains("still is not") == true && pending?.hint?.contains("--gpu-reset") == true)
         try Files.remove("\(machine.folder.path)/mig/\(gpu)/held")
         #expect(set(true) == nil && set(true) == nil)
@@ -233,6 +234,22 @@ import Testing
         try host.destroy(of: web)
         #expect(set(false) == nil)
         #expect(failure { try host.setMIG(true, of: pci("0000:99:00.0"), in: DeviceTree(machine.sysfs)) } != nil)
+    }
+
+    /// None is changed where one would be refused.
+    @Test func severalSettingsAreJudgedFirst() throws {
+        let machine = try VgpuMachine()
+        try machine.migGPU("3b", isOn: false)
+        let (host, address, unknown) = (machine.host(), try pci(gpu), try pci("0000:99:00.0"))
+        let observe = { try DeviceTree(machine.sysfs) }
+        let refused = failure { try host.set([(address, .mig(true)), (unknown, .mig(true))], observe: observe) }
+        #expect(refused?.code == .failedPrecondition && !machine.calls.contains { $0.contains("-mig 1") })
+        // What could not be known before says what was done.
+        try machine.migGPU("4c", isOn: false)
+        try machine.write("", to: "mig/0000:4c:00.0/held")
+        let second = try pci("0000:4c:00.0")
+        let failed = failure { try host.set([(address, .mig(true)), (second, .mig(true))], observe: observe) }
+        #expect(failed?.code == .internal && failed?.message.contains("MIG mode on for \(gpu)") == true)
     }
 
     @Test func listsOfTheGuide() {

@@ -171,5 +171,13 @@ import Testing
         try #require(symlink("\(rig.folder.path)/outside", link) == 0)
         #expect(failure { try host.apply(rig.setup()) }?.message.contains("leads out of") == true)
         #expect(try Files.read("\(rig.folder.path)/outside") == Array(PrepareTests.grub.utf8))
+
+        // It is seen before the first file is written.
+        let later = try SetupRig(["/etc/default/grub": PrepareTests.grub, "/etc/kernel/keep": ""])
+        try Files.writeAtomically(Array("root=x\n".utf8), to: "\(later.folder.path)/outside")
+        try #require(symlink("\(later.folder.path)/outside", "\(later.root)/etc/kernel/cmdline") == 0)
+        let before = try later.snapshot()
+        let error = failure { try PreparedHost(root: later.root) { _ in }.apply(later.setup()) }
+        #expect(try error?.code == .failedPrecondition && later.snapshot() == before)
     }
 }

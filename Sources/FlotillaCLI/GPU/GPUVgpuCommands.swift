@@ -55,26 +55,20 @@ struct GPUProfilesCommand: AsyncParsableCommand {
     func run() async throws {
         let vgpus = host.isLive ? VgpuHost() : VgpuHost(recorded: host.sysfs)
         let (host, enable, disable, isChange) = (host, enable, disable, isChange)
-        let sizes = [(mixedSizes, true), (equalSizes, false)].compactMap { gpu, isMixed in gpu.map { ($0, isMixed) } }
-        let modes = [(enableMig, true), (disableMig, false)].compactMap { gpu, isOn in gpu.map { ($0, isOn) } }
+        let asked: [(PciAddress?, VgpuHost.Setting)] = [
+            (enableMig, .mig(true)), (disableMig, .mig(false)), (enable, .virtualFunctions(true)),
+            (disable, .virtualFunctions(false)), (mixedSizes, .mixedSizes(true)), (equalSizes, .mixedSizes(false)),
+        ]
+        let settings = asked.compactMap { gpu, setting in gpu.map { (gpu: $0, setting: setting) } }
         if dryRun {
             let plans = try await refusable {
-                try [
-                    enable.map { vgpus.plan(enable: $0) },
-                    disable.map { try vgpus.plan(disable: $0, in: host.observe()) },
-                ] + sizes.map { try vgpus.plan(mixSizes: $0.1, on: $0.0) }
-                    + modes.map { try vgpus.plan(mig: $0.1, of: $0.0, in: host.observe()) }
+                try settings.map { try vgpus.plan($0.setting, of: $0.gpu, observe: host.observe) }
             }
-            return plans.compactMap(\.self).forEach { show($0, vgpus, nothing: "so already: nothing to do") }
+            return plans.forEach { show($0, vgpus, nothing: "so already: nothing to do") }
         }
         if isChange { try requireRoot() }
         let (places, records, migs) = try await refusable {
-            for (gpu, isOn) in modes { try vgpus.setMIG(isOn, of: gpu, in: host.observe()) }
-            if let enable { try vgpus.exclusively { try vgpus.enableVirtualFunctions(of: enable) } }
-            if let disable {
-                try vgpus.exclusively { try vgpus.disableVirtualFunctions(of: disable, in: host.observe()) }
-            }
-            for (gpu, isMixed) in sizes { try vgpus.setMixedSizes(isMixed, on: gpu) }
+            try vgpus.set(settings, observe: host.observe)
             let places = vgpus.places()
             let migs = host.isLive ? vgpus.migs(of: Array(Set(places.map(\.physical)))).filter(\.value.enabled) : [:]
             return (places, try vgpus.records(), migs)
