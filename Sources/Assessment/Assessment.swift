@@ -267,8 +267,10 @@ package struct Assessment: Sendable, Encodable {
     }
 
     private func freeFunctions(_ ids: [PciId]) -> Int {
-        profiles.flatMap(\.wholeFunctions).count { function in
-            !function.bridge && !function.bootVga && function.inUseBy.isEmpty
+        // Of a host without an IOMMU or vfio-pci none can be had.
+        profiles.filter { $0.iommuEnabled && $0.vfioAvailable }.flatMap(\.wholeFunctions).count { function in
+            !function.bridge && !function.bootVga && function.inUseBy.isEmpty && function.iommuGroup >= 0
+                && function.unusable.isEmpty
                 && ids.contains { $0.vendor == function.id.vendor && $0.device == function.id.device }
         }
     }

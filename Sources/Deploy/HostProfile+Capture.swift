@@ -44,7 +44,7 @@ package func hostProfile(
     profile.bridges = sysfs.list("class/net").filter { sysfs.exists("class/net/\($0)/bridge") }
     profile.pools = pools.map(probe)
     var around = Surroundings(proc: proc, sysfs: sysfs)
-    profile.pciFunctions = try pciInventory(sysfs: sysfs, holders: around.holders.groups)
+    profile.pciFunctions = try pciInventory(sysfs: sysfs, holders: around.holders)
     addDetail(&profile.pciFunctions, sysfs: sysfs)
     try addVgpus(&profile.pciFunctions, of: devices.vgpus)
     profile.numaNodes = numaNodes(sysfs: sysfs)

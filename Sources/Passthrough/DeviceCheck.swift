@@ -171,7 +171,7 @@ private func checkQuality(_ device: DeviceFunction, in tree: DeviceTree) -> [Req
     let subject = device.function.address
     let folder = "bus/pci/devices/\(device.address)"
     var found: [Requirement] = []
-    for bar in device.bars where bar.index < 6 && bar.start == 0 && !bar.io {
+    for bar in device.bars where bar.isUnplaced {
         found.append(
             .fail(
                 subject, "memory windows", "the firmware gave BAR \(bar.index) (\(size(bar.bytes))) no address",

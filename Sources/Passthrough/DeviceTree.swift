@@ -14,6 +14,9 @@ package struct BaseAddress: Sendable, Encodable, Hashable {
     package var is64bit: Bool
     package var prefetchable: Bool
 
+    /// The firmware gave this window no address.
+    var isUnplaced: Bool { index < 6 && start == 0 && !io }
+
     /// From an attribute `resource`: a line of start, end and flags (linux/ioport.h) per register. Unused ones are left
     /// out. Lines 7 and on describe virtual functions and bridges.
     package static func read(_ text: String) -> [BaseAddress] {
@@ -97,7 +100,7 @@ package struct DeviceTree: Sendable {
         iommu = iommuEnabled(sysfs: sysfs)
         let isThere = vfioAvailable(sysfs: sysfs, modules: modules ?? "/nonexistent")
         vfio = isThere || modules != nil ? isThere : nil
-        let inventory = try pciInventory(sysfs: sysfs, holders: around.holders.groups)
+        let inventory = try pciInventory(sysfs: sysfs, holders: around.holders)
         // A copy that followed the links has no groups and no drivers, and would be misjudged.
         if let copied = inventory.first(where: {
             let group = "bus/pci/devices/\($0.address)/iommu_group"
@@ -167,7 +170,7 @@ package struct DeviceTree: Sendable {
     }
 
     /// Lines of "0x7b800000 0x7fffffff direct"; `direct-relaxable` and the others are no obstacle.
-    private static func firmwareRegions(_ group: Int32, _ sysfs: Sysfs) -> [String] {
+    static func firmwareRegions(_ group: Int32, _ sysfs: Sysfs) -> [String] {
         wholeText(sysfs, "kernel/iommu_groups/\(group)/reserved_regions").split(separator: "\n").compactMap { line in
             let words = line.split(separator: " ")
             return words.count == 3 && words[2] == "direct" ? words[..<2].joined(separator: " ") : nil

@@ -92,14 +92,19 @@ package struct Surroundings: Sendable {
 /// Marks what the host itself uses: a driver would be taken from under a console, a process, a mounted disk, a network
 /// interface that is up or a vGPU. What is marked already keeps its words: call it last. A GPU marked for these still has
 /// room for another vGPU.
-package func markUsed(_ functions: inout [PciFunction], sysfs: Sysfs, around: Surroundings) {
+///
+/// - Parameter vfio: also what a process has open through VFIO.
+package func markUsed(
+    _ functions: inout [PciFunction], sysfs: Sysfs, around: Surroundings, vfio: Bool = false
+) {
     let users = DeviceUsers(sysfs, around)
     // A bridge is on the path of everything behind it, and is never handed over.
     for index in functions.indices where functions[index].inUseBy.isEmpty && !functions[index].bridge {
         guard let address = PciAddress(functions[index].address) else { continue }
         let uses = users.uses(
             of: address, group: functions[index].iommuGroup, driver: functions[index].driver, virtualFunctions: 0)
-        if let use = uses.first(where: { $0.kind.isOfHost }) { functions[index].inUseBy = use.by }
+        let use = uses.first { $0.kind.isOfHost || vfio && $0.kind == .vfio }
+        if let use { functions[index].inUseBy = use.by }
     }
 }
 

@@ -73,16 +73,24 @@ func parseCPUList(_ text: String) -> [UInt32] {
     }
 }
 
-/// Adds what a domain's address space depends on, and whose virtual function one is.
+/// Adds what a domain's address space depends on, whose virtual function one is, and why no VM can have it.
 package func addDetail(_ functions: inout [PciFunction], sysfs: Sysfs = Sysfs()) {
     for index in functions.indices where !functions[index].bridge && functions[index].classCode >> 8 != 0x06 {
         let folder = "bus/pci/devices/\(functions[index].address)"
-        functions[index].largeBarBytes = largeBarBytes(sysfs, folder)
+        let bars = BaseAddress.read(String(decoding: sysfs.bytes("\(folder)/resource") ?? [], as: UTF8.self))
+        functions[index].largeBarBytes = bars.filter { $0.is64bit && $0.index < 6 && $0.bytes < 1 << 48 }
+            .reduce(0) { $0 + $1.bytes }
         functions[index].physicalFunction = sysfs.linkName("\(folder)/physfn") ?? ""
+        functions[index].unusable = firmwareObstacle(functions[index].iommuGroup, bars, sysfs) ?? ""
     }
 }
 
-private func largeBarBytes(_ sysfs: Sysfs, _ folder: String) -> UInt64 {
-    BaseAddress.read(String(decoding: sysfs.bytes("\(folder)/resource") ?? [], as: UTF8.self))
-        .filter { $0.is64bit && $0.index < 6 && $0.bytes < 1 << 48 }.reduce(0) { $0 + $1.bytes }
+private func firmwareObstacle(_ group: Int32, _ bars: [BaseAddress], _ sysfs: Sysfs) -> String? {
+    if let region = DeviceTree.firmwareRegions(group, sysfs).first {
+        return "the firmware keeps memory of its IOMMU group \(group) for itself (\(region)): the kernel gives such a "
+            + "group to no VM"
+    }
+    return bars.first(where: \.isUnplaced).map {
+        "the firmware gave its BAR \($0.index) (\(size($0.bytes))) no address"
+    }
 }

@@ -112,6 +112,13 @@ struct HostDevices {
                         "\(function.text) is in use by \(user)", "free it there, or choose a host with a free one"
                     ))
             }
+            if !function.unusable.isEmpty {
+                problems.append(
+                    (
+                        "\(function.text) can't be handed to a VM: \(function.unusable)",
+                        "flotilla gpu check \(function.address) on that host says what to do, or choose another host"
+                    ))
+            }
             if function.iommuGroup < 0 {
                 problems.append(
                     (

@@ -4,11 +4,12 @@ import HostKit
 import SwiftProtobuf
 
 /// Every PCI function of the host, in address order. `inUseBy` is filled for physical functions with virtual ones
-/// and for groups that `holders` names; functions of libvirt domains are joined by whoever speaks to libvirt, what the
+/// and for those that a process has open through VFIO; functions of libvirt domains are joined by whoever speaks to libvirt, what the
 /// host itself uses by `markUsed`.
 ///
-/// - Parameter holders: who holds `/dev/vfio/<group>`, from `vfioHolders`.
-package func pciInventory(sysfs: Sysfs = Sysfs(), holders: [Int32: String] = [:]) throws -> [PciFunction] {
+package func pciInventory(
+    sysfs: Sysfs = Sysfs(), holders: DeviceHolders = DeviceHolders()
+) throws -> [PciFunction] {
     let addresses = sysfs.list("bus/pci/devices").compactMap(PciAddress.init).sorted()
     // An SR-IOV virtual function may sit in its parent's slot, but moves alone.
     let virtual = Set(addresses.filter { sysfs.exists("bus/pci/devices/\($0)/physfn") })
@@ -31,7 +32,7 @@ package func pciInventory(sysfs: Sysfs = Sysfs(), holders: [Int32: String] = [:]
         companions.remove(address)
         function.companions = companions.sorted().map(\.description)
 
-        if let holder = holders[function.iommuGroup], function.driver.hasPrefix("vfio") {
+        if isVfio(driver: function.driver), let holder = holders.vfioUser(of: folder, sysfs: sysfs) {
             function.inUseBy = holder
         } else if let count = sysfs.number("\(folder)/sriov_numvfs"), count > 0 {
             function.inUseBy = "its \(count) virtual functions"

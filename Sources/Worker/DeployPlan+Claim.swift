@@ -46,7 +46,7 @@ extension DeployPlan {
         }
     }
 
-    /// Looks again for what the host itself began to use since the plan was made.
+    /// Looks again for what the host itself, or another VM's process, began to use since the plan was made.
     ///
     /// - Throws: `resourceExhausted` naming it.
     func requireUnused() throws {
@@ -56,7 +56,10 @@ extension DeployPlan {
             functions[index].inUseBy = ""
             functions[index].driver = host.sysfs.linkName("bus/pci/devices/\(functions[index].address)/driver") ?? ""
         }
-        markUsed(&functions, sysfs: host.sysfs, around: Surroundings(proc: "/proc", sysfs: host.sysfs))
+        // While it runs its own process has them.
+        let isRunning = try deployment.find(domain.name)?.state().isActive ?? false
+        markUsed(
+            &functions, sysfs: host.sysfs, around: Surroundings(proc: "/proc", sysfs: host.sysfs), vfio: !isRunning)
         guard let used = functions.first(where: { !$0.inUseBy.isEmpty }) else { return }
         throw MigrationError(
             .resourceExhausted, "\(used.text) came into use by \(used.inUseBy) after it was chosen",

@@ -217,6 +217,21 @@ import Testing
         #expect(short == [[], ["the VMs before this one take all that the hosts have of 10de:20b5"]])
         #expect(assessment.demand.map { [$0.wanted, $0.free] } == [[2, 1]])
     }
+
+    /// What no VM can have is not free.
+    @Test(arguments: ["no IOMMU", "no vfio-pci", "no group", "unusable"]) func notFree(_ why: String) throws {
+        var host = Self.host()
+        switch why {
+        case "no IOMMU": host.iommuEnabled = false
+        case "no vfio-pci": host.vfioAvailable = false
+        case "no group": host.pciFunctions[0].iommuGroup = -1
+        default: host.pciFunctions[0].unusable = "the firmware gave its BAR 0 (16 GiB) no address"
+        }
+        let whole = PassthroughBacking.with { $0.id = .with { ($0.vendor, $0.device) = (0x10de, 0x20b5) } }
+        var assessment = Assessment(hosts: [host], options: Self.mapped, pool: nil, format: "raw")
+        assessment.add(Self.manifest { $0.gpus = [Self.gpu(.passthrough(whole))] }, source: "manifest:a.json")
+        #expect(assessment.demand.map { [$0.wanted, $0.free] } == [[1, 0]])
+    }
 }
 
 @Suite struct VgpuAssessmentTests {

@@ -10,8 +10,10 @@ import Testing
         try withRecordedMachine { sysfs in
             #expect(iommuEnabled(sysfs: sysfs))
             #expect(vfioAvailable(sysfs: sysfs))
+            var holders = DeviceHolders()
+            holders.byPath = ["/dev/vfio/12": "process 7 (qemu)"]
             let functions = Dictionary(
-                uniqueKeysWithValues: try pciInventory(sysfs: sysfs, holders: [12: "process 7 (qemu)"]).map {
+                uniqueKeysWithValues: try pciInventory(sysfs: sysfs, holders: holders).map {
                     ($0.address, $0)
                 })
             #expect(functions.count == 30)
@@ -32,6 +34,50 @@ import Testing
             #expect(functions["0000:03:00.0"]?.inUseBy == "its 2 virtual functions")
             #expect(functions["0000:02:00.0"]?.inUseBy == "process 7 (qemu)")
         }
+    }
+
+    /// With IOMMUFD nobody opens the group.
+    @Test func aDeviceThatIsOpenByItself() throws {
+        try withRecordedMachine { sysfs in
+            let address = "0000:02:00.0"
+            try Files.createDirectories(sysfs.path("bus/pci/devices/\(address)/vfio-dev/vfio0"))
+            var around = Surroundings()
+            around.holders.byPath = ["/dev/vfio/devices/vfio0": "process 7 (qemu)"]
+            let functions = try pciInventory(sysfs: sysfs, holders: around.holders)
+            #expect(functions.first { $0.address == address }?.inUseBy == "process 7 (qemu)")
+            var again = try pciInventory(sysfs: sysfs).filter { $0.address == address }
+            markUsed(&again, sysfs: sysfs, around: around)
+            #expect(again.map(\.inUseBy) == [""])
+            markUsed(&again, sysfs: sysfs, around: around, vfio: true)
+            #expect(again.map(\.inUseBy) == ["process 7 (qemu)"])
+        }
+    }
+
+    /// Memory that the firmware keeps, and a window without an address.
+    @Test func whatTheFirmwareMakesUnusable() throws {
+        try withRecordedMachine { sysfs in
+            let window = "0x0000000000000000 0x00000003ffffffff 0x000000000014220c\n"
+            for (path, text) in [
+                ("kernel/iommu_groups/11/reserved_regions", "0x7b800000 0x7fffffff direct\n"),
+                ("bus/pci/devices/0000:06:00.0/resource", window),
+            ] {
+                try? Files.remove(sysfs.path(path))
+                try Files.writeAtomically(Array(text.utf8), to: sysfs.path(path))
+            }
+            var functions = try pciInventory(sysfs: sysfs)
+            addDetail(&functions, sysfs: sysfs)
+            let why = Dictionary(uniqueKeysWithValues: functions.map { ($0.address, $0.unusable) })
+            #expect(why["0000:01:00.0"]?.contains("0x7b800000 0x7fffffff") == true)
+            #expect(why["0000:06:00.0"]?.contains("BAR 0 (16 GiB) no address") == true)
+            #expect(why.values.count { !$0.isEmpty } == 3)
+        }
+        let host = gpuHost {
+            $0.pciFunctions[1].unusable = "its memory is the firmware's"
+            $0.pciFunctions[2].inUseBy = "domain web"
+        }
+        let found = matchDevices([passthrough("gpu0", 0x10de, 0x20f1)], on: host)
+        #expect(found.devices.joined().isEmpty)
+        #expect(found.findings.contains { $0.message.contains("its memory is the firmware's") })
     }
 
     @Test func emptyTreeHasNothing() throws {

@@ -353,6 +353,12 @@ package nonisolated struct PciFunction: @unchecked Sendable {
   /// Clears the value of `mig`. Subsequent reads from it will return its default value.
   package mutating func clearMig() {_uniqueStorage()._mig = nil}
 
+  /// Why no VM can have it, as the firmware set it up; else empty.
+  package var unusable: String {
+    get {_storage._unusable}
+    set {_uniqueStorage()._unusable = newValue}
+  }
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -857,7 +863,7 @@ nonisolated extension DomainSummary: SwiftProtobuf.Message, SwiftProtobuf._Messa
 
 nonisolated extension PciFunction: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".PciFunction"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}address\0\u{1}id\0\u{3}class_code\0\u{1}driver\0\u{3}iommu_group\0\u{3}boot_vga\0\u{1}bridge\0\u{3}numa_node\0\u{3}in_use_by\0\u{1}companions\0\u{3}large_bar_bytes\0\u{3}physical_function\0\u{3}vgpu_types\0\u{3}has_vgpu\0\u{3}vgpu_path\0\u{3}vgpu_profiles\0\u{3}framebuffer_mib\0\u{3}mixed_sizes\0\u{1}mig\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}address\0\u{1}id\0\u{3}class_code\0\u{1}driver\0\u{3}iommu_group\0\u{3}boot_vga\0\u{1}bridge\0\u{3}numa_node\0\u{3}in_use_by\0\u{1}companions\0\u{3}large_bar_bytes\0\u{3}physical_function\0\u{3}vgpu_types\0\u{3}has_vgpu\0\u{3}vgpu_path\0\u{3}vgpu_profiles\0\u{3}framebuffer_mib\0\u{3}mixed_sizes\0\u{1}mig\0\u{1}unusable\0")
 
   fileprivate class _StorageClass {
     var _address: String = String()
@@ -879,6 +885,7 @@ nonisolated extension PciFunction: SwiftProtobuf.Message, SwiftProtobuf._Message
     var _framebufferMib: UInt32 = 0
     var _mixedSizes: Bool = false
     var _mig: Mig? = nil
+    var _unusable: String = String()
 
       // This property is used as the initial default value for new instances of the type.
       // The type itself is protecting the reference to its storage via CoW semantics.
@@ -908,6 +915,7 @@ nonisolated extension PciFunction: SwiftProtobuf.Message, SwiftProtobuf._Message
       _framebufferMib = source._framebufferMib
       _mixedSizes = source._mixedSizes
       _mig = source._mig
+      _unusable = source._unusable
     }
   }
 
@@ -945,6 +953,7 @@ nonisolated extension PciFunction: SwiftProtobuf.Message, SwiftProtobuf._Message
         case 17: try { try decoder.decodeSingularUInt32Field(value: &_storage._framebufferMib) }()
         case 18: try { try decoder.decodeSingularBoolField(value: &_storage._mixedSizes) }()
         case 19: try { try decoder.decodeSingularMessageField(value: &_storage._mig) }()
+        case 20: try { try decoder.decodeSingularStringField(value: &_storage._unusable) }()
         default: break
         }
       }
@@ -1014,6 +1023,9 @@ nonisolated extension PciFunction: SwiftProtobuf.Message, SwiftProtobuf._Message
       try { if let v = _storage._mig {
         try visitor.visitSingularMessageField(value: v, fieldNumber: 19)
       } }()
+      if !_storage._unusable.isEmpty {
+        try visitor.visitSingularStringField(value: _storage._unusable, fieldNumber: 20)
+      }
     }
     try unknownFields.traverse(visitor: &visitor)
   }
@@ -1042,6 +1054,7 @@ nonisolated extension PciFunction: SwiftProtobuf.Message, SwiftProtobuf._Message
         if _storage._framebufferMib != rhs_storage._framebufferMib {return false}
         if _storage._mixedSizes != rhs_storage._mixedSizes {return false}
         if _storage._mig != rhs_storage._mig {return false}
+        if _storage._unusable != rhs_storage._unusable {return false}
         return true
       }
       if !storagesAreEqual {return false}
