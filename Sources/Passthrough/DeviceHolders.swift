@@ -1,9 +1,9 @@
 import HostKit
 
 /// Which processes hold a file below `/dev` open that leads to a PCI device: VFIO groups and devices, DRM,
-/// accelerators, framebuffers, NVIDIA's, SCSI's generic ones, and, open for writing, block devices. Best effort: other users' processes are
-/// invisible without CAP_SYS_PTRACE, and processes end while being looked at. Looks at no
-/// more than 65,536 processes and 262,144 descriptors.
+/// accelerators, framebuffers, NVIDIA's, SCSI's generic ones, InfiniBand and UIO, and, open for writing, block devices.
+/// Best effort: other users' processes are invisible without CAP_SYS_PTRACE, and processes end while being looked at.
+/// Looks at no more than 65,536 processes and 262,144 descriptors.
 package struct DeviceHolders: Sendable {
     /// "process 4242 (qemu-system-x86)" by path, the first of each.
     package var byPath: [String: String] = [:]
@@ -11,7 +11,8 @@ package struct DeviceHolders: Sendable {
     package init() {}
 
     package init(proc: String) {
-        let prefixes = ["vfio/", "dri/", "accel/", "hl", "fb", "nvidia", "sg", "bsg/"].map { "/dev/\($0)" }
+        let prefixes = ["vfio/", "dri/", "accel/", "hl", "fb", "nvidia", "sg", "bsg/", "infiniband/", "uio"]
+            .map { "/dev/\($0)" }
         var budget = 262_144
         for process in ((try? Files.list(proc)) ?? []).lazy.filter({ Int32($0) != nil }).prefix(65_536) {
             guard budget > 0 else { break }

@@ -14,7 +14,7 @@ package struct DeviceUse: Sendable, Encodable, Hashable {
         case dirty
         /// A process holds its VFIO group or device.
         case vfio
-        /// A process has its DRM, accelerator, framebuffer or NVIDIA device open.
+        /// A process has its DRM, accelerator, framebuffer, NVIDIA, InfiniBand or UIO device open.
         case process
         /// The kernel's text console is on it.
         case console
@@ -147,16 +147,19 @@ struct DeviceUsers {
         for name in sysfs.list("class/net") where sysfs.text("class/net/\(name)/operstate") == "up" {
             note("class/net/\(name)", DeviceUse(.network, "network interface \(name), which is up"))
         }
-        noteGeneric()
+        noteFiles()
         noteDisks()
     }
 
-    /// Commands go to a storage controller's devices, and to itself, past their disks.
-    private mutating func noteGeneric() {
-        for (folder, files) in [("class/scsi_generic", "/dev"), ("class/bsg", "/dev/bsg")] {
-            for name in sysfs.list(folder) {
-                guard let holder = around.holders.byPath["\(files)/\(name)"] else { continue }
-                note("\(folder)/\(name)", DeviceUse(.process, "\(holder), which has \(name)"))
+    /// Of classes whose files lead to the device itself: past the disks of a storage controller, past a network's interfaces.
+    private mutating func noteFiles() {
+        for (name, files) in [
+            ("scsi_generic", "/dev"), ("bsg", "/dev/bsg"), ("infiniband_verbs", "/dev/infiniband"),
+            ("infiniband_mad", "/dev/infiniband"), ("uio", "/dev"),
+        ] {
+            for device in sysfs.list("class/\(name)") {
+                guard let holder = around.holders.byPath["\(files)/\(device)"] else { continue }
+                note("class/\(name)/\(device)", DeviceUse(.process, "\(holder), which has \(device)"))
             }
         }
     }
@@ -178,22 +181,38 @@ struct DeviceUsers {
     }
 
     private mutating func note(_ link: String, _ use: DeviceUse) {
-        for address in functions(behind: link) { classes[address, default: []].append(use) }
+        for address in functions(behind: link) where !(classes[address]?.contains(use) ?? false) {
+            classes[address, default: []].append(use)
+        }
     }
 
     /// Every function on the path of a class's device. A disk of native NVMe multipath lies below its subsystem, which is
-    /// on no bus: behind it are the functions of all its controllers.
+    /// on no bus: behind it are the functions of all its controllers. So is one over Fibre Channel.
     private func functions(behind link: String) -> Set<String> {
         guard let target = sysfs.linkPath(link) else { return [] }
         let parts = target.split(separator: "/").map(String.init)
-        let own = Set(parts.compactMap { PciAddress($0)?.description })
+        let own = Set(parts.compactMap { PciAddress($0)?.description }).union(adapters(of: parts))
         guard let index = parts.firstIndex(of: "nvme-subsystem"), index + 1 < parts.count else { return own }
         let subsystem = "devices/virtual/nvme-subsystem/\(parts[index + 1])"
         return sysfs.list(subsystem).filter { $0.hasPrefix("nvme") }
             .compactMap { sysfs.linkPath("\(subsystem)/\($0)") }
             .reduce(into: own) { all, controller in
-                all.formUnion(controller.split(separator: "/").compactMap { PciAddress(String($0))?.description })
+                let parts = controller.split(separator: "/").map(String.init)
+                all.formUnion(parts.compactMap { PciAddress($0)?.description } + adapters(of: parts))
             }
+    }
+
+    /// The host adapter of an NVMe controller over Fibre Channel, whose address names that one's port only:
+    /// "traddr=nn-0x…:pn-0x…,host_traddr=nn-0x…:pn-0x…".
+    private func adapters(of path: [String]) -> [String] {
+        guard let index = path.firstIndex(of: "nvme-fabrics"), index + 2 < path.count,
+            let address = sysfs.text("devices/virtual/nvme-fabrics/\(path[index + 1])/\(path[index + 2])/address"),
+            let host = address.split(separator: ",").first(where: { $0.hasPrefix("host_traddr=nn-") }),
+            let port = host.split(separator: ":").first(where: { $0.hasPrefix("pn-") })?.dropFirst(3)
+        else { return [] }
+        return sysfs.list("class/fc_host").filter { sysfs.text("class/fc_host/\($0)/port_name") == String(port) }
+            .flatMap { sysfs.linkPath("class/fc_host/\($0)")?.split(separator: "/").map(String.init) ?? [] }
+            .compactMap { PciAddress($0)?.description }
     }
 
     func uses(of address: PciAddress, group: Int32, driver: String, virtualFunctions: Int) -> [DeviceUse] {

@@ -54,6 +54,42 @@ import Testing
         #expect(try uses(rig, around) == ["a mounted file system on nvme1n1p2"])
     }
 
+    /// A disk over Fibre Channel knows its adapter by the name of a port alone.
+    @Test(arguments: ["0x100000109b000001", "0x100000109b000002"]) func fibreChannel(_ port: String) throws {
+        let rig = try BindRig()
+        var around = Surroundings()
+        let subsystem = "devices/virtual/nvme-subsystem/nvme-subsys1"
+        let host = "devices/0000:09:00.0/host1/fc_host/host1"
+        let controller = "devices/virtual/nvme-fabrics/ctl/nvme1"
+        let address =
+            "traddr=nn-0x200900a098d00001:pn-0x201000a098d00001,host_traddr=nn-0x200000109b000001:pn-0x100000109b000001\n"
+        for (path, text) in [("\(controller)/address", address), ("\(host)/port_name", "\(port)\n")] {
+            try Files.createDirectories(Files.parent(of: rig.sysfs.path(path)))
+            try Files.writeAtomically(Array(text.utf8), to: rig.sysfs.path(path))
+        }
+        try link(rig, rig.sysfs.path("class/fc_host/host1"), "../../\(host)")
+        try link(rig, rig.sysfs.path("\(subsystem)/nvme1"), "../../nvme-fabrics/ctl/nvme1")
+        try rig.disk(at: subsystem, mounts: "36 35 259:7 / / rw - ext4 /dev/nvme1n1 rw", &around)
+        let expected = port.hasSuffix("1") ? ["a mounted file system on nvme1n1"] : []
+        #expect(try uses(rig, around) == expected)
+    }
+
+    @Test(arguments: [
+        ("infiniband_verbs", "infiniband/uverbs0"), ("infiniband_mad", "infiniband/umad0"), ("uio", "uio0"),
+    ])
+    func devicesOfAClass(_ name: String, _ file: String) throws {
+        let rig = try BindRig()
+        var around = Surroundings()
+        let device = Files.name(of: file)
+        try link(rig, rig.sysfs.path("class/\(name)/\(device)"), "../../devices/\(Self.nvme)/\(name)/\(device)")
+        let proc = try rig.folder.sub("proc")
+        try link(rig, "\(proc)/42/fd/7", "/dev/\(file)")
+        try link(rig, "\(proc)/42/fd/8", "/dev/\(file)")
+        try Files.writeAtomically(Array("dpdk\n".utf8), to: "\(proc)/42/comm")
+        around.holders = DeviceHolders(proc: proc)
+        #expect(try uses(rig, around) == ["process 42 (dpdk), which has \(device)"])
+    }
+
     @Test func domainsAndProcesses() throws {
         let rig = try BindRig()
         var around = Surroundings()
