@@ -46,8 +46,8 @@ package struct HostSetup: Sendable {
             let addresses = earlier.map { "\($0.address)" }.joined(separator: ", ")
             notes.append("prepared before, and kept (--revert takes all back): \(addresses)")
         }
-        planModules((devices + earlier).sorted { $0.address < $1.address }, tree)
-        planInitramfs(devices)
+        try planModules((devices + earlier).sorted { $0.address < $1.address }, tree)
+        try planInitramfs(devices)
         changes.removeAll { $0.before == $0.after }
         let paths = changes.map(\.path)
         commands = Self.commands(root: root, for: paths)
@@ -60,8 +60,21 @@ package struct HostSetup: Sendable {
     private func text(_ path: String) -> String? { read(path).map { String(decoding: $0, as: UTF8.self) } }
     private func has(_ path: String) -> Bool { Files.exists("\(root)\(path)") }
 
-    private mutating func change(_ path: String, to text: String?, mode: UInt32 = 0o644) {
-        changes.append(FileChange(path: path, before: read(path), after: text.map { Array($0.utf8) }, mode: mode))
+    /// Throws `failedPrecondition` for a text that has lost bytes, because they were not in UTF-8.
+    private mutating func change(_ path: String, to text: String?, mode: UInt32 = 0o644) throws {
+        let before = read(path)
+        if let text, text.unicodeScalars.contains("\u{fffd}") {
+            // As it was.
+            if let before, String(decoding: before, as: UTF8.self) == text { return }
+            let lines = text.split(separator: "\n", omittingEmptySubsequences: false)
+            let number = lines.firstIndex { $0.unicodeScalars.contains("\u{fffd}") }.map { $0 + 1 } ?? 1
+            throw MigrationError(
+                .failedPrecondition,
+                "\(root)\(path), line \(number), is not in UTF-8: writing the file would change bytes of that line",
+                hint: "write that line in UTF-8 or ASCII, or add \"\(parameters.joined(separator: " "))\" by hand; "
+                    + "then run the same command again")
+        }
+        changes.append(FileChange(path: path, before: before, after: text.map { Array($0.utf8) }, mode: mode))
     }
 
     // MARK: - Boot loaders
@@ -84,13 +97,13 @@ package struct HostSetup: Sendable {
         for path in Self.entries(below: root) {
             guard let entry = text(path) else { continue }
             isKnown = true
-            change(path, to: kernel.edited(entry: entry))
+            try change(path, to: kernel.edited(entry: entry))
         }
         if let line = text(Self.commandLine) ?? newCommandLine() {
             isKnown = true
             let body = line.hasSuffix("\n") ? String(line.dropLast()) : line
             let edited = kernel.edited(body)
-            change(Self.commandLine, to: edited == body ? line : edited + "\n")
+            try change(Self.commandLine, to: edited == body ? line : edited + "\n")
             for folder in ["/boot/efi/EFI/Linux", "/efi/EFI/Linux", "/boot/EFI/Linux"] {
                 if ((try? Files.list("\(root)\(folder)")) ?? []).contains(where: { $0.hasSuffix(".efi") }) {
                     notes.append(
@@ -150,10 +163,10 @@ package struct HostSetup: Sendable {
         let missing = kernel.wanted.filter { !words.contains($0) }
         if kernel.isMet(by: words) {
             // Somebody wrote it there already.
-            change(own, to: text(own))
+            try change(own, to: text(own))
         } else if isFolderRead, has("/etc/default/grub.d"), !kernel.isOpposed(words) {
             let addition = Self.head + "GRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX \(missing.joined(separator: " "))\"\n"
-            change(own, to: addition)
+            try change(own, to: addition)
             var texts = [grub] + dropIns.filter { $0 < own }.compactMap(text) + [addition]
             for name in dropIns where name > own {
                 texts += [text(name)].compactMap(\.self)
@@ -172,7 +185,7 @@ package struct HostSetup: Sendable {
                         + "edit",
                     hint: "add \"\(kernel.wanted.joined(separator: " "))\" to GRUB_CMDLINE_LINUX by hand")
             }
-            change("/etc/default/grub", to: edited)
+            try change("/etc/default/grub", to: edited)
         }
     }
 
@@ -197,13 +210,13 @@ package struct HostSetup: Sendable {
             + "ATTR{driver_override}=\"vfio-pci\""
     }
 
-    private mutating func planModules(_ devices: [DeviceFunction], _ tree: DeviceTree?) {
-        change("/etc/modules-load.d/flotilla-vfio.conf", to: Self.head + "vfio-pci\n")
+    private mutating func planModules(_ devices: [DeviceFunction], _ tree: DeviceTree?) throws {
+        try change("/etc/modules-load.d/flotilla-vfio.conf", to: Self.head + "vfio-pci\n")
         guard !devices.isEmpty else { return }
         var rules =
             Self.head + "# These functions wait for a VM. The ids keep another card in the slot with its own driver.\n"
         for device in devices { rules += Self.rule(device) + "\n" }
-        change(Self.rules, to: rules)
+        try change(Self.rules, to: rules)
 
         var modprobe = Self.head
         let chosen = Set(devices.map(\.address))
@@ -233,20 +246,20 @@ package struct HostSetup: Sendable {
         {
             modprobe += "blacklist nouveau\n"
         }
-        change(Self.modprobe, to: modprobe)
+        try change(Self.modprobe, to: modprobe)
     }
 
-    private mutating func planInitramfs(_ devices: [DeviceFunction]) {
+    private mutating func planInitramfs(_ devices: [DeviceFunction]) throws {
         guard !devices.isEmpty else { return }
         if Self.program("update-initramfs", root) != nil {
-            change(
+            try change(
                 Self.hook,
                 to: "#!/bin/sh\n" + Self.head
                     + "[ \"$1\" = prereqs ] && exit 0\n. /usr/share/initramfs-tools/hook-functions\n"
                     + "manual_add_modules vfio-pci\nmkdir -p \"$DESTDIR/etc/udev/rules.d\"\n"
                     + "cp -p \(Self.rules) \"$DESTDIR/etc/udev/rules.d/\"\n", mode: 0o755)
         } else if Self.program("dracut", root) != nil {
-            change(
+            try change(
                 Self.dracut,
                 to: Self.head + "add_drivers+=\" vfio-pci \"\ninstall_items+=\" \(Self.rules) \(Self.modprobe) \"\n")
         } else {
