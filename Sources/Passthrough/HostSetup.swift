@@ -149,6 +149,12 @@ package struct HostSetup: Sendable {
         return (programs + libraries).compactMap(text)
     }
 
+    /// Whether the kernel of this command line, that of /proc/cmdline, was started with the words.
+    package func isMet(byRunning line: String) -> Bool {
+        let words = KernelParameters.ofKernel(line[...]).split(whereSeparator: \.isWhitespace).map(String.init)
+        return parameters.allSatisfy(words.contains)
+    }
+
     /// Entries of a GRUB configuration made of these settings, that lack the words.
     func entriesWithout(inGRUB text: String) -> [String] { kernel.entriesWithout(inGRUB: text) }
 
@@ -164,7 +170,9 @@ package struct HostSetup: Sendable {
         if kernel.isMet(by: words) {
             // Somebody wrote it there already.
             try change(own, to: text(own))
-        } else if isFolderRead, has("/etc/default/grub.d"), !kernel.isOpposed(words) {
+        } else if isFolderRead, has("/etc/default/grub.d"), !kernel.isOpposed(words),
+            !kernel.isEnded([grub] + dropIns.filter { $0 < own }.compactMap(text))
+        {
             let addition = Self.head + "GRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX \(missing.joined(separator: " "))\"\n"
             try change(own, to: addition)
             var texts = [grub] + dropIns.filter { $0 < own }.compactMap(text) + [addition]

@@ -10,8 +10,31 @@ struct KernelParameters {
     /// AMD's driver is on as soon as the firmware offers an IOMMU.
     init(amd: Bool) { wanted = amd ? ["iommu=pt"] : ["intel_iommu=on", "iommu=pt"] }
 
+    /// What of a command line the kernel reads: all before a word "--", behind which everything is init's.
+    static func ofKernel(_ line: Substring) -> Substring {
+        var (start, index, isQuoted) = (line.startIndex, line.startIndex, false)
+        while index < line.endIndex {
+            let character = line[index]
+            if character == "\"" { isQuoted.toggle() }
+            let next = line.index(after: index)
+            if !isQuoted, [" ", "\t", "\n"].contains(character) {
+                if line[start..<index] == "--" { return line[..<start] }
+                start = next
+            }
+            index = next
+        }
+        return line[start...] == "--" ? line[..<start] : line
+    }
+
+    static func isEnded(_ line: Substring) -> Bool { ofKernel(line).endIndex != line.endIndex }
+
     /// A command line with all wanted words; the same text when it has them.
     func edited(_ line: String) -> String {
+        let own = Self.ofKernel(line[...])
+        guard own.endIndex == line.endIndex else {
+            let new = edited(String(own))
+            return new == own ? line : "\(new) \(line[own.endIndex...])"
+        }
         let words = line.split(whereSeparator: { $0 == " " || $0 == "\t" }).map(String.init)
         let missing = wanted.filter { !words.contains($0) }
         let opposed = words.filter(Self.opposed.contains)
@@ -31,15 +54,17 @@ struct KernelParameters {
         let all = options.compactMap { Self.value(of: "options", in: lines[$0]) }.joined(separator: " ")
         guard edited(all) != all else { return text }
         let end = text.contains("\r\n") ? "\r\n" : "\n"
-        guard let last = options.last else {
+        // Those behind the "--" are not the kernel's.
+        let ending = options.first { Self.value(of: "options", in: lines[$0]).map(Self.isEnded) ?? false }
+        guard let last = ending ?? options.last else {
             if lines.last == "" { lines.removeLast() }
             return (lines + ["options \(wanted.joined(separator: " "))", ""]).joined(separator: end)
         }
-        for index in options {
+        for index in options where index <= last {
             guard let words = Self.value(of: "options", in: lines[index]) else { continue }
             let head = String(lines[index].dropLast(words.count))
             if index == last {
-                let elsewhere = options.dropLast().map { lines[$0] }.joined(separator: " ").split(separator: " ")
+                let elsewhere = options.filter { $0 < last }.flatMap { lines[$0].split(separator: " ") }
                 let missing = KernelParameters(wanted: wanted.filter { !elsewhere.contains(Substring($0)) })
                 lines[index] = head + missing.edited(String(words))
             } else {
@@ -102,18 +127,33 @@ struct KernelParameters {
     /// undo the wanted words.
     func grubWords(_ texts: [String]) -> Set<String> {
         var words: [String: Set<String>] = [:]
+        var ended: Set<String> = []
         var undoing: Set<String> = []
         for line in texts.flatMap({ $0.split(separator: "\n") }) {
             guard let found = GRUBAssignment(line) else { continue }
-            if !found.appends { words[found.name] = [] }
+            if !found.appends {
+                words[found.name] = []
+                ended.remove(found.name)
+            }
             if let value = found.content?.value, !found.isOdd {
-                words[found.name, default: []].formUnion(value.split { $0 == " " || $0 == "\t" }.map(String.init))
+                if ended.contains(found.name) { continue }
+                let own = Self.ofKernel(value[...])
+                words[found.name, default: []].formUnion(own.split { $0 == " " || $0 == "\t" }.map(String.init))
+                if Self.isEnded(value[...]) { ended.insert(found.name) }
             } else {
                 let all = found.right.split { " \t\"'`;\\".contains($0) }.map(String.init)
                 undoing.formUnion(all.filter(Self.opposed.contains))
             }
         }
+        // That of each kernel comes before the default's.
+        if ended.contains(GRUBAssignment.names[0]) { words[GRUBAssignment.names[1]] = nil }
         return words.values.reduce(undoing) { $0.union($1) }
+    }
+
+    /// Whether words that are added to GRUB_CMDLINE_LINUX after these files would be init's.
+    func isEnded(_ texts: [String]) -> Bool {
+        let name = GRUBAssignment.names[0]
+        return !grubWords(texts + ["\(name)=\"$\(name) flotilla.probe\""]).contains("flotilla.probe")
     }
 
     /// Titles of entries of a grub.cfg that its script for Linux (10_linux, 10_linux_zfs) made without the words. Those for
@@ -125,7 +165,7 @@ struct KernelParameters {
             if line.hasPrefix("### BEGIN ") || line.hasPrefix("### END ") {
                 isOurs = line.hasPrefix("### BEGIN ") && line.contains("_linux")
             }
-            let words = line.split { $0 == " " || $0 == "\t" }.map(String.init)
+            let words = Self.ofKernel(line).split { $0 == " " || $0 == "\t" }.map(String.init)
             if words.first == "menuentry" { entry = String(line) }
             guard isOurs, ["linux", "linux16", "linuxefi"].contains(words.first), !entry.contains("-recovery-"),
                 !isMet(by: Set(words))

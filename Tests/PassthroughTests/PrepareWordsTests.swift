@@ -8,10 +8,46 @@ import Testing
 @Suite struct PrepareWordsTests {
     static let entry = "/boot/loader/entries/a.conf"
 
+    /// What stands behind "--" is init's.
+    @Test(arguments: [
+        ("root=x -- single", "root=x intel_iommu=on iommu=pt -- single"),
+        ("-- iommu=pt", "intel_iommu=on iommu=pt -- iommu=pt"),
+        ("a=\" -- \" b", "a=\" -- \" b intel_iommu=on iommu=pt"),
+        ("intel_iommu=on iommu=pt -- intel_iommu=off", "intel_iommu=on iommu=pt -- intel_iommu=off"),
+        ("x intel_iommu=off --", "x intel_iommu=on iommu=pt --"), ("x --y", "x --y intel_iommu=on iommu=pt"),
+    ]) func wordsForInit(_ before: String, _ after: String) throws {
+        let rig = try SetupRig(["/etc/kernel/cmdline": "\(before)\n", Self.entry: "linux /v\noptions \(before)\n"])
+        try PreparedHost(root: rig.root) { _ in }.apply(rig.setup())
+        #expect(rig.text("/etc/kernel/cmdline") == "\(after)\n")
+        #expect(rig.text(Self.entry) == "linux /v\noptions \(after)\n")
+        let setup = try rig.setup()
+        #expect(setup.changes.isEmpty && setup.isMet(byRunning: "\(after)\n"))
+        #expect(!setup.isMet(byRunning: "root=x -- intel_iommu=on iommu=pt\n"))
+    }
+
+    @Test func wordsForInitInSeveralLines() throws {
+        let rig = try SetupRig([Self.entry: "linux /v\noptions root=x\noptions ro -- single\noptions iommu=pt\n"])
+        try PreparedHost(root: rig.root) { _ in }.apply(rig.setup())
+        let after = "linux /v\noptions root=x\noptions ro intel_iommu=on iommu=pt -- single\noptions iommu=pt\n"
+        #expect(try rig.text(Self.entry) == after && rig.setup().changes.isEmpty)
+    }
+
+    @Test func wordsForInitInGRUB() throws {
+        let main = "/etc/default/grub"
+        let lines = [
+            "GRUB_CMDLINE_LINUX=\"root=x -- single\"", "GRUB_CMDLINE_LINUX_DEFAULT=\"intel_iommu=on iommu=pt\"\n",
+        ]
+        let rig = try SetupRig(
+            [main: lines.joined(separator: "\n"), "/etc/default/grub.d/50-x.cfg": "# nothing\n"],
+            programs: [SetupRig.debianGRUB])
+        try PreparedHost(root: rig.root, run: nil).apply(rig.setup())
+        #expect(rig.text(main)?.hasPrefix("GRUB_CMDLINE_LINUX=\"root=x intel_iommu=on iommu=pt -- single\"\n") == true)
+        #expect(try rig.setup().changes.isEmpty && rig.text(PrepareGRUBTests.own) == nil)
+    }
+
     /// Bytes that are no UTF-8 are not written anew as something else.
-    @Test(arguments: ["/etc/default/grub", entry, "/etc/kernel/cmdline"]) func bytesOfAnotherEncoding(_ path: String)
-        throws
-    {
+    @Test(arguments: ["/etc/default/grub", entry, "/etc/kernel/cmdline"])
+    func bytesOfAnotherEncoding(_ path: String) throws {
         let rig = try SetupRig(["/etc/kernel/keep": ""])
         func write(_ words: String) throws {
             let line =

@@ -118,11 +118,8 @@ struct GPUPrepareCommand: AsyncParsableCommand {
         var report = Report(setup.changes)
         report.notes = setup.notes
         report.commands = try host.pending().filter { !setup.commands.contains($0) } + setup.commands
-        let running = ((try? Files.read("/proc/cmdline")) ?? []).split { $0 == 0x20 || $0 == 0x0a }.map {
-            String(decoding: $0, as: UTF8.self)
-        }
-        report.needsReboot =
-            root != nil || !setup.changes.isEmpty || !setup.parameters.allSatisfy(running.contains)
+        let running = String(decoding: (try? Files.read("/proc/cmdline")) ?? [], as: UTF8.self)
+        report.needsReboot = root != nil || !setup.changes.isEmpty || !setup.isMet(byRunning: running)
         let isNothing = report.changes.isEmpty && report.commands.isEmpty
         return (report, { if !isNothing { try host.apply(setup) } })
     }
