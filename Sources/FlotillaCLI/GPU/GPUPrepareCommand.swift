@@ -117,6 +117,11 @@ struct GPUPrepareCommand: AsyncParsableCommand {
             amd: isAMD(sysfs, cpuinfo: cpuinfo.map { String(decoding: $0, as: UTF8.self) }))
         var report = Report(setup.changes)
         report.notes = setup.notes
+        if !isHere && !addresses.isEmpty {
+            report.notes.append(
+                "a recorded device tree does not tell which processes, domains or disks use devices: see what flotilla gpu "
+                    + "check says on that host before you rely on it")
+        }
         report.commands = try host.pending().filter { !setup.commands.contains($0) } + setup.commands
         let running = String(decoding: (try? Files.read("/proc/cmdline")) ?? [], as: UTF8.self)
         report.needsReboot = root != nil || !setup.changes.isEmpty || !setup.isMet(byRunning: running)
