@@ -51,6 +51,7 @@ package struct HostSetup: Sendable {
         changes.removeAll { $0.before == $0.after }
         let paths = changes.map(\.path)
         commands = Self.commands(root: root, for: paths)
+        notes += Self.notes(root: root, for: paths)
         if commands.isEmpty, paths.contains(where: { $0.hasPrefix("/etc/default/grub") }) {
             notes.append("there is no update-grub or grub-mkconfig here: make GRUB's configuration again by hand")
         }
@@ -108,7 +109,8 @@ package struct HostSetup: Sendable {
                 if ((try? Files.list("\(root)\(folder)")) ?? []).contains(where: { $0.hasSuffix(".efi") }) {
                     notes.append(
                         "\(folder) holds unified kernel images, which carry their command line: make them again "
-                            + "(kernel-install add, or dracut --uefi)")
+                            + (Self.program("mkinitcpio", root) == nil
+                                ? "(kernel-install add, or dracut --uefi)" : "(mkinitcpio -P)"))
                 }
             }
         }
@@ -304,6 +306,16 @@ package struct HostSetup: Sendable {
             }
         }
         return commands
+    }
+
+    /// What somebody has to run besides, as openSUSE's sdbootutil: an initrd is made for each of its entries, in a folder of
+    /// its own, which dracut leaves alone.
+    package static func notes(root: String, for paths: [String]) -> [String] {
+        guard !paths.isEmpty, program("sdbootutil", root) != nil else { return [] }
+        return [
+            "sdbootutil makes the boot entries here, each with an initrd of its own: run sdbootutil mkinitrd "
+                + "(earlier versions: sdbootutil add-all-kernels) before the reboot"
+        ]
     }
 
     /// Where one of these commands writes GRUB's configuration; nil for the others.

@@ -45,6 +45,20 @@ import Testing
         #expect(try rig.setup().changes.isEmpty && rig.text(PrepareGRUBTests.own) == nil)
     }
 
+    /// What carries it into the boot where this program does not.
+    @Test(arguments: [
+        ("/usr/bin/mkinitcpio", "mkinitcpio -P)"), ("/usr/bin/dracut", "dracut --uefi)"),
+        ("/usr/bin/sdbootutil", "sdbootutil mkinitrd"),
+    ]) func programsForAPerson(_ program: String, _ says: String) throws {
+        let rig = try SetupRig(
+            ["/etc/kernel/cmdline": "root=x\n", "/efi/EFI/Linux/x.efi": "MZ"], programs: [program])
+        let setup = try rig.setup()
+        #expect(setup.notes.contains { $0.contains(says) }, "\(setup.notes)")
+        #expect(setup.notes.contains { $0.contains("sdbootutil") } == program.contains("sdbootutil"))
+        try PreparedHost(root: rig.root) { _ in }.apply(setup)
+        #expect(try !rig.setup().notes.contains { $0.contains("sdbootutil") })
+    }
+
     /// Bytes that are no UTF-8 are not written anew as something else.
     @Test(arguments: ["/etc/default/grub", entry, "/etc/kernel/cmdline"])
     func bytesOfAnotherEncoding(_ path: String) throws {

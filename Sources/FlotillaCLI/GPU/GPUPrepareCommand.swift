@@ -137,6 +137,7 @@ struct GPUPrepareCommand: AsyncParsableCommand {
         report.notes = try host.entriesOfOthers().map {
             "\($0) has such words too, and not from here: take them out by hand if they are to go"
         }
+        report.notes += HostSetup.notes(root: folder, for: changes.map(\.path))
         report.commands = commands
         report.needsReboot = !changes.isEmpty
         return (report, { try host.revert(commands: commands) })
