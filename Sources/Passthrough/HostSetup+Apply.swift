@@ -165,7 +165,7 @@ package struct PreparedHost: Sendable {
         guard !own.isEmpty else { return [] }
         return HostSetup.entries(below: root).filter { path in
             guard !own.contains(path), let bytes = content(of: path) else { return false }
-            return KernelParameters(amd: false).areSome(inEntry: String(decoding: bytes, as: UTF8.self))
+            return KernelParameters.areSome(inEntry: String(decoding: bytes, as: UTF8.self))
         }
     }
 

@@ -28,6 +28,13 @@ package func devicesToPrepare(
     return devices
 }
 
+/// Whether a machine's CPU is one of Arm's architecture: by its IOMMU's driver (arm-smmu, arm-smmu-v3), or its /proc/cpuinfo.
+///
+/// - Parameter cpuinfo: of the same machine; nil where only its device tree was recorded.
+package func isARM(_ sysfs: Sysfs, cpuinfo: String?) -> Bool {
+    sysfs.list("class/iommu").contains { $0.hasPrefix("smmu") } || cpuinfo?.contains("CPU implementer") == true
+}
+
 /// The maker of a machine's CPU: by its host bridges, its IOMMU's driver, or its /proc/cpuinfo. Nil when none of them says.
 ///
 /// - Parameter cpuinfo: of the same machine; nil where only its device tree was recorded.

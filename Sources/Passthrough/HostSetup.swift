@@ -31,12 +31,15 @@ package struct HostSetup: Sendable {
     /// - Parameters:
     ///   - devices: bound at boot; complete slots.
     ///   - amd: the CPU's maker; nil: not known. Then it is prepared as for Intel's, whose word AMD's driver ignores.
+    ///   - arm: the CPU is one of Arm's architecture.
     /// - Throws: `failedPrecondition` when no known boot loader is there or one's file can't be understood.
-    package init(root: String, devices: [DeviceFunction], in tree: DeviceTree?, amd: Bool?) throws {
+    package init(
+        root: String, devices: [DeviceFunction], in tree: DeviceTree?, amd: Bool?, arm: Bool = false
+    ) throws {
         self.root = root
-        kernel = KernelParameters(amd: amd ?? false)
+        kernel = KernelParameters(amd: amd ?? false, arm: arm)
         parameters = kernel.wanted
-        if amd == nil {
+        if amd == nil && !arm {
             notes.append("the device tree does not say who made the CPU: intel_iommu=on does nothing on one of AMD's")
         }
         try planBootLoaders()

@@ -7,8 +7,11 @@ struct KernelParameters {
     /// Words that would undo them.
     private static let opposed: Set<String> = ["intel_iommu=off", "amd_iommu=off", "iommu=off", "intel_iommu=igfx_off"]
 
-    /// AMD's driver is on as soon as the firmware offers an IOMMU.
-    init(amd: Bool) { wanted = amd ? ["iommu=pt"] : ["intel_iommu=on", "iommu=pt"] }
+    /// AMD's driver is on as soon as the firmware offers an IOMMU, and so are Arm's, whose kernel does not know `iommu=`
+    /// (kernel: admin-guide/kernel-parameters.txt).
+    init(amd: Bool, arm: Bool = false) {
+        wanted = arm ? ["iommu.passthrough=1"] : amd ? ["iommu=pt"] : ["intel_iommu=on", "iommu=pt"]
+    }
 
     /// What of a command line the kernel reads: all before a word "--", behind which everything is init's.
     static func ofKernel(_ line: Substring) -> Substring {
@@ -92,11 +95,12 @@ struct KernelParameters {
         return words.isEmpty ? nil : words.joined(separator: " ")
     }
 
-    /// Whether an entry's options have any of the wanted words.
-    func areSome(inEntry text: String) -> Bool {
-        text.split(whereSeparator: \.isNewline).contains { line in
+    /// Whether an entry's options have any word that is wanted on some host.
+    static func areSome(inEntry text: String) -> Bool {
+        let all = Set(KernelParameters(amd: false).wanted + KernelParameters(amd: false, arm: true).wanted)
+        return text.split(whereSeparator: \.isNewline).contains { line in
             let words = line.split { $0 == " " || $0 == "\t" }
-            return words.first == "options" && words.contains { wanted.contains(String($0)) }
+            return words.first == "options" && words.contains { all.contains(String($0)) }
         }
     }
 

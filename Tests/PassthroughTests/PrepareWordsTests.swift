@@ -45,6 +45,24 @@ import Testing
         #expect(try rig.setup().changes.isEmpty && rig.text(PrepareGRUBTests.own) == nil)
     }
 
+    /// Its IOMMU is on, and its kernel knows neither `intel_iommu=` nor `iommu=`.
+    @Test func anARM() throws {
+        let folder = try TemporaryFolder("sys/class/iommu/smmu3.0x0000000200000000", "other/class/iommu/dmar0")
+        let sysfs = Sysfs(root: "\(folder.path)/sys")
+        #expect(isARM(sysfs, cpuinfo: nil) && isAMD(sysfs, cpuinfo: nil) == nil)
+        let other = Sysfs(root: "\(folder.path)/other")
+        #expect(
+            !isARM(other, cpuinfo: "vendor_id : GenuineIntel\n") && isARM(other, cpuinfo: "CPU implementer : 0x41\n"))
+        let rig = try SetupRig([Self.entry: "linux /v\noptions root=x\n"])
+        let setup = try HostSetup(root: rig.root, devices: [], in: nil, amd: nil, arm: true)
+        #expect(setup.parameters == ["iommu.passthrough=1"] && setup.notes.isEmpty)
+        let host = PreparedHost(root: rig.root) { _ in }
+        try host.apply(setup)
+        #expect(rig.text(Self.entry) == "linux /v\noptions root=x iommu.passthrough=1\n")
+        try rig.write("/boot/loader/entries/new.conf", "linux /w\noptions root=x iommu.passthrough=1\n")
+        #expect(try host.entriesOfOthers() == ["/boot/loader/entries/new.conf"])
+    }
+
     /// What carries it into the boot where this program does not.
     @Test(arguments: [
         ("/usr/bin/mkinitcpio", "mkinitcpio -P)"), ("/usr/bin/dracut", "dracut --uefi)"),

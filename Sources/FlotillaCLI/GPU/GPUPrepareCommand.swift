@@ -111,10 +111,11 @@ struct GPUPrepareCommand: AsyncParsableCommand {
         let around = isHere ? Surroundings(proc: "/proc", sysfs: sysfs) : Surroundings()
         let tree = try DeviceTree(sysfs, around: around)
         let devices = try devicesToPrepare(addresses, in: tree, consent: consent)
-        let cpuinfo = isHere ? try? Files.read("/proc/cpuinfo", limit: 1 << 24) : nil
+        let bytes = isHere ? try? Files.read("/proc/cpuinfo", limit: 1 << 24) : nil
+        let cpuinfo = bytes.map { String(decoding: $0, as: UTF8.self) }
         let setup = try HostSetup(
             root: folder, devices: devices, in: tree,
-            amd: isAMD(sysfs, cpuinfo: cpuinfo.map { String(decoding: $0, as: UTF8.self) }))
+            amd: isAMD(sysfs, cpuinfo: cpuinfo), arm: isARM(sysfs, cpuinfo: cpuinfo))
         var report = Report(setup.changes)
         report.notes = setup.notes
         if !isHere && !addresses.isEmpty {
