@@ -1,4 +1,5 @@
 package import DiskImage
+import FoundationEssentials
 import Glibc
 package import HostKit
 import MigrationModel
@@ -28,12 +29,65 @@ package struct QEMUImage: Sendable {
 
     package func open() throws -> File { try FileRegion(path: path, isResolved: isResolved).open().0 }
 
-    /// What qemu-img is given: a name, or the open file itself under a number of its own.
-    private func input() throws -> (name: String, file: File?) {
-        isResolved ? ("/proc/self/fd/\(Self.inputNumber)", try open()) : (path, nil)
+    /// What qemu-img is given: the open file under a number of its own, described so that nothing in it leads
+    /// elsewhere.
+    private struct Input {
+        let name: String
+        let file: File
     }
 
+    private static let inputName = "/proc/self/fd/3"
     private static let inputNumber: Int32 = 3
+
+    private func input() throws -> Input {
+        let file = try isResolved ? open() : File(path, O_RDONLY)
+        return Input(name: try description(of: node(of: file)), file: file)
+    }
+
+    /// The file with its first bytes as they are now, whatever becomes of them meanwhile. They decide whether the data
+    /// lies in another file, which no option of qemu-img forbids. Only for qcow2.
+    ///
+    /// - Parameter start: a path at which nothing is, for a file that holds them until the end.
+    private func input(startingAs start: String, stop: StopFlag) throws -> Input {
+        let file = try isResolved ? open() : File(path, O_RDONLY)
+        let size = lseek(file.descriptor, 0, SEEK_END)
+        guard size >= 0 else { throw systemError("seek", path) }
+        var bytes = [UInt8](repeating: 0, count: Self.startSize)
+        _ = try bytes.withUnsafeMutableBytes { try file.read(at: 0, into: $0) }
+        guard bytes[4..<8].elementsEqual([0, 0, 0, 2]) || bytes[79] & 4 == 0 else { throw dependence("data-file") }
+        let raw = "\(start).raw"
+        defer { try? Files.remove(raw) }
+        try Files.writeAtomically(bytes, to: raw)
+        try Self.run(["convert", "-S", "0", "-f", "raw", "-O", "qcow2", raw, start], nil, stop: stop)
+        try Self.run(
+            ["resize", "-q", "-f", "qcow2", start, "\(max(Self.startSize, (Int(size) + 511) / 512 * 512))"], nil,
+            stop: stop)
+        let named = String(decoding: try JSONEncoder().encode(start), as: UTF8.self)
+        let whole = """
+            {"driver":"qcow2","file":{"driver":"file","filename":\(named)},\
+            "backing":{"driver":"raw","file":\(try node(of: file))}}
+            """
+        return Input(name: description(of: whole), file: file)
+    }
+
+    /// The least cluster of an image that `qemu-img convert` makes.
+    private static let startSize = 64 << 10
+
+    private func node(of file: File) throws -> String {
+        let driver = try file.status().st_mode & S_IFMT == S_IFBLK ? "host_device" : "file"
+        return #"{"driver":"\#(driver)","filename":"\#(Self.inputName)"}"#
+    }
+
+    private func description(of file: String) -> String {
+        let backing = format == .qcow2 || format == .qed ? #","backing":null"# : ""
+        return #"json:{"driver":"\#(format.rawValue)","file":\#(file)\#(backing)}"#
+    }
+
+    private func dependence(_ key: String) -> MigrationError {
+        MigrationError(
+            .failedPrecondition, "\(path): depends on another file (\(key))",
+            hint: "merge them with qemu-img convert where that file is known and trusted")
+    }
 
     /// By its magic number; nil for anything else.
     package static func detect(_ path: String) throws -> QEMUImage? {
@@ -58,16 +112,13 @@ package struct QEMUImage: Sendable {
 
     /// `qemu-img info` as JSON. Throws `failedPrecondition` for an image that leads to other files: one from elsewhere
     /// must not pull a file of this host into a disk.
-    package func info(stop: StopFlag = StopFlag()) throws -> String {
-        let input = try input()
-        let text = try Self.run(
-            ["info", "--output=json", "-f", format.rawValue, input.name], input.file, stop: stop)
-        for key in ["backing-filename", "data-file"] where text.contains("\"\(key)\":") {
-            throw MigrationError(
-                .failedPrecondition, "\(path): depends on another file (\(key))",
-                hint: "merge them with qemu-img convert where that file is known and trusted")
-        }
-        return text
+    package func info(stop: StopFlag = StopFlag()) throws -> String { try info(input(), stop) }
+
+    private func info(_ input: Input, _ stop: StopFlag) throws -> String {
+        let text = try Self.run(["info", "--output=json", input.name], input, stop: stop)
+        for key in ["backing-filename", "data-file"] where text.contains("\"\(key)\":") { throw dependence(key) }
+        let named = String(decoding: try JSONEncoder().encode(path), as: UTF8.self)
+        return text.replacing("\"\(Self.inputName)\"", with: named)
     }
 
     /// Writes the content to `target`, a path that doesn't exist, and syncs it.
@@ -77,8 +128,12 @@ package struct QEMUImage: Sendable {
         to target: String, _ format: TargetFormat, options: DiskConversion.Options, bytesPerSecond: UInt64?,
         stop: StopFlag, progress: (Double) -> Void
     ) throws {
-        _ = try info(stop: stop)
-        var arguments = ["convert", "-p", "-f", self.format.rawValue, "-O", format.rawValue]
+        let start = "\(target).start"
+        try Files.remove(start)
+        defer { try? Files.remove(start) }
+        let input = try self.format == .qcow2 ? input(startingAs: start, stop: stop) : input()
+        _ = try info(input, stop)
+        var arguments = ["convert", "-p", "-O", format.rawValue]
         if let threads = options.threads { arguments += ["-m", "\(min(max(threads, 1), 16))", "-W"] }
         if let bytesPerSecond { arguments += ["-r", "\(bytesPerSecond)"] }
         if options.geometry != .standard { arguments += ["-o", "cluster_size=\(options.geometry.clusterSize)"] }
@@ -87,8 +142,7 @@ package struct QEMUImage: Sendable {
         case .zstd: arguments += ["-c", "-o", "compression_type=zstd"]
         case nil: break
         }
-        let input = try input()
-        try Self.run(arguments + [input.name, target], input.file, stop: stop) {
+        try Self.run(arguments + [input.name, target], input, stop: stop) {
             // "    (12.34/100%)\r"
             guard let open = $0.lastIndex(of: "("), let slash = $0[open...].firstIndex(of: "/") else { return }
             if let percent = Double($0[$0.index(after: open)..<slash]) { progress(percent / 100) }
@@ -112,11 +166,14 @@ package struct QEMUImage: Sendable {
 
     @discardableResult
     private static func run(
-        _ arguments: [String], _ input: File?, stop: StopFlag, output: (String) -> Void = { _ in }
+        _ arguments: [String], _ input: Input?, stop: StopFlag, output: (String) -> Void = { _ in }
     ) throws -> String {
-        let (status, text) = try launch(arguments, input, stop: stop, output)
+        let (status, text) = try launch(arguments, input?.file, stop: stop, output)
         guard status == 0 else {
-            let said = input.map { text.replacing("/proc/self/fd/\(inputNumber)", with: $0.path) } ?? text
+            let said =
+                input.map {
+                    text.replacing($0.name, with: $0.file.path).replacing(inputName, with: $0.file.path)
+                } ?? text
             throw failure(arguments[0], said)
         }
         return text

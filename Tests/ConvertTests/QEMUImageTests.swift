@@ -1,7 +1,10 @@
 import Convert
 import DiskImage
+import Dispatch
+import Glibc
 import HostKit
 import MigrationModel
+import Synchronization
 import TestKit
 import Testing
 
@@ -38,6 +41,56 @@ import Testing
         let image = QEMUImage(path: path, format: .qcow2)
         let error = failure { _ = try image.info() }
         #expect(error?.code == .failedPrecondition && error?.message.contains("backing-filename") == true)
+    }
+
+    /// Its owner may write another name into it whenever he likes.
+    @Test(arguments: [["-b", "secret", "-F", "raw"], ["-o", "data_file=secret,data_file_raw=on"]])
+    func whatIsWrittenIntoAnImageMeanwhileLeadsNowhere(_ options: [String]) throws {
+        let folder = try TemporaryFolder("work")
+        let (path, target) = (folder.file("a \"disk\".qcow2"), folder.file("the \"disk\".out"))
+        try makeRawDisk(folder.file("made.raw"), size: 1 << 20, seed: 1)
+        try run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", folder.file("made.raw"), path)
+        let harmless = try Files.read(path)
+        let other = folder.file("other.qcow2")
+        let named = options.map { $0.replacing("secret", with: folder.file("secret")) }
+        try makeRawDisk(folder.file("secret"), size: 1 << 20, seed: 2)
+        try run(["qemu-img", "create", "-f", "qcow2"] + named + [other, "1M"])
+        try makeRawDisk(folder.file("secret"), size: 1 << 20, seed: 2)
+        let (secret, hostile) = (try Files.read(folder.file("secret")), try Files.read(other))
+
+        let image = QEMUImage(path: path, format: .qcow2)
+        let over = Atomic<Bool>(false)
+        let ended = DispatchSemaphore(value: 0)
+        spawnThread("owner") {
+            let file = try? File(path, O_WRONLY)
+            while !over.load(ordering: .relaxed) {
+                for bytes in [hostile, harmless] {
+                    bytes.withUnsafeBytes { try? file?.write($0, at: 0) }
+                    usleep(.random(in: 0..<4000))
+                }
+            }
+            ended.signal()
+        }
+        defer {
+            over.store(true, ordering: .relaxed)
+            ended.wait()
+        }
+        for _ in 0..<40 {
+            try Files.remove(target)
+            try? image.convert(
+                to: target, .raw, options: DiskConversion.Options(), bytesPerSecond: nil, stop: StopFlag()
+            ) { _ in }
+            if Files.exists(target) { #expect(try Files.read(target) != secret) }
+        }
+        #expect(try Files.list(folder.path).allSatisfy { !$0.contains(".start") })
+    }
+
+    @Test func theInformationNamesTheFileAsItWasNamed() throws {
+        let folder = try TemporaryFolder("work")
+        let path = folder.file("a \"disk\".qcow2")
+        try run("qemu-img", "create", "-f", "qcow2", path, "1M")
+        let text = try QEMUImage(path: path, format: .qcow2).info()
+        #expect(text.contains(#"\"disk\".qcow2""#) && !text.contains("/proc"))
     }
 
     /// A path that was checked, where somebody puts a link afterwards.
