@@ -1,6 +1,7 @@
 import FlotillaProtocol
 import HostKit
 import SwiftProtobuf
+import TestKit
 import Testing
 
 extension Integration {
@@ -65,6 +66,25 @@ extension Integration {
             let last = try #require(events.last)
             #expect(last.state.state == .done)
             #expect(last.state.manifest.disks.count == 2)
+        }
+
+        /// Letters of two columns and marks of none: a line that wraps would be wiped at the wrong place.
+        @Test(arguments: [String(repeating: "机器学习", count: 7), "e\u{301}n", String(repeating: "n", count: 100)])
+        func theBarKeepsToItsLine(_ name: String) throws {
+            let folder = try TemporaryFolder("work")
+            let (path, target) = ("\(folder.path)/work/disk.raw", "\(folder.path)/work/\(name).qcow2")
+            try Files.writeAtomically([UInt8](repeating: 7, count: 8 << 20), to: path)
+            let convert = "'\(try Environment.flotilla())' disk convert -f raw '\(path)' '\(target)'"
+            let outcome = try run(
+                "/usr/bin/script", ["-qec", "stty cols 60; \(convert)", "/dev/null"], environment: ["TERM": "xterm"])
+            #expect(outcome.status == 0, "\(outcome.output)")
+            let wipe = "\u{1B}[2K"
+            let bars = outcome.output.split(whereSeparator: \.isNewline).filter { $0.hasPrefix(wipe) }
+            #expect(!bars.isEmpty)
+            for bar in bars {
+                let wide = bar.filter { $0.unicodeScalars.contains { $0.value > 0x2E80 } }
+                #expect(bar.count - wipe.count + wide.count < 60, "\(bar)")
+            }
         }
 
         @Test func barOnATerminal() throws {

@@ -30,16 +30,19 @@ struct ProgressBar {
         return seconds > 0 ? Double(last.done - from.done) / seconds : nil
     }
 
+    /// One line: a terminal that wrapped it would be wiped at the wrong place.
     func text(width: Int, ended: Bool) -> String {
         guard total > 0 else {
-            return "\(title)  \(byteText(done))\(rate(ended: ended).map { "  \(byteText(UInt64($0)))/s" } ?? "")"
+            let right = "\(byteText(done))\(rate(ended: ended).map { "  \(byteText(UInt64($0)))/s" } ?? "")"
+            return "\(title.cut(toColumns: width - right.count - 2))  \(right)"
         }
         let share = min(Double(done) / Double(total), 1)
         let rate = rate(ended: ended)
         var right = "\(Int(share * 100))%  \(byteText(done)) of \(byteText(total))"
         if let rate { right += "  \(byteText(UInt64(rate)))/s" }
         if !ended { right += "  ETA \(rate.map { Self.clock(Double(total - min(done, total)) / $0) } ?? "--:--")" }
-        let room = max(width - title.count - right.count - 6, 10)
+        let title = title.cut(toColumns: width - right.count - 16)
+        let room = max(width - title.columns - right.count - 6, 10)
         let filled = Int((share * Double(room)).rounded(.down))
         let bar = String(repeating: "#", count: filled) + String(repeating: "-", count: room - filled)
         return "\(title) [\(bar)]  \(right)"

@@ -6,9 +6,18 @@ extension String {
     var columns: Int {
         reduce(0) { sum, character in
             guard let scalar = character.unicodeScalars.first else { return sum }
-            if scalar.properties.generalCategory == .format { return sum }
+            if [.format, .nonspacingMark, .enclosingMark].contains(scalar.properties.generalCategory) { return sum }
             return sum + (scalar.isWide || character.unicodeScalars.contains("\u{FE0F}") ? 2 : 1)
         }
+    }
+
+    /// Its beginning and "…" where it takes more columns; at least eight stay.
+    func cut(toColumns limit: Int) -> String {
+        let limit = max(limit, 8)
+        guard columns > limit else { return self }
+        var start = self
+        while start.columns > limit - 1 { start.removeLast() }
+        return start + "…"
     }
 }
 
