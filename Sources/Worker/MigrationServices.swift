@@ -109,9 +109,11 @@ struct ConvertHandler: ConvertService.ServiceProtocol {
                 var notices: [DiskConversion.Notice] = []
                 var disks = request.manifest.disks
                 do {
-                    works = try request.manifest.disks.map { disk in
-                        guard let export else { return try DiskWork(disk, configuration, place) }
-                        return try DiskWork(disk, of: export, request.manifest, configuration, place)
+                    works = try await blocking("convert") {
+                        try request.manifest.disks.map { disk in
+                            guard let export else { return try DiskWork(disk, configuration, place) }
+                            return try DiskWork(disk, of: export, request.manifest, configuration, place)
+                        }
                     }
                     for (index, work) in works.enumerated() {
                         do {
