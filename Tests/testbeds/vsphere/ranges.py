@@ -35,6 +35,13 @@ def datastore_no_range(case):
     case.happened("range200")
 
 
+def datastore_encoded(case):
+    """What stands between compresses the first answer."""
+    case.fault("encoded", path="folder")
+    case.migrate(via="datastore")
+    case.happened("encoded")
+
+
 def datastore_html(case):
     case.fault("html", path="folder", times=3)
     case.migrate(via="datastore")
@@ -149,7 +156,8 @@ def datastore_written(case):
 
 # Deleted comes last: it takes a VM away. One that was branched is of no use any more, either.
 CASES = [
-    datastore, datastore_cut, datastore_range_once, datastore_no_range, datastore_html, datastore_html_always, datastore_expires,
+    datastore, datastore_cut, datastore_range_once, datastore_no_range, datastore_encoded, datastore_html,
+    datastore_html_always, datastore_expires,
     datastore_busy, datastore_file_gone, datastore_forbidden, datastore_snapshot, datastore_continues, datastore_starts_over,
     datastore_unproven, datastore_written, datastore_merged, datastore_branched, datastore_deleted,
 ]

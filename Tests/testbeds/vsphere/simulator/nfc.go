@@ -133,6 +133,9 @@ func (s *server) folder(w http.ResponseWriter, r *http.Request) {
 		status = http.StatusPartialContent
 		w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", first, first+count-1, size))
 	}
+	if _, is := s.faults.take("folder", d.vmID(), index, "encoded")["encoded"]; is {
+		w.Header().Set("Content-Encoding", "gzip")
+	}
 	w.Header().Set("Content-Type", "application/octet-stream")
 	w.Header().Set("Accept-Ranges", "bytes")
 	w.Header().Set("Content-Length", fmt.Sprint(count))
