@@ -45,6 +45,7 @@ extension Transitions {
                 throw resultMissing(stage)
             }
             migration.manifest?.disks = result.disks
+            migration.findings += result.findings
             try startDeploy(&migration, .deploy)
         case .deploy:
             let last: DeployUpdate = try decode(ended.result, stage)
@@ -77,6 +78,7 @@ extension Transitions {
             result.disks.count == manifest.disks.count
         else { return }
         migration.manifest?.disks = result.disks
+        migration.findings += result.findings
         try store.save(migration)
         var task = task
         task.machine.countAsDone()

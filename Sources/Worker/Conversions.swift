@@ -106,6 +106,18 @@ extension DiskConversion.Notice {
     }
 }
 
+extension MigrationError {
+    /// Of what is left on a source, for the end.
+    var finding: Finding {
+        .with {
+            $0.severity = .warning
+            $0.subject = "source"
+            $0.message = cause.map { "\(message): \($0)" } ?? message
+            $0.remedy = hint ?? ""
+        }
+    }
+}
+
 /// Throws `failedPrecondition` when the source is not what was captured.
 func requireUnchanged(_ manifest: Manifest) throws {
     guard try fingerprint(of: manifest) == manifest.source.fingerprint else {

@@ -69,9 +69,13 @@ extension ConvertHandler {
     }
 
     /// What is left on the server is said, and is no reason to throw the disks away.
-    func end(_ export: VMExport, isDone: Bool, _ writer: RPCWriter<ConvertUpdate>) async {
+    ///
+    /// - Returns: what is left; nil when nothing is.
+    func end(_ export: VMExport, isDone: Bool, _ writer: RPCWriter<ConvertUpdate>) async -> MigrationError? {
         let left = try? await blockingCancellable("export") { export.end(isDone: isDone, hurry: $0) }
-        if let left = left ?? nil { try? await writer.step("source", "\(left)") }
+        guard let left = left ?? nil else { return nil }
+        try? await writer.step("source", "\(left)")
+        return left
     }
 
     /// - Parameters:

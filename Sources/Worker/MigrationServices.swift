@@ -107,6 +107,7 @@ struct ConvertHandler: ConvertService.ServiceProtocol {
                 let place = DiskPlace(format: format, work: folder, pool: pool.path, domain: request.domainName)
                 // All disks are complete and verified before the first gets its final name.
                 var notices: [DiskConversion.Notice] = []
+                var findings: [Finding] = []
                 var disks = request.manifest.disks
                 do {
                     works = try await blocking("convert") {
@@ -130,10 +131,13 @@ struct ConvertHandler: ConvertService.ServiceProtocol {
                         try await blocking("convert") { try requireUnchanged(request.manifest) }
                     }
                 } catch {
-                    if let export { await end(export, isDone: false, writer) }
-                    throw error
+                    guard let export, let left = await end(export, isDone: false, writer),
+                        var failure = error as? MigrationError
+                    else { throw error }
+                    failure.message += "; besides, \(left.message)"
+                    throw failure
                 }
-                if let export { await end(export, isDone: true, writer) }
+                if let export, let left = await end(export, isDone: true, writer) { findings.append(left.finding) }
                 try await permit("publish-disks", call)
                 for (index, work) in works.enumerated() {
                     let notice = notices[index]
@@ -145,7 +149,10 @@ struct ConvertHandler: ConvertService.ServiceProtocol {
                     disks[index].take(result, isSource: work.foreign == nil)
                     try await writer.step(work.disk.id, "written to \(result.path)")
                 }
-                try await writer.write(.with { [disks] in $0.result = .with { $0.disks = disks } })
+                try await writer.write(
+                    .with { [disks, findings] in
+                        $0.result = .with { ($0.disks, $0.findings) = (disks, findings) }
+                    })
             } catch let error as MigrationError where !error.keepsCheckpoint {
                 // Nothing of this attempt can be of use to another.
                 // What can't be tidied up now is the next attempt's; the person must hear of the cause.

@@ -9,6 +9,10 @@ import Testing
 
 /// What a later run of a migration makes of images that an earlier one converted.
 @Suite struct ConvertedDisksTests {
+    private static let left = Finding.with {
+        ($0.severity, $0.subject, $0.message) = (.warning, "source", "a snapshot is left")
+    }
+
     /// The images were there before the worker heard of the cancel.
     @Test func convertThatEndsWellAfterItsCancelIsOfUse() async throws {
         let rig = try Rig()
@@ -23,9 +27,11 @@ import Testing
             _ = try await worker.told(isCancel)
             var disks = try ConvertRequest(serializedBytes: convert.body).manifest.disks
             disks[0].target.path = "/pool/web-disk0.qcow2"
-            try await worker.succeed(convert, ConvertUpdate.with { [disks] in $0.result.disks = disks })
+            let result = ConvertResult.with { [disks] in ($0.disks, $0.findings) = (disks, [Self.left]) }
+            try await worker.succeed(convert, ConvertUpdate.with { $0.result = result })
             _ = try await worker.told { if case .stored = $0.kind { true } else { nil } }
-            #expect(try await client.end(id).state == .cancelled)
+            let cancelled = try await client.end(id)
+            #expect(cancelled.state == .cancelled && cancelled.findings.contains(Self.left))
 
             _ = try await client.submitMigration(Rig.request)
             try await worker.work(.export)
@@ -34,6 +40,23 @@ import Testing
             #expect(again.convertedFingerprint == "f1")
             try await worker.work(.deploy)
             #expect(try await client.end(id).state == .done)
+        }
+    }
+
+    /// The person who looks at the end has not followed the way.
+    @Test func whatAConvertLeftOnTheSourceIsToldAtTheEnd() async throws {
+        let rig = try Rig()
+        try await rig.process { client, worker in
+            let id = try await client.submitMigration(Rig.request).id
+            try await worker.work(.export)
+            let convert = try await worker.take()
+            try await worker.accept(convert)
+            let disks = try ConvertRequest(serializedBytes: convert.body).manifest.disks
+            let result = ConvertResult.with { ($0.disks, $0.findings) = (disks, [Self.left]) }
+            try await worker.succeed(convert, ConvertUpdate.with { $0.result = result })
+            try await worker.work(.deploy)
+            let done = try await client.end(id)
+            #expect(done.state == .done && done.findings.contains(Self.left))
         }
     }
 

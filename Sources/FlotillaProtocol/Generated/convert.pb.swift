@@ -105,6 +105,9 @@ package nonisolated struct ConvertResult: Sendable {
   /// The request's disks with checksums and targets filled in, in the same order.
   package var disks: [Disk] = []
 
+  /// What a person should know at the end: what was left on the source.
+  package var findings: [Finding] = []
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -254,7 +257,7 @@ nonisolated extension ConvertUpdate: SwiftProtobuf.Message, SwiftProtobuf._Messa
 
 nonisolated extension ConvertResult: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".ConvertResult"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}disks\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}disks\0\u{1}findings\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -263,6 +266,7 @@ nonisolated extension ConvertResult: SwiftProtobuf.Message, SwiftProtobuf._Messa
       // enabled. https://github.com/apple/swift-protobuf/issues/1034
       switch fieldNumber {
       case 1: try { try decoder.decodeRepeatedMessageField(value: &self.disks) }()
+      case 2: try { try decoder.decodeRepeatedMessageField(value: &self.findings) }()
       default: break
       }
     }
@@ -272,11 +276,15 @@ nonisolated extension ConvertResult: SwiftProtobuf.Message, SwiftProtobuf._Messa
     if !self.disks.isEmpty {
       try visitor.visitRepeatedMessageField(value: self.disks, fieldNumber: 1)
     }
+    if !self.findings.isEmpty {
+      try visitor.visitRepeatedMessageField(value: self.findings, fieldNumber: 2)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
   package static func ==(lhs: ConvertResult, rhs: ConvertResult) -> Bool {
     if lhs.disks != rhs.disks {return false}
+    if lhs.findings != rhs.findings {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
