@@ -155,6 +155,20 @@ class Case:
                 raise Failure(f"waited for {what} in vain")
             time.sleep(0.05)
 
+    def forget(self):
+        """Ends all faults; what was there when the case began is still known."""
+        known = self.before
+        self.server.post("/clear")
+        self.before = known
+
+    def killed(self, ready, what, **options):
+        """A migration is killed once the server's state is that."""
+        process = self.start(**options)
+        self.until(ready, what)
+        process.kill()
+        process.wait()
+        self.forget()
+
     def clean(self, wait=False):
         """Nothing of ours is left; what a killed process left may need its next run."""
         state = self.server.get("/state")

@@ -110,13 +110,9 @@ def datastore_deleted(case):
 def killed_in_ranges(case):
     """Kills an export by ranges when two thirds have come, several checkpoints after its beginning."""
     size = case.server.disks(OTHER)[0]["capacity"]
-    process = case.start(vm=OTHER, via="datastore", options=["--rate", "12M"])
-    case.until(lambda state: state["sent"].get("folder", 0) > size * 2 // 3, "two thirds of the disk")
-    process.kill()
-    process.wait()
-    known = case.before
-    case.server.post("/clear")
-    case.before = known
+    case.killed(
+        lambda state: state["sent"].get("folder", 0) > size * 2 // 3, "two thirds of the disk", vm=OTHER,
+        via="datastore", options=["--rate", "12M"])
     return size
 
 

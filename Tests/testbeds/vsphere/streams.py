@@ -185,10 +185,14 @@ def merged(case):
     case.happened("merge-at")
 
 
+def transfers(state):
+    return state["leases"] and state["hits"].get("slow")
+
+
 def interrupted(case):
     case.fault("slow", vm=ON, rate=1 << 20, times=0)
     process = case.start(vm=ON, snapshot=1)
-    case.until(lambda state: state["leases"] and state["hits"].get("slow"), "a transfer")
+    case.until(transfers, "a transfer")
     process.send_signal(signal.SIGTERM)
     process.wait(60)
     if not process.returncode:
@@ -198,23 +202,14 @@ def interrupted(case):
 
 def killed(case):
     case.fault("slow", vm=ON, rate=1 << 20, times=0)
-    process = case.start(vm=ON, snapshot=1)
-    case.until(lambda state: state["leases"] and state["hits"].get("slow"), "a transfer")
-    process.kill()
-    process.wait()
-    known = case.before
-    case.server.post("/clear")
-    case.before = known
+    case.killed(transfers, "a transfer", vm=ON, snapshot=1)
     case.migrate(vm=ON, snapshot=1)
 
 
 def killed_making(case):
     """A snapshot that appears when the next process has looked for it already."""
     case.fault("slow-snapshot", vm=ON, after=9000)
-    process = case.start(vm=ON, snapshot=1)
-    case.until(lambda state: state["hits"].get("slow-snapshot"), "the snapshot's task")
-    process.kill()
-    process.wait()
+    case.killed(lambda state: state["hits"].get("slow-snapshot"), "the snapshot's task", vm=ON, snapshot=1)
     late = subprocess.run(
         case.command(vm=ON, snapshot=1), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180)
     case.until(lambda state: state["tasks"] == 0, "the late snapshot")
@@ -229,7 +224,7 @@ def removal_lasts(case):
     case.fault("slow", vm=ON, rate=1 << 20, times=0)
     case.fault("slow-removal", vm=ON, after=75_000)
     process = case.start(vm=ON, snapshot=1)
-    case.until(lambda state: state["leases"] and state["hits"].get("slow"), "a transfer")
+    case.until(transfers, "a transfer")
     process.send_signal(signal.SIGTERM)
     # A minute, not as long as it takes.
     if process.wait(70) == 0:
@@ -237,22 +232,14 @@ def removal_lasts(case):
     case.happened("slow-removal")
     case.no_images()
     case.until(lambda state: state["tasks"] == 0, "the removal's end")
-    known = case.before
-    case.server.post("/clear")
-    case.before = known
+    case.forget()
     case.migrate(vm=ON, snapshot=1)
 
 
 def snapshot_of_changed(case):
     """A VM that is off was written to between its capture and the snapshot."""
     case.fault("slow", vm=OTHER, rate=1 << 20, times=0)
-    process = case.start(vm=OTHER, snapshot=1)
-    case.until(lambda state: state["leases"] and state["hits"].get("slow"), "a transfer")
-    process.kill()
-    process.wait()
-    known = case.before
-    case.server.post("/clear")
-    case.before = known
+    case.killed(transfers, "a transfer", vm=OTHER, snapshot=1)
     case.server.post("/rewrite", vm=OTHER, id=1)
     case.migrate(vm=OTHER, snapshot=1, expect="changed since it was captured")
 
