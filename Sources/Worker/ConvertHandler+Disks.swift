@@ -9,11 +9,23 @@ import VSphere
 
 /// What a worker tells of a disk on its way.
 private struct DiskReport {
-    /// "downloading", "reading", "converting".
+    /// "downloading", "reading", "converting", or one of those below.
     var phase: String
     var done: UInt64
     var total: UInt64
     var written: UInt64 = 0
+
+    static let waiting = "waiting for a transfer slot"
+    static let verifying = "verifying"
+
+    /// A line that tells of the phase when it begins, where it may last and nothing else does.
+    var step: String? {
+        switch phase {
+        case Self.waiting: "waits for a transfer slot: others read from that host"
+        case Self.verifying: "reads the source for its checksum"
+        default: nil
+        }
+    }
 }
 
 extension ConvertHandler {
@@ -61,9 +73,17 @@ extension ConvertHandler {
     }
 
     /// The digest of a file that was read by another program, which must be the promised one.
-    func take(_ work: DiskWork, _ disk: inout Disk) async throws {
+    func take(
+        _ work: DiskWork, _ disk: inout Disk, _ writer: RPCWriter<ConvertUpdate>
+    ) async throws {
         guard let image = work.foreign else { return }
-        let (digest, bytes) = try await blockingCancellable("convert") { try work.disk.check(image, stop: $0) }
+        let (digest, bytes) = try await reporting(work.disk, writer) { reports in
+            try await blockingCancellable("convert") { stop in
+                try work.disk.check(image, stop: stop) {
+                    reports.yield(DiskReport(phase: DiskReport.verifying, done: $0, total: $1))
+                }
+            }
+        }
         disk.source.sha256 = digest
         disk.source.streamBytes = bytes
     }
@@ -86,26 +106,21 @@ extension ConvertHandler {
         staged: @escaping @Sendable (UInt64) -> Void = { _ in },
         check: @escaping @Sendable (DiskConversion.Progress) throws -> Void
     ) async throws -> DiskConversion.Notice {
-        let (reports, continuation) = AsyncStream<DiskReport>.makeStream(bufferingPolicy: .bufferingNewest(1))
         let phase = work.foreign == nil ? "downloading" : "reading"
-        work.staging?.observe {
-            // Of a stream that says nothing of its length this is the least that has come of the disk.
-            let share = $1 > 0 ? Double($0) / Double($1) * Double(work.disk.capacityBytes) : Double($0)
-            staged(UInt64(share))
-            continuation.yield(DiskReport(phase: phase, done: $0, total: $1))
-        }
-        let notice = try await withThrowingTaskGroup(of: Void.self) { group in
-            group.addTask {
-                for await report in reports { try await writer.progress(work.disk.id, report) }
+        let notice = try await reporting(work.disk, writer) { reports in
+            work.staging?.observe {
+                // Of a stream that says nothing of its length this is the least that has come of the disk.
+                let share = $1 > 0 ? Double($0) / Double($1) * Double(work.disk.capacityBytes) : Double($0)
+                staged(UInt64(share))
+                reports.yield(DiskReport(phase: phase, done: $0, total: $1))
             }
-            defer { continuation.finish() }
             return try await blockingCancellable("convert") { stop in
                 func convert() throws -> DiskConversion.Notice {
                     var failure: (any Error)?
                     let notice = try work.conversion.convert(stop: stop) { report in
                         do {
                             try check(report)
-                            continuation.yield(
+                            reports.yield(
                                 DiskReport(
                                     phase: "converting", done: report.doneBytes, total: report.capacity,
                                     written: report.writtenBytes))
@@ -117,11 +132,33 @@ extension ConvertHandler {
                     if let failure { throw failure }
                     return notice
                 }
-                return try slots?.with(stop, convert) ?? convert()
+                guard let slots else { return try convert() }
+                return try slots.with(
+                    stop, waiting: { reports.yield(DiskReport(phase: DiskReport.waiting, done: 0, total: 0)) }, convert)
             }
         }
         if let text = notice.text { try await writer.step(work.disk.id, text) }
         return notice
+    }
+
+    /// Passes on what the work on a disk reports, the latest where that comes fast.
+    private func reporting<Value: Sendable>(
+        _ disk: Disk, _ writer: RPCWriter<ConvertUpdate>,
+        _ body: (AsyncStream<DiskReport>.Continuation) async throws -> Value
+    ) async throws -> Value {
+        let (reports, continuation) = AsyncStream<DiskReport>.makeStream(bufferingPolicy: .bufferingNewest(1))
+        return try await withThrowingTaskGroup(of: Void.self) { group in
+            group.addTask {
+                var phase = ""
+                for await report in reports {
+                    if report.phase != phase, let step = report.step { try await writer.step(disk.id, step) }
+                    phase = report.phase
+                    try await writer.progress(disk.id, report)
+                }
+            }
+            defer { continuation.finish() }
+            return try await body(continuation)
+        }
     }
 }
 

@@ -119,7 +119,7 @@ struct ConvertHandler: ConvertService.ServiceProtocol {
                     for (index, work) in works.enumerated() {
                         do {
                             notices.append(try await fetch(work, export, request.manifest, writer))
-                            try await take(work, &disks[index])
+                            try await take(work, &disks[index], writer)
                         } catch var error as MigrationError {
                             error.message = "\(work.disk.text): \(error.message)"
                             throw error

@@ -144,7 +144,9 @@ extension Disk {
     }
 
     /// SHA-256 and length of the file, which must have the digests it was promised to have.
-    func check(_ image: QEMUImage, stop: StopFlag) throws -> (sha256: String, bytes: UInt64) {
+    func check(
+        _ image: QEMUImage, stop: StopFlag, _ report: Staging.Report
+    ) throws -> (sha256: String, bytes: UInt64) {
         var digests: [String: Digest] = ["sha256": Digest(.sha256)]
         for promise in source.expected where digests[promise.algorithm] == nil {
             guard let algorithm = Digest.Algorithm(rawValue: promise.algorithm) else {
@@ -155,9 +157,11 @@ extension Disk {
         let file = try image.open()
         let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: 4 << 20, alignment: 4096)
         defer { buffer.deallocate() }
+        let size = UInt64(try file.status().st_size)
         var bytes: UInt64 = 0
         while true {
             try stop.check()
+            if bytes.isMultiple(of: 64 << 20) { report(bytes, size) }
             let count = try file.read(at: bytes, into: buffer)
             if count == 0 { break }
             for digest in digests.values { digest.update(UnsafeRawBufferPointer(rebasing: buffer[..<count])) }

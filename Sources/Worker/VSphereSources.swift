@@ -84,12 +84,21 @@ final class TransferSlots: Sendable {
     init(_ count: Int) { free = Mutex(count) }
 
     /// Blocks the calling thread until it is its turn, and runs `body`.
-    func with<Value>(_ stop: StopFlag, _ body: () throws -> Value) throws -> Value {
-        while !free.withLock({ free in
-            guard free > 0 else { return false }
-            free -= 1
-            return true
-        }) { try stop.wait(for: .milliseconds(200)) }
+    ///
+    /// - Parameter waiting: called while it isn't, at first and then twice a minute.
+    func with<Value>(
+        _ stop: StopFlag, waiting: () -> Void = {}, _ body: () throws -> Value
+    ) throws -> Value {
+        for turn in 0... {
+            let isFree = free.withLock { free in
+                guard free > 0 else { return false }
+                free -= 1
+                return true
+            }
+            if isFree { break }
+            if turn.isMultiple(of: 150) { waiting() }
+            try stop.wait(for: .milliseconds(200))
+        }
         defer { free.withLock { $0 += 1 } }
         return try body()
     }

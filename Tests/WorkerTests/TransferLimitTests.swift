@@ -131,7 +131,9 @@ import VSphere
         try slots.with(stop) {
             let waiter = StopFlag()
             waiter.set(MigrationError(.cancelled, "no more"))
-            #expect(failure { try slots.with(waiter) { Issue.record("it ran") } }?.message == "no more")
+            var waits = 0
+            let end = failure { try slots.with(waiter, waiting: { waits += 1 }) { Issue.record("it ran") } }
+            #expect(end?.message == "no more" && waits == 1)
         }
         #expect(try slots.with(stop) { 7 } == 7)
     }

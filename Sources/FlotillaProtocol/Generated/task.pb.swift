@@ -31,7 +31,8 @@ package nonisolated struct TaskProgress: Sendable {
   /// What is being worked on: "disk0", "domain demo-web".
   package var subject: String = String()
 
-  /// "reading", "converting", "verifying", "publishing", "defining", "starting", "waiting for the guest".
+  /// "downloading", "reading", "converting", "verifying", "publishing", "defining", "starting",
+  /// "waiting for the guest", "waiting for a transfer slot".
   package var phase: String = String()
 
   package var bytesDone: UInt64 = 0
