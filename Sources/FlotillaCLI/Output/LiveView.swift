@@ -9,6 +9,8 @@ final class LiveView: MigrationView {
         var narrator = Narrator()
         /// In order of appearance.
         var bars: [(id: String, bar: ProgressBar)] = []
+        /// Disks and phases whose last word was said; it may be said again while something else goes on.
+        var ended: Set<String> = []
         var drawn = 0
     }
 
@@ -21,6 +23,10 @@ final class LiveView: MigrationView {
             case .progress(let progress):
                 let report = progress.progress
                 let id = "\(event.migrationID) \(report.subject)"
+                let isEnded = report.bytesDone == report.bytesTotal && report.bytesTotal > 0
+                let phase = "\(id) \(report.phase)"
+                if isEnded, !state.ended.insert(phase).inserted { break }
+                if !isEnded { state.ended.remove(phase) }
                 let index =
                     state.bars.firstIndex { $0.id == id }
                     ?? {
@@ -30,7 +36,7 @@ final class LiveView: MigrationView {
                     }()
                 state.bars[index].bar.update(
                     done: report.bytesDone, total: report.bytesTotal, written: report.bytesWritten, now: .now)
-                if report.bytesDone == report.bytesTotal, report.bytesTotal > 0 {
+                if isEnded {
                     lines.append(state.bars[index].bar.text(width: Self.width, ended: true))
                     state.bars.remove(at: index)
                 }
