@@ -26,7 +26,9 @@ enum PageParts {
         svg text{font-size:12.5px;fill:var(--ink)}svg .value{fill:var(--soft)}svg rect{fill:var(--bar)}
         .none{color:var(--soft);margin:0}
         .filters{display:flex;flex-wrap:wrap;gap:10px 22px;align-items:center;padding:10px 16px;margin:16px 0 12px}
-        fieldset{border:0;margin:0;padding:0;display:flex;gap:14px}legend{float:left;color:var(--soft);margin-right:14px}
+        label{white-space:nowrap}\
+        fieldset{border:0;margin:0;padding:0;display:flex;flex-wrap:wrap;gap:4px 14px}\
+        legend{float:left;color:var(--soft);margin-right:14px}
         .search{flex:1 1 220px;display:flex;gap:8px;align-items:center}
         input[type=search]{flex:1;min-width:120px;font:inherit;padding:5px 9px;border:1px solid var(--line);border-radius:6px;\
         background:var(--paper);color:inherit}
@@ -87,7 +89,8 @@ enum PageParts {
         function draw(vm) {
           const row = element('tr');
           cell(row).append(element('span', 'badge ' + names[vm.v], names[vm.v]));
-          cell(row, '', vm.n, [...vm.i.slice(0, 4), vm.w.filter(Boolean).join(', ')].filter(Boolean).join(' · '));
+          const networks = [...new Set(vm.w.filter(Boolean))].join(', ');
+          cell(row, '', vm.n, [...vm.i.slice(0, 4), networks].filter(Boolean).join(' · '));
           cell(row, 'number', vm.c || '').dataset.label = 'CPUs';
           cell(row, 'number', vm.m ? size(vm.m) : '').dataset.label = 'Memory';
           cell(row, 'number', vm.d.length ? size(vm.size) : '', vm.d.length > 1 ? vm.d.length + ' disks' : '').dataset.label = 'Disks';

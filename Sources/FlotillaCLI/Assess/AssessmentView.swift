@@ -21,7 +21,7 @@ struct AssessmentView {
                 var row = [
                     vm.verdict == .blocked ? "BLOCKED" : vm.verdict.rawValue, vm.name, vm.cpus > 0 ? "\(vm.cpus)" : "",
                     vm.memoryBytes > 0 ? byteText(vm.memoryBytes) : "",
-                    vm.diskBytes.isEmpty ? "" : byteText(vm.diskBytes.reduce(0, &+)), gpus.joined(separator: ", "),
+                    vm.diskBytes.isEmpty ? "" : byteText(vm.diskBytes.reduce(0, &+)), listed(gpus),
                 ]
                 if several { row.insert(vm.datacenter, at: 2) }
                 if judged {

@@ -149,7 +149,7 @@ final class InventoryTables: InventoryReport {
         ]
     }
 
-    private static func list(_ texts: [String]) -> String { texts.isEmpty ? "-" : texts.joined(separator: ", ") }
+    private static func list(_ texts: [String]) -> String { texts.isEmpty ? "-" : listed(texts) }
 
     private static func text(of state: PowerState) -> String {
         switch state {

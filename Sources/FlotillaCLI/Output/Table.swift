@@ -45,8 +45,24 @@ func table(_ head: [String], _ rows: [[String]]) -> [String] {
         let cells = row.enumerated().map { column, cell in
             column == row.count - 1 ? cell : cell + String(repeating: " ", count: max(widths[column] - cell.columns, 0))
         }
-        return "  " + cells.joined(separator: "  ")
+        var line = "  " + cells.joined(separator: "  ")
+        // Of last cells that are empty.
+        while line.last == " " { line.removeLast() }
+        return line
     }
+}
+
+/// "2 × VM Network, Storage Network": those that are alike once, in the order in which they come.
+func listed(_ texts: [String]) -> String {
+    var counts: [(text: String, count: Int)] = []
+    for text in texts {
+        if let index = counts.firstIndex(where: { $0.text == text }) {
+            counts[index].count += 1
+        } else {
+            counts.append((text, 1))
+        }
+    }
+    return counts.map { $1 > 1 ? "\($1) × \($0)" : $0 }.joined(separator: ", ")
 }
 
 /// "3 s", "5 min", "2 h", "4 d" since a moment.
