@@ -18,7 +18,7 @@ import Testing
 
     private var path: String { "\(folder.path)/worker.journal" }
 
-    private func open(
+    func open(
         growth: UInt64 = 4 << 20, _ cleanUp: @escaping Sweeper.CleanUp = { _, _ in }
     ) throws -> Journal {
         try Journal(
@@ -26,13 +26,13 @@ import Testing
             logger: Logger(label: "test") { _ in SwiftLogNoOpLogHandler() }, cleanUp: cleanUp)
     }
 
-    private func call(_ task: String, fence: UInt64, body: [UInt8] = [1]) -> TaskCall {
+    func call(_ task: String, fence: UInt64, body: [UInt8] = [1]) -> TaskCall {
         TaskCall(
             identity: CallIdentity(task: task, attempt: UInt32(fence), fence: fence), method: "Convert", audience: "h",
             body: body)
     }
 
-    private func end(_ call: TaskCall, code: Int32 = 0) -> TaskEvent {
+    func end(_ call: TaskCall, code: Int32 = 0) -> TaskEvent {
         TaskEvent(call.identity, sequence: 9, .ended(.with { $0.code = code }))
     }
 
@@ -134,31 +134,6 @@ import Testing
         #expect(try await journal.admit(first) == .stale)
         #expect(try await open().admit(first) == .stale)
         #expect(try await open().admit(call("t", fence: 2)) == .run)
-    }
-
-    /// What waited for its turn, or was stopped in order, did not end the process.
-    @Test func whatMayHaveEndedTheProcessIsSuspect() async throws {
-        do {
-            // A process before the last one: whatever is left of it is old news.
-            let journal = try open()
-            for task in ["old-export", "a-convert"] { _ = try await journal.admit(call(task, fence: 1)) }
-        }
-        do {
-            let journal = try open()
-            for task in ["a-convert", "b-export", "c-convert", "d-deploy", "e-undeploy", "f-deploy", "g-convert"] {
-                _ = try await journal.admit(call(task, fence: 2))
-            }
-            try await journal.recordEnd(of: call("a-convert", fence: 2).identity, end(call("a-convert", fence: 2)))
-            try await journal.recordStop(of: call("b-export", fence: 2).identity)
-            // An attempt that the journal does not know.
-            try await journal.recordStop(of: call("c-convert", fence: 1).identity)
-        }
-        let journal = try open()
-        #expect(journal.interrupted.count == 7)
-        #expect(journal.suspects(slots: 1) == ["c-convert", "d-deploy"])
-        #expect(journal.suspects(slots: 2) == ["c-convert", "g-convert", "d-deploy", "e-undeploy"])
-        // Nothing was taken on since.
-        #expect(try open().suspects(slots: 1) == ["c-convert", "d-deploy"])
     }
 
     @Test func whatFailsToSweepStaysUnacknowledged() async throws {
