@@ -158,7 +158,7 @@ import Testing
             with("VirtualWarpDrive")),
         Case("sound card", .note, "(sound) is not carried", with("VirtualHdAudioCard")),
         Case("hidden", .warning, "does not show the account config.extraConfig") {
-            $0.missing = ["config.extraConfig"]
+            $0.hidden = ["config.extraConfig"]
         },
         Case("template", .note, "it is a template", set("config.template", "<val>true</val>")),
     ]

@@ -204,8 +204,10 @@ final class FakeVCenter: Sendable {
 }
 
 /// An object of the property collector's answer.
-func objectXML(_ type: String, _ id: String, _ properties: [String: String], missing: [String] = []) -> String {
+func objectXML(_ type: String, _ id: String, _ properties: [String: String], hidden: [String] = []) -> String {
     let sets = properties.sorted { $0.key < $1.key }.map { "<propSet><name>\($0.key)</name>\($0.value)</propSet>" }
-    let hidden = missing.map { "<missingSet><path>\($0)</path></missingSet>" }
-    return "<objects><obj type=\"\(type)\">\(id)</obj>\((sets + hidden).joined())</objects>"
+    let missing = hidden.map {
+        "<missingSet><path>\($0)</path><fault><fault xsi:type=\"NoPermission\"/></fault></missingSet>"
+    }
+    return "<objects><obj type=\"\(type)\">\(id)</obj>\((sets + missing).joined())</objects>"
 }

@@ -23,7 +23,7 @@ struct MachineXML {
     /// More devices.
     var devices = ""
     /// Properties that the account may not see.
-    var missing: [String] = []
+    var hidden: [String] = []
 
     static func device(_ type: String, _ key: Int, _ content: String) -> String {
         "<device xsi:type=\"\(type)\"><key>\(key)</key>\(content)</device>"
@@ -47,7 +47,7 @@ struct MachineXML {
         var all = properties
         if !hardware.isEmpty { all["config.hardware"] = "<val>\(hardware)\(bus)\(disk)\(card)\(devices)</val>" }
         all["name"] = "<val>\(name)</val>"
-        return objectXML("VirtualMachine", "vm-\(name)", all, missing: missing)
+        return objectXML("VirtualMachine", "vm-\(name)", all, hidden: hidden)
     }
 
     /// What the server has besides VMs.

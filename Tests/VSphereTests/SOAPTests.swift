@@ -29,7 +29,8 @@ import Testing
         let object = """
             <objects><obj type="VirtualMachine">vm-1</obj><propSet><name>name</name>\
             <val xsi:type="xsd:string">a &amp; b &#x1F600; <![CDATA[<c>]]></val></propSet>\
-            <missingSet><path>config</path></missingSet></objects>
+            <missingSet><path>config</path><fault><fault xsi:type="NoPermission"/></fault></missingSet>\
+            <missingSet><path>new</path><fault><fault xsi:type="InvalidProperty"/></fault></missingSet></objects>
             """
         var names: [String?] = []
         let root = try read(
@@ -40,7 +41,7 @@ import Testing
         ) { node in
             let content = try #require(ObjectContent(node))
             #expect(content.object == ObjectReference("VirtualMachine", "vm-1"))
-            #expect(content.missing == ["config"])
+            #expect(content.hidden == ["config"])
             names.append(content.text("name"))
         }
         #expect(names == Array(repeating: "a & b \u{1F600} <c>", count: 2))

@@ -46,8 +46,8 @@ struct VMCapture {
                 remedy: "reconnect its host, register it again, or let the account see it")
             return finished()
         }
-        if !content.missing.isEmpty {
-            let hidden = content.missing.sorted().map(\.printable).joined(separator: ", ")
+        if !content.hidden.isEmpty {
+            let hidden = content.hidden.sorted().map(\.printable).joined(separator: ", ")
             manifest.warn(
                 "vm", "the server does not show the account \(hidden) of it; what that holds is not carried",
                 remedy: "give the account a role that may read it, and capture it again")

@@ -67,8 +67,8 @@ package struct VIMNode: Sendable {
 package struct ObjectContent: Sendable {
     package let object: ObjectReference
     private var values: [String: VIMNode] = [:]
-    /// Properties that the account may not see, or that the object failed to give.
-    package private(set) var missing: [String] = []
+    /// Properties that the account may not see. An old server has not all, which counts for nothing.
+    package private(set) var hidden: [String] = []
 
     init?(_ node: VIMNode) {
         guard let object = node.reference("obj") else { return nil }
@@ -77,7 +77,9 @@ package struct ObjectContent: Sendable {
             switch child.name {
             case "propSet":
                 if let name = child.text("name"), let value = child["val"] { values[name] = value }
-            case "missingSet": if let path = child.text("path") { missing.append(path) }
+            case "missingSet":
+                guard child["fault"]?["fault"]?.type == "NoPermission", let path = child.text("path") else { break }
+                hidden.append(path)
             default: break
             }
         }
