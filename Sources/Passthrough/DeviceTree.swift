@@ -127,6 +127,15 @@ package struct DeviceTree: Sendable {
         group < 0 ? [] : functions.filter { $0.function.iommuGroup == group }
     }
 
+    /// Whether a function is on the way to one of these, as the controller of Intel's VMD is, which makes a PCI domain: without
+    /// its driver they are gone.
+    func isAbove(_ address: PciAddress, _ functions: [DeviceFunction]) -> Bool {
+        functions.contains { below in
+            sysfs.linkPath("bus/pci/devices/\(below.function.address)")?.split(separator: "/").dropLast()
+                .contains { $0 == address.description } ?? false
+        }
+    }
+
     /// The function with all that must go with it: the whole slot and what consumes it, and what goes with those.
     package func together(with address: PciAddress) -> [DeviceFunction] {
         var seen: Set<PciAddress> = [address]

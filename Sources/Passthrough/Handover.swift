@@ -38,14 +38,13 @@ package struct Handover: Sendable {
         var obstacles: [Requirement] = []
         let mine = Set(functions.map(\.address))
         let blockers = blockingMembers(of: functions, in: tree).filter { !mine.contains($0.address) }
-        if !blockers.isEmpty && !consent.contains(.group) {
-            for blocker in blockers {
-                obstacles.append(groupObstacle(blocker, of: functions, in: tree, consent: consent))
-            }
-        } else if !blockers.isEmpty {
-            let more = Set(blockers.flatMap { tree.together(with: $0.address).map(\.address) }).subtracting(mine)
-            groupMembers = more.sorted().compactMap { tree[$0] }
+        let staying = consent.contains(.group) ? blockers.filter { tree.isAbove($0.address, functions) } : blockers
+        for blocker in staying {
+            obstacles.append(groupObstacle(blocker, of: functions, in: tree, consent: consent))
         }
+        let going = Set(blockers.map(\.address)).subtracting(staying.map(\.address))
+        let more = Set(going.flatMap { tree.together(with: $0).map(\.address) }).subtracting(mine)
+        groupMembers = more.sorted().compactMap { tree[$0] }
         for function in all { obstacles += handoverObstacles(of: function, consent: consent, owner: owner) }
         try refuse(obstacles)
     }
@@ -87,7 +86,7 @@ func groupObstacle(
     let (group, address) = (blocker.function.iommuGroup, blocker.function.address)
     let sharer = functions.first { $0.function.iommuGroup == group }?.function.address ?? "it"
     var remedy = "move the card to a slot with a group of its own"
-    if !blocker.function.bridge {
+    if !blocker.function.bridge, !tree.isAbove(blocker.address, functions) {
         let own = Set(functions.map(\.address))
         let obstacles = tree.together(with: blocker.address).filter { !own.contains($0.address) }
             .flatMap { handoverObstacles(of: $0, consent: consent, owner: nil) }

@@ -51,6 +51,13 @@ package struct HostSetup: Sendable {
         }
         try planModules((devices + earlier).sorted { $0.address < $1.address }, tree)
         try planInitramfs(devices)
+        if let tree {
+            for member in blockingMembers(of: devices + earlier, in: tree) {
+                notes.append(
+                    "\(member.function.text) shares IOMMU group \(member.function.iommuGroup) with what is prepared: unless it "
+                        + "is taken from the host too, no VM can have any of that group")
+            }
+        }
         changes.removeAll { $0.before == $0.after }
         let paths = changes.map(\.path)
         commands = Self.commands(root: root, for: paths)
@@ -108,14 +115,6 @@ package struct HostSetup: Sendable {
             let body = line.hasSuffix("\n") ? String(line.dropLast()) : line
             let edited = kernel.edited(body)
             try change(Self.commandLine, to: edited == body ? line : edited + "\n")
-            for folder in ["/boot/efi/EFI/Linux", "/efi/EFI/Linux", "/boot/EFI/Linux"] {
-                if ((try? Files.list("\(root)\(folder)")) ?? []).contains(where: { $0.hasSuffix(".efi") }) {
-                    notes.append(
-                        "\(folder) holds unified kernel images, which carry their command line: make them again "
-                            + (Self.program("mkinitcpio", root) == nil
-                                ? "(kernel-install add, or dracut --uefi)" : "(mkinitcpio -P)"))
-                }
-            }
         }
         guard isKnown else {
             throw MigrationError(
@@ -276,9 +275,7 @@ package struct HostSetup: Sendable {
                 Self.dracut,
                 to: Self.head + "add_drivers+=\" vfio-pci \"\ninstall_items+=\" \(Self.rules) \(Self.modprobe) \"\n")
         } else {
-            notes.append(
-                "neither update-initramfs nor dracut is here: drivers in the initramfs come before the binding; "
-                    + "add vfio_pci to what yours loads first (mkinitcpio: MODULES, then mkinitcpio -P)")
+            notes.append("drivers in the initramfs come before the binding: add vfio_pci to what it loads first")
         }
     }
 
@@ -311,14 +308,32 @@ package struct HostSetup: Sendable {
         return commands
     }
 
-    /// What somebody has to run besides, as openSUSE's sdbootutil: an initrd is made for each of its entries, in a folder of
-    /// its own, which dracut leaves alone.
+    /// What somebody has to run besides, to carry changes of these files into the boot or out of it.
     package static func notes(root: String, for paths: [String]) -> [String] {
-        guard !paths.isEmpty, program("sdbootutil", root) != nil else { return [] }
-        return [
-            "sdbootutil makes the boot entries here, each with an initrd of its own: run sdbootutil mkinitrd "
-                + "(earlier versions: sdbootutil add-all-kernels) before the reboot"
-        ]
+        var notes: [String] = []
+        let isWords = paths.contains { path in
+            path == commandLine || path.hasPrefix("/etc/default/grub") || entryFolders.contains(Files.parent(of: path))
+        }
+        let mkinitcpio = program("mkinitcpio", root) != nil
+        for folder in ["/boot/efi/EFI/Linux", "/efi/EFI/Linux", "/boot/EFI/Linux"] where isWords {
+            if ((try? Files.list("\(root)\(folder)")) ?? []).contains(where: { $0.hasSuffix(".efi") }) {
+                notes.append(
+                    "\(folder) holds unified kernel images, which carry their command line: make them again "
+                        + (mkinitcpio ? "(mkinitcpio -P)" : "(kernel-install add, or dracut --uefi)"))
+            }
+        }
+        if paths.contains(where: [rules, modprobe].contains), commands(root: root, for: [rules]).isEmpty {
+            notes.append(
+                "neither update-initramfs nor dracut is here: make the initramfs again with the program that makes it"
+                    + (mkinitcpio ? " (mkinitcpio -P)" : ""))
+        }
+        // An initrd is made for each of its entries, in a folder of its own, which dracut leaves alone.
+        if !paths.isEmpty, program("sdbootutil", root) != nil {
+            notes.append(
+                "sdbootutil makes the boot entries here, each with an initrd of its own: run sdbootutil mkinitrd "
+                    + "(earlier versions: sdbootutil add-all-kernels) before the reboot")
+        }
+        return notes
     }
 
     /// Where one of these commands writes GRUB's configuration; nil for the others.

@@ -52,6 +52,28 @@ struct MadeTree {
 }
 
 @Suite struct DeviceTreeTests {
+    /// Intel's VMD: without its driver the domain that it makes is gone, and what was to be handed over with it.
+    @Test func aControllerAboveADeviceStays() throws {
+        let tree = try MadeTree()
+        try tree.device("0000:00:0e.0", 0x8086, 0x467f, class: 0x0104, driver: "vmd", group: 9)
+        try tree.device("10000:e2:00.0", 0x10de, 0x26b9, class: 0x0302, driver: "nvidia", group: 9)
+        let place = "bus/pci/devices/10000:e2:00.0"
+        let real = "devices/pci0000:00/0000:00:0e.0/pci10000:e0/10000:e2:00.0"
+        _ = try tree.folder.sub(Files.parent(of: real))
+        try FileManager.default.moveItem(atPath: tree.sysfs.path(place), toPath: tree.sysfs.path(real))
+        try tree.link(tree.sysfs.path(place), "../../../\(real)")
+        let (gpu, state) = (try pci("10000:e2:00.0"), try TemporaryFolder())
+        let binder = Binder(
+            sysfs: tree.sysfs, kernel: FixtureKernel(tree.sysfs), folder: state.path, boot: "b", loadDriver: {})
+        for consent in [Consent.group, []] {
+            let error = failure {
+                try binder.plan(bind: [gpu], consent: consent) { try DeviceTree(tree.sysfs) }
+            }
+            #expect(error?.message.contains("shares IOMMU group 9 with 0000:00:0e.0") == true)
+            #expect(error?.hint?.contains("--with-group") == false, "\(error?.hint ?? "")")
+        }
+    }
+
     @Test func aGroupWithoutACS() throws {
         let tree = try MadeTree()
         let reset = ["reset": ""]

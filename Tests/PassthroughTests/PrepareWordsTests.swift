@@ -75,6 +75,21 @@ import Testing
         #expect(setup.notes.contains { $0.contains("sdbootutil") } == program.contains("sdbootutil"))
         try PreparedHost(root: rig.root) { _ in }.apply(setup)
         #expect(try !rig.setup().notes.contains { $0.contains("sdbootutil") })
+        // And out of it.
+        let paths = setup.changes.map(\.path)
+        #expect(HostSetup.notes(root: rig.root, for: paths).contains { $0.contains(says) })
+    }
+
+    /// Which of a group a VM needs is known before the boot takes it from the host.
+    @Test(arguments: [true, false]) func membersOfItsGroup(_ together: Bool) throws {
+        let tree = try MadeTree()
+        try tree.device("0000:03:00.0", 0x10de, 0x26b9, class: 0x0302, driver: "nvidia", group: 7)
+        try tree.device("0000:04:00.0", 0x144d, 0xa80a, class: 0x0108, driver: "nvme", group: 7)
+        let devices = try DeviceTree(tree.sysfs)
+        let chosen = together ? devices.functions : Array(devices.functions.prefix(1))
+        let rig = try SetupRig([Self.entry: "linux /v\noptions root=x\n"])
+        let setup = try HostSetup(root: rig.root, devices: chosen, in: devices, amd: false)
+        #expect(setup.notes.contains { $0.contains("0000:04:00.0") && $0.contains("group 7") } == !together)
     }
 
     /// Bytes that are no UTF-8 are not written anew as something else.
