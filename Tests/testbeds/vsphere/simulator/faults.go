@@ -26,7 +26,7 @@ type rule struct {
 // kinds that a request's answer looks for; the others are done when they are asked for.
 var kinds = map[string]bool{
 	"cut": true, "truncate": true, "corrupt": true, "slow": true, "stall": true, "html": true, "status": true, "range200": true,
-	"encoded": true,
+	"encoded":   true,
 	"delete-vm": true, "expire-at": true, "nfc-host": true, "thumbprint": true, "length": true, "timeout-at": true,
 	"no-tag": true, "slow-snapshot": true, "slow-removal": true, "branch": true, "merge-at": true,
 }

@@ -310,8 +310,8 @@ func (w *world) power(id ref, on bool) {
 	})
 }
 
-// renewContentIDs says of each disk of a machine what a server says once it was written to.
-func (w *world) renewContentIDs(id ref) {
+// eachDisk changes what each disk of a machine lies in.
+func eachDisk(id ref, change func(*types.VirtualDiskFlatVer2BackingInfo)) {
 	vm, ok := simulator.Map.Get(id).(*simulator.VirtualMachine)
 	if !ok {
 		return
@@ -320,27 +320,22 @@ func (w *world) renewContentIDs(id ref) {
 		for _, device := range vm.Config.Hardware.Device {
 			if disk, is := device.(*types.VirtualDisk); is {
 				if backing, flat := disk.Backing.(*types.VirtualDiskFlatVer2BackingInfo); flat {
-					backing.ContentId = seededUUID(w.random)
+					change(backing)
 				}
 			}
 		}
 	})
 }
 
+// renewContentIDs says of each disk of a machine what a server says once it was written to.
+func (w *world) renewContentIDs(id ref) {
+	eachDisk(id, func(backing *types.VirtualDiskFlatVer2BackingInfo) { backing.ContentId = seededUUID(w.random) })
+}
+
 // branch has the machine write to other files, which no snapshot of it lists: it needs consolidation.
 func (w *world) branch(id ref) {
-	vm, ok := simulator.Map.Get(id).(*simulator.VirtualMachine)
-	if !ok {
-		return
-	}
-	simulator.Map.WithLock(vm, func() {
-		for _, device := range vm.Config.Hardware.Device {
-			if disk, is := device.(*types.VirtualDisk); is {
-				if backing, flat := disk.Backing.(*types.VirtualDiskFlatVer2BackingInfo); flat {
-					backing.FileName = strings.TrimSuffix(backing.FileName, ".vmdk") + "-000001.vmdk"
-				}
-			}
-		}
+	eachDisk(id, func(backing *types.VirtualDiskFlatVer2BackingInfo) {
+		backing.FileName = strings.TrimSuffix(backing.FileName, ".vmdk") + "-000001.vmdk"
 	})
 }
 
