@@ -69,12 +69,14 @@ extension Binder {
     /// Gives functions, with all that was bound with them, back to the drivers they had. What is with its driver already
     /// stays. Returns what changed.
     ///
-    /// - Parameter wanted: of those that would go, only these; nil: all.
+    /// - Parameters:
+    ///   - wanted: of those that would go, only these; nil: all.
+    ///   - before: is given the addresses that go, once nothing is refused any more and before the first is moved.
     /// - Throws: `failedPrecondition` when it is refused: nothing was changed. Else what failed; the next call of any kind
     ///   tries again.
     package func release(
         _ addresses: [PciAddress], only wanted: Set<String>? = nil, owner: GPUOwner? = nil,
-        observe: () throws -> DeviceTree
+        before: ([String]) throws -> Void = { _ in }, observe: () throws -> DeviceTree
     ) throws -> [Change] {
         try exclusively {
             let records = try plan(release: addresses, owner: owner, observe: observe).records.filter {
@@ -92,6 +94,7 @@ extension Binder {
                 record.phase = .releasing
                 return record
             }
+            try before(chosen.sorted())
             try journal.write(others + releasing)
             Failpoint.gpuJournaled.hit()
             let changes = try restore(releasing)

@@ -1,7 +1,8 @@
 import HostKit
 
 /// Which processes hold a file below `/dev` open that leads to a PCI device: VFIO groups and devices, DRM,
-/// accelerators, framebuffers, NVIDIA's, SCSI's generic ones, InfiniBand and UIO, and, open for writing, block devices.
+/// accelerators, framebuffers, NVIDIA's, generic ones of SCSI and NVMe, InfiniBand and UIO, and, open for writing, block
+/// devices.
 /// Best effort: other users' processes are invisible without CAP_SYS_PTRACE, and processes end while being looked at.
 /// Looks at no more than 65,536 processes and 262,144 descriptors.
 package struct DeviceHolders: Sendable {
@@ -11,7 +12,7 @@ package struct DeviceHolders: Sendable {
     package init() {}
 
     package init(proc: String) {
-        let prefixes = ["vfio/", "dri/", "accel/", "hl", "fb", "nvidia", "sg", "bsg/", "infiniband/", "uio"]
+        let prefixes = ["vfio/", "dri/", "accel/", "hl", "fb", "nvidia", "sg", "bsg/", "ng", "infiniband/", "uio"]
             .map { "/dev/\($0)" }
         var budget = 262_144
         for process in ((try? Files.list(proc)) ?? []).lazy.filter({ Int32($0) != nil }).prefix(65_536) {
@@ -20,7 +21,7 @@ package struct DeviceHolders: Sendable {
                 budget -= 1
                 guard let target = linkTarget("\(proc)/\(process)/fd/\(descriptor)"), target.hasPrefix("/dev/"),
                     byPath[target] == nil,
-                    prefixes.contains(where: target.hasPrefix)
+                    prefixes.contains(where: target.hasPrefix) || Self.isController(target)
                         || Self.mayBeDisk(target) && isOpenForWriting("\(proc)/\(process)/fdinfo/\(descriptor)")
                 else { continue }
                 byPath[target] = Self.name(of: process, proc: proc)
@@ -32,6 +33,11 @@ package struct DeviceHolders: Sendable {
     static func name(of process: String, proc: String?) -> String {
         let name = proc.flatMap { try? Files.read("\($0)/\(process)/comm", limit: 4096) } ?? []
         return "process \(process) (\(String(decoding: name.prefix { $0 != 0x0a }, as: UTF8.self)))"
+    }
+
+    /// "/dev/nvme0", which takes commands for any of its disks from whoever has it open.
+    private static func isController(_ path: String) -> Bool {
+        path.hasPrefix("/dev/nvme") && Int(path.dropFirst(9)) != nil
     }
 
     /// Every disk and partition lies in /dev itself.
@@ -57,6 +63,3 @@ package struct DeviceHolders: Sendable {
         ) { first, _ in first }
     }
 }
-
-/// Who holds `/dev/vfio/<group>`, as "process 4242 (qemu-system-x86)". See `DeviceHolders`.
-package func vfioHolders(proc: String = "/proc") -> [Int32: String] { DeviceHolders(proc: proc).groups }

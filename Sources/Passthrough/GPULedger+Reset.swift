@@ -6,14 +6,15 @@ extension GPULedger {
     ///
     /// - Parameters:
     ///   - resources: nil: all dirty ones.
-    ///   - holders: who holds `/dev/vfio/<group>`, from `vfioHolders`.
+    ///   - holders: who has devices open; nil: the running host's, looked at under the lock.
     /// - Throws: the first failure, after trying all: `failedPrecondition` for one that is in use or that the kernel can't
     ///   reset. Those stay dirty.
     package func reset(
         _ resources: [GPUResource]? = nil, sysfs: Sysfs = Sysfs(), kernel: any SysfsWriter = KernelWriter(),
-        holders: [Int32: String] = vfioHolders()
+        holders: DeviceHolders? = nil
     ) throws {
         let failure: (any Error)? = try update { book in
+            let holders = holders ?? DeviceHolders(proc: "/proc")
             var failure: (any Error)?
             book.entries.removeAll { entry in
                 guard entry.state == .dirty,
@@ -33,7 +34,7 @@ extension GPULedger {
     }
 
     private static func reset(
-        _ resource: GPUResource, _ sysfs: Sysfs, _ kernel: any SysfsWriter, _ holders: [Int32: String]
+        _ resource: GPUResource, _ sysfs: Sysfs, _ kernel: any SysfsWriter, _ holders: DeviceHolders
     ) throws {
         guard let function = resource.function else {
             guard !sysfs.exists("bus/mdev/devices/\(resource.mdev ?? "")") else {
@@ -45,10 +46,9 @@ extension GPULedger {
         let folder = "bus/pci/devices/\(function)"
         // A device that was taken out has lost its power, and with it its memory.
         guard sysfs.exists(folder) else { return }
-        let group = sysfs.linkName("\(folder)/iommu_group").flatMap { Int32($0) } ?? -1
-        if let holder = holders[group] {
+        if let holder = holders.vfioUser(of: folder, sysfs: sysfs) {
             throw MigrationError(
-                .failedPrecondition, "\(function) can't be reset: \(holder) holds its IOMMU group \(group)",
+                .failedPrecondition, "\(function) can't be reset: \(holder) has it open through VFIO",
                 hint: "end it first")
         }
         let driver = sysfs.linkName("\(folder)/driver") ?? ""

@@ -35,6 +35,23 @@ import Testing
         try host.ledger.reserve([resource], for: other)
     }
 
+    /// What comes before a release (a reset) sees every function still bound, and nothing of one that is refused.
+    @Test func beforeARelease() throws {
+        let rig = try BindRig()
+        let (gpu, binder) = (try pci("0000:01:00.0"), rig.binder(FixtureKernel(rig.sysfs)))
+        _ = try binder.bind([gpu], observe: rig.observe())
+        var seen: [String] = []
+        func release(_ around: Surroundings = Surroundings()) throws {
+            _ = try binder.release(
+                [gpu], before: { seen += $0.map { "\($0) \(rig.driver($0))" } }, observe: rig.observe(around))
+        }
+        var held = Surroundings()
+        held.domains = [GPULedger.Domain(name: "web", migration: "", resources: [GPUResource(function: gpu)])]
+        #expect(failure { try release(held) }?.code == .failedPrecondition && seen.isEmpty)
+        try release()
+        #expect(seen == ["0000:01:00.0 vfio-pci", "0000:01:00.1 vfio-pci"])
+    }
+
     /// None is touched where one can't be reset.
     @Test func resetIsJudgedBeforeTheFirst() throws {
         let rig = try BindRig()

@@ -114,9 +114,9 @@ import Testing
             for (name, target) in [("3", "/dev/vfio/vfio"), ("4", "/dev/vfio/42"), ("5", "socket:[1]")] {
                 #expect(symlink(target, "\(folder)/4242/fd/\(name)") == 0)
             }
-            #expect(vfioHolders(proc: folder) == [42: "process 4242 (qemu-system-x86)"])
+            #expect(DeviceHolders(proc: folder).groups == [42: "process 4242 (qemu-system-x86)"])
         }
-        #expect(vfioHolders(proc: "/nonexistent").isEmpty)
+        #expect(DeviceHolders(proc: "/nonexistent").groups.isEmpty)
     }
 
     /// Files of DRM's accelerators, and of habanalabs before there were any.

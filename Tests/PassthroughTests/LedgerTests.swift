@@ -80,8 +80,11 @@ import Testing
         let device = try folder.sub("sys/bus/pci/devices/0000:3b:00.0")
         try FileManager.default.createSymbolicLink(atPath: "\(device)/iommu_group", withDestinationPath: "../../42")
         let sysfs = Sysfs(root: "\(folder.path)/sys")
-        func reset(_ holders: [Int32: String] = [:]) -> MigrationError? {
-            failure { try ledger.reset([a], sysfs: sysfs, kernel: KernelWriter(sysfs), holders: holders) }
+        try Files.createDirectories("\(device)/vfio-dev/vfio3")
+        func reset(heldAt path: String? = nil) -> MigrationError? {
+            var holders = DeviceHolders()
+            if let path { holders.byPath[path] = "process 7 (qemu)" }
+            return failure { try ledger.reset([a], sysfs: sysfs, kernel: KernelWriter(sysfs), holders: holders) }
         }
         try ledger.reserve([a], for: web)
         try ledger.handOver(to: web)
@@ -90,7 +93,10 @@ import Testing
         let error = try #require(failure { try ledger.reserve([a], for: render) })
         #expect(error.code == .failedPrecondition && error.message.contains("still holds what domain web"))
 
-        #expect(reset([42: "process 7 (qemu)"])?.message.contains("process 7 (qemu) holds its IOMMU group 42") == true)
+        // By its group, and by IOMMUFD's own file of the device.
+        for path in ["/dev/vfio/42", "/dev/vfio/devices/vfio3"] {
+            #expect(reset(heldAt: path)?.message.contains("process 7 (qemu) has it open through VFIO") == true)
+        }
         #expect(reset()?.message.contains("no way to reset") == true)
         try Files.writeAtomically([], to: "\(device)/reset")
         try FileManager.default.createSymbolicLink(atPath: "\(device)/driver", withDestinationPath: "../nvidia")

@@ -41,9 +41,10 @@ struct GPUReleaseCommand: AsyncParsableCommand {
         }
         try requireRoot()
         let (changes, problem) = try await refusable {
-            let plan = try binder.plan(release: addresses, observe: host.observe)
-            let problem = Self.reset(plan.functions.map(\.address))
-            return (try binder.release(addresses, observe: host.observe), problem)
+            var problem: MigrationError?
+            let changes = try binder.release(
+                addresses, before: { problem = Self.reset($0) }, observe: host.observe)
+            return (changes, problem)
         }
         if let problem { Console.complain("warning: \(problem)") }
         try showChanges(changes, json: json, nothing: "not bound: nothing to do")
