@@ -14,7 +14,7 @@ package struct DeviceUse: Sendable, Encodable, Hashable {
         case dirty
         /// A process holds its VFIO group or device.
         case vfio
-        /// A process has its DRM, accelerator, framebuffer, NVIDIA, InfiniBand or UIO device open.
+        /// A process has its DRM, accelerator, framebuffer, NVIDIA, NVMe, InfiniBand or UIO device open.
         case process
         /// The kernel's text console is on it.
         case console
@@ -154,8 +154,8 @@ struct DeviceUsers {
     /// Of classes whose files lead to the device itself: past the disks of a storage controller, past a network's interfaces.
     private mutating func noteFiles() {
         for (name, files) in [
-            ("scsi_generic", "/dev"), ("bsg", "/dev/bsg"), ("infiniband_verbs", "/dev/infiniband"),
-            ("infiniband_mad", "/dev/infiniband"), ("uio", "/dev"),
+            ("scsi_generic", "/dev"), ("bsg", "/dev/bsg"), ("nvme", "/dev"), ("nvme-generic", "/dev"),
+            ("infiniband_verbs", "/dev/infiniband"), ("infiniband_mad", "/dev/infiniband"), ("uio", "/dev"),
         ] {
             for device in sysfs.list("class/\(name)") {
                 guard let holder = around.holders.byPath["\(files)/\(device)"] else { continue }
@@ -302,3 +302,10 @@ func isUUID(_ text: String) -> Bool {
 
 /// vfio-pci or a vendor's variant of it (mlx5_vfio_pci, nvgrace_gpu_vfio_pci).
 package func isVfio(driver: String) -> Bool { driver.contains("vfio") }
+
+/// The only VFIO driver that gives a VM all of the device, where that is not vfio-pci: of NVIDIA's GPUs whose memory is
+/// coherent with the CPU's (kernel: drivers/vfio/pci/nvgrace-gpu; GH200, GB200, GB300).
+func variantDriver(of function: PciFunction) -> String? {
+    let isCoherent = [0x2342, 0x2345, 0x2348, 0x2941, 0x31c2].contains(function.id.device)
+    return function.id.vendor == 0x10de && isCoherent ? "nvgrace_gpu_vfio_pci" : nil
+}

@@ -136,7 +136,7 @@ func handoverObstacles(of device: DeviceFunction, consent: Consent, owner: GPUOw
     let (function, address) = (device.function, device.function.address)
     let natural = naturalObstacles(of: device, consent: consent)
     guard natural.allSatisfy({ $0.requirement == "not the boot display" }) else { return natural }
-    var obstacles = natural
+    var obstacles = natural + [variantObstacle(device)].compactMap(\.self)
     if function.iommuGroup < 0 {
         obstacles.append(
             .fail(
@@ -152,6 +152,20 @@ func handoverObstacles(of device: DeviceFunction, consent: Consent, owner: GPUOw
                 remedy: "take the slot out of the firmware's reserved memory (RMRR, IVMD) by the vendor's tool"))
     }
     return obstacles + useObstacles(of: device, consent: consent, owner: owner)
+}
+
+/// vfio-pci takes any device, but gives a VM nothing of the memory that some have beside their BARs.
+///
+/// - Parameter isAtBoot: whichever driver has it now.
+func variantObstacle(_ device: DeviceFunction, isAtBoot: Bool = false) -> Requirement? {
+    let (function, address) = (device.function, device.function.address)
+    guard let driver = variantDriver(of: function), isAtBoot || function.driver != driver else { return nil }
+    return .fail(
+        address, "driver",
+        "\(function.text) shares its memory with the CPU: a VM gets that from the driver \(driver) alone, to which this "
+            + "binds nothing",
+        remedy: "bind it by hand before: modprobe \(driver), then echo \(driver) > /sys/bus/pci/devices/\(address)/"
+            + "driver_override, unbind it from its driver and echo \(address) > /sys/bus/pci/drivers_probe")
 }
 
 /// Of what the function is, whatever the host does with it now: no device that can be told, a bridge, the boot display.

@@ -23,7 +23,9 @@ package func devicesToPrepare(
                 case .console, .virtualFunctions, .vgpu, .network, .disk: false
                 }
             }
-            return naturalObstacles(of: device, consent: consent) + useObstacles(of: kept, consent: consent, owner: nil)
+            return naturalObstacles(of: device, consent: consent)
+                + [variantObstacle(device, isAtBoot: true)].compactMap(\.self)
+                + useObstacles(of: kept, consent: consent, owner: nil)
         })
     return devices
 }

@@ -35,6 +35,20 @@ import Testing
         #expect(groups.contains { $0.verdict == .pass } != isRefused)
     }
 
+    /// vfio-pci would give a VM no memory of a GPU whose memory is the CPU's too.
+    @Test(arguments: ["nvgrace_gpu_vfio_pci", "vfio-pci", "nvidia"]) func coherentMemory(_ driver: String) throws {
+        let tree = try MadeTree()
+        let gpu = "0009:01:00.0"
+        try tree.device(gpu, 0x10de, 0x2342, class: 0x0302, driver: driver, group: 4)
+        let read = try DeviceTree(tree.sysfs)
+        let found = checkDevices([try pci(gpu)], vgpu: nil, in: read).filter { $0.requirement == "driver" }
+        let isRight = driver.hasPrefix("nvgrace")
+        #expect(found.map(\.verdict) == [isRight ? .pass : .fail])
+        #expect(isRight || found[0].remedy?.contains("modprobe nvgrace_gpu_vfio_pci") == true)
+        let addresses = [try pci(gpu)]
+        #expect(failure { _ = try devicesToPrepare(addresses, in: read, consent: []) }?.code == .failedPrecondition)
+    }
+
     /// Two registers whose sizes have no sum.
     @Test func registersOfAnySize() throws {
         let line = "0x0000000000000000 0xfffffffffffffff0 0x000000000014220c\n"

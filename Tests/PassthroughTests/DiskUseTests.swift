@@ -76,6 +76,7 @@ import Testing
 
     @Test(arguments: [
         ("infiniband_verbs", "infiniband/uverbs0"), ("infiniband_mad", "infiniband/umad0"), ("uio", "uio0"),
+        ("nvme", "nvme1"), ("nvme-generic", "ng1n1"),
     ])
     func devicesOfAClass(_ name: String, _ file: String) throws {
         let rig = try BindRig()
