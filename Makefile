@@ -15,9 +15,9 @@ help: ## list these targets
 setup: ## install the Debian packages for building and testing
 	deploy/setup --test
 
-build: ## build the flotilla binary (release)
+build: ## build the flotilla binary (release; hosts need no Swift for it)
 	deploy/setup --build
-	swift build -c release --product flotilla
+	swift build -c release --static-swift-stdlib --product flotilla
 
 demo: ## migrate two virtual machines into a private libvirt and boot them
 	Tests/testbeds/demo/run
@@ -95,7 +95,7 @@ bench-gpu: build ## measure gpu list on 64 GPUs, and the deploy stage beside lib
 
 bench-fleet: ## compare the fleet's rate with Celery's on the same broker; latency, waves, 1,000 hosts, memory
 	deploy/setup --test
-	swift build -c release --product FleetBenchmark
+	swift build -c release --static-swift-stdlib --product FleetBenchmark
 	Tests/benchmarks/fleet/run
 
 format: ## format all Swift code
