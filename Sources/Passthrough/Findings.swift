@@ -61,3 +61,19 @@ extension PciFunction {
         "\(address) (\(id.text), \(driver.isEmpty ? "no driver" : driver))"
     }
 }
+
+extension HostProfile {
+    /// What switches the IOMMU on. AMD's driver is on by default once the firmware offers it, and so is Arm's.
+    package var iommuRemedy: String {
+        if ["aarch64", "arm64"].contains(where: kernel.contains) {
+            return "enable the SMMU in the firmware, boot the host"
+        }
+        let words =
+            switch pciFunctions.first(where: { $0.address == "0000:00:00.0" })?.id.vendor {
+            case 0x8086: "`intel_iommu=on iommu=pt`"
+            case 0x1022: "`iommu=pt` (and no `amd_iommu=off`)"
+            default: "`intel_iommu=on iommu=pt` (Intel) or `iommu=pt` (AMD)"
+            }
+        return "enable VT-d or AMD-Vi (on Arm: the SMMU) in the firmware, boot the host with \(words)"
+    }
+}

@@ -108,7 +108,8 @@ func hostObstacles(_ tree: DeviceTree) -> [Requirement] {
                 "host", "IOMMU",
                 "the IOMMU of this host is off (no IOMMU groups), so no device can be handed to a VM: the kernel would "
                     + "take the bind without an error and not do it",
-                remedy: "enable VT-d or AMD-Vi in the firmware, then `flotilla gpu prepare` and reboot")
+                remedy: "enable \(isARM(tree.sysfs, cpuinfo: nil) ? "the SMMU" : "VT-d or AMD-Vi") in the firmware, "
+                    + "then `flotilla gpu prepare` and reboot")
         ]
     }
     if tree.vfio == false {

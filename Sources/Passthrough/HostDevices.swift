@@ -68,7 +68,7 @@ struct HostDevices {
         if !host.iommuEnabled {
             return (
                 "the IOMMU of host \(host.name) is off, so no device can be handed to a VM",
-                "enable VT-d or AMD-Vi in the firmware, boot the host with \(kernelSwitch), and try again"
+                "\(host.iommuRemedy), and try again"
             )
         }
         if !host.vfioAvailable {
@@ -78,15 +78,6 @@ struct HostDevices {
             )
         }
         return nil
-    }
-
-    /// AMD's IOMMU driver is on by default once the firmware offers it.
-    private var kernelSwitch: String {
-        switch byAddress["0000:00:00.0"]?.id.vendor {
-        case 0x8086: "`intel_iommu=on iommu=pt`"
-        case 0x1022: "`iommu=pt` (and no `amd_iommu=off`)"
-        default: "`intel_iommu=on iommu=pt` (Intel) or `iommu=pt` (AMD)"
-        }
     }
 
     /// Reasons that lie in the device itself. Each with the next step.

@@ -1,4 +1,5 @@
 import FlotillaProtocol
+import HostKit
 import MigrationModel
 
 /// The functions that shall wait at vfio-pci from the next boot on, with all that goes with these.
@@ -30,11 +31,14 @@ package func devicesToPrepare(
     return devices
 }
 
-/// Whether a machine's CPU is one of Arm's architecture: by its IOMMU's driver (arm-smmu, arm-smmu-v3), or its /proc/cpuinfo.
+/// Whether a machine's CPU is one of Arm's architecture: by its IOMMU's driver (arm-smmu, arm-smmu-v3), its CPUs' registers,
+/// or its /proc/cpuinfo.
 ///
 /// - Parameter cpuinfo: of the same machine; nil where only its device tree was recorded.
 package func isARM(_ sysfs: Sysfs, cpuinfo: String?) -> Bool {
-    sysfs.list("class/iommu").contains { $0.hasPrefix("smmu") } || cpuinfo?.contains("CPU implementer") == true
+    sysfs.list("class/iommu").contains { $0.hasPrefix("smmu") }
+        || Files.exists(sysfs.path("devices/system/cpu/cpu0/regs/identification/midr_el1"))
+        || cpuinfo?.contains("CPU implementer") == true
 }
 
 /// The maker of a machine's CPU: by its host bridges, its IOMMU's driver, or its /proc/cpuinfo. Nil when none of them says.

@@ -1,3 +1,4 @@
+import FlotillaProtocol
 import HostKit
 import MigrationModel
 import Passthrough
@@ -117,5 +118,21 @@ import Testing
         // What has the words stays as it is.
         try write(" intel_iommu=on iommu=pt")
         #expect(try !rig.setup().changes.contains { $0.path == path })
+    }
+
+    /// What the firmware calls it.
+    @Test func anARMWithoutItsIOMMU() throws {
+        let tree = try MadeTree(iommu: false)
+        func remedy() throws -> String? {
+            let found = try checkDevices([pci("0000:03:00.0")], vgpu: nil, in: DeviceTree(tree.sysfs))
+            return found.first { $0.requirement == "IOMMU" && $0.verdict == .fail }?.remedy
+        }
+        #expect(try remedy()?.contains("VT-d or AMD-Vi") == true)
+        try Files.createDirectories(tree.sysfs.path("devices/system/cpu/cpu0/regs/identification/midr_el1"))
+        #expect(try remedy()?.contains("SMMU") == true && remedy()?.contains("VT-d") == false)
+        var profile = HostProfile()
+        profile.kernel = "6.1.0-28-arm64"
+        #expect(profile.iommuRemedy.contains("SMMU") && !profile.iommuRemedy.contains("VT-d"))
+        #expect(HostProfile().iommuRemedy.contains("SMMU") && HostProfile().iommuRemedy.contains("AMD-Vi"))
     }
 }

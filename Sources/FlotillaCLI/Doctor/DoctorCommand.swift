@@ -149,7 +149,7 @@ struct Examination {
             } else {
                 note(
                     "IOMMU", .warn, "off: no GPU can be passed through",
-                    "enable VT-d or AMD-Vi in the firmware, and intel_iommu=on on the kernel's command line")
+                    profile.iommuRemedy)
             }
         } catch { note("host", error) }
     }
