@@ -44,7 +44,7 @@ package func unifiedDiff(_ path: String, before: [UInt8]?, after: [UInt8]?) -> S
         output += "@@ -\(first)\(olds == 1 ? "" : ",\(olds)") +\(second)\(news == 1 ? "" : ",\(news)") @@\n"
         for line in hunk {
             output += "\(line.mark)\(line.text)"
-            if !line.text.hasSuffix("\n") { output += "\n\\ No newline at end of file\n" }
+            if line.text.utf8.last != 0x0a { output += "\n\\ No newline at end of file\n" }
         }
     }
     return output
@@ -53,10 +53,10 @@ package func unifiedDiff(_ path: String, before: [UInt8]?, after: [UInt8]?) -> S
 /// With their line ends.
 private func lines(_ bytes: [UInt8]?) -> [String] {
     guard let bytes, !bytes.isEmpty else { return [] }
+    // By bytes: "\r\n" is one character.
     var lines = bytes.split(separator: 0x0a, omittingEmptySubsequences: false).map {
-        String(decoding: $0, as: UTF8.self) + "\n"
+        String(decoding: $0, as: UTF8.self)
     }
     let last = lines.removeLast()
-    if last != "\n" { lines.append(String(last.dropLast())) }
-    return lines
+    return lines.map { $0 + "\n" } + (last.isEmpty ? [] : [last])
 }

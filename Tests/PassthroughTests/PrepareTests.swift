@@ -370,7 +370,7 @@ struct SetupRig {
             "1\n2\n3\n4\n5\n6\n7\n8\n9\n10\n11\n12\n13\n14\n15\n16\n",
             "0\n1\n2\n3\n4\n5\n6\n7\n8\n9\n10\n11\n12\n13\n14\nx\n16\n"
         ),
-        ("x\n\n\ny\n", "\nx\n\ny\nz"),
+        ("x\n\n\ny\n", "\nx\n\ny\nz"), ("a\r\nb\r\nc\r", "a\r\nB\r\nc"),
     ])
     func differencesApply(_ before: String, _ after: String) throws {
         let folder = try TemporaryFolder()

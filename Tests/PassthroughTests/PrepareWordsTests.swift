@@ -120,6 +120,14 @@ import Testing
         #expect(try !rig.setup().changes.contains { $0.path == path })
     }
 
+    /// Lines that end as Windows' do have an end.
+    @Test func carriageReturnsInTheDifference() throws {
+        let rig = try SetupRig([Self.entry: "title x\r\nlinux /v\r\noptions root=x\r\n"])
+        let diff = try #require(rig.setup().changes.first { $0.path == Self.entry }?.diff)
+        #expect(diff.hasSuffix("-options root=x\r\n+options root=x intel_iommu=on iommu=pt\r\n"))
+        #expect(!diff.contains("No newline"))
+    }
+
     /// What the firmware calls it.
     @Test func anARMWithoutItsIOMMU() throws {
         let tree = try MadeTree(iommu: false)
