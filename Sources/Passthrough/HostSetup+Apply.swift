@@ -22,6 +22,9 @@ package struct PreparedHost: Sendable {
         var folders: [String]?
         /// Still to run, after a crash or a failure too.
         var commands: [[String]] = []
+        /// Boot entries that were as written here, or as they were before, when the programs began, which write them anew.
+        /// Nil: none is under way.
+        var rewritable: [String]?
     }
 
     private let root: String
@@ -35,6 +38,16 @@ package struct PreparedHost: Sendable {
         self.root = root
         path = "\(root)\(GPULedger.folder)/prepared.json"
         self.run = run
+    }
+
+    /// Whether this host was started since something was written last.
+    ///
+    /// - Parameter stat: what /proc/stat says.
+    package func isStartedSince(_ stat: String) -> Bool {
+        let line = stat.split(separator: "\n").first { $0.hasPrefix("btime ") }
+        guard let start = line.flatMap({ Int($0.dropFirst(6)) }), let status = try? File(path, O_RDONLY).status()
+        else { return false }
+        return status.st_mtim.tv_sec < start
     }
 
     /// Programs that an earlier run could not finish.
@@ -68,7 +81,9 @@ package struct PreparedHost: Sendable {
             }
             let known = record.entries[index]
             let before = change.before.map { hex(Digest.hash(.sha256, $0)) }
-            if before == known.written || entry.original == known.original {
+            if before == known.written || entry.original == known.original
+                || record.rewritable?.contains(change.path) == true
+            {
                 record.entries[index].written = digest
             } else {
                 // Somebody else wrote it since; that is what there is to return to.
@@ -83,11 +98,7 @@ package struct PreparedHost: Sendable {
         for change in setup.changes {
             try put(change.path, change.after, mode: mode(of: change.path) ?? change.mode)
         }
-        let commands = record.commands
-        let before = bootFiles(record)
-        try finish(&record)
-        try check(setup, before, commands, &record)
-        try checkGRUB(setup, commands, &record)
+        try finish(&record, checking: setup)
     }
 
     /// What was written, and every boot entry.
@@ -96,43 +107,41 @@ package struct PreparedHost: Sendable {
         return Dictionary(uniqueKeysWithValues: paths.compactMap { path in content(of: path).map { (path, $0) } })
     }
 
-    /// What was made must have the words, or the next boot does without them: then the program is run again next time.
-    private func checkGRUB(_ setup: HostSetup, _ commands: [[String]], _ record: inout Record) throws {
-        guard run != nil else { return }
-        for command in commands {
-            guard let made = HostSetup.grubConfiguration(of: command), let bytes = content(of: made, limit: 1 << 24),
-                let entry = setup.entriesWithout(inGRUB: String(decoding: bytes, as: UTF8.self)).first
-            else { continue }
-            record.commands.append(command)
-            try write(record)
-            throw MigrationError(
-                .internal,
-                "\(root)\(made), which \(command.joined(separator: " ")) has written, lacks what was added: \(entry)",
-                hint: "add \"\(setup.parameters.joined(separator: " "))\" where that program has the kernel's command "
-                    + "line from, then run the same command again")
-        }
+    /// What was made must have the words, or the next boot does without them.
+    private func checkGRUB(_ setup: HostSetup, _ command: [String]) throws {
+        guard run != nil, let made = HostSetup.grubConfiguration(of: command, below: root),
+            let bytes = content(of: made, limit: 1 << 24),
+            let entry = setup.entriesWithout(inGRUB: String(decoding: bytes, as: UTF8.self)).first
+        else { return }
+        throw MigrationError(
+            .internal,
+            "\(root)\(made), which \(command.joined(separator: " ")) has written, lacks what was added: \(entry)",
+            hint: "add \"\(setup.parameters.joined(separator: " "))\" where that program has the kernel's command "
+                + "line from, then run the same command again")
     }
 
-    /// The programs, those of an earlier run too, may have written boot entries anew, from what they take for the kernel's
-    /// command line.
+    /// The program, and what an earlier run of it began, may have written boot entries anew, from what it takes for the
+    /// kernel's command line.
     private func check(
-        _ setup: HostSetup, _ before: [String: [UInt8]], _ commands: [[String]], _ record: inout Record
+        _ setup: HostSetup, _ before: [String: [UInt8]], _ command: [String], _ record: inout Record
     ) throws {
-        for (path, now) in bootFiles(record).sorted(by: { $0.key < $1.key }) where now != before[path] {
-            guard setup.isMet(path, by: String(decoding: now, as: UTF8.self)) else {
+        for (path, now) in bootFiles(record).sorted(by: { $0.key < $1.key }) {
+            let isRewritten = now != before[path]
+            guard !isRewritten || setup.isMet(path, by: String(decoding: now, as: UTF8.self)) else {
                 throw MigrationError(
                     .internal,
-                    "\(root)\(path) was written anew, without what was added, while these programs ran: "
-                        + commands.map { $0.joined(separator: " ") }.joined(separator: "; "),
-                    hint: "add \"\(setup.parameters.joined(separator: " "))\" where they have the kernel's command "
+                    "\(root)\(path) was written anew, without what was added, while "
+                        + "\(command.joined(separator: " ")) ran",
+                    hint: "add \"\(setup.parameters.joined(separator: " "))\" where it has the kernel's command "
                         + "line from (/etc/kernel/cmdline, or kernelstub's configuration), then run the same command "
                         + "again")
             }
-            if let index = record.entries.firstIndex(where: { $0.path == path }) {
+            if let index = record.entries.firstIndex(where: { $0.path == path }),
+                isRewritten || record.rewritable?.contains(path) == true
+            {
                 record.entries[index].written = hex(Digest.hash(.sha256, now))
             }
         }
-        try write(record)
     }
 
     /// The changes that take everything back, to the byte. The boot entry of a kernel that was removed since stays away.
@@ -147,7 +156,7 @@ package struct PreparedHost: Sendable {
             if now == original { return nil }
             if now == nil, HostSetup.entryFolders.contains(Files.parent(of: entry.path)) { return nil }
             // A file that is gone needs nothing but to come back.
-            if let now, hex(Digest.hash(.sha256, now)) != entry.written { changed.append(entry.path) }
+            if let now, !isOwn(now, entry, record) { changed.append(entry.path) }
             return HostSetup.FileChange(path: entry.path, before: now, after: original, mode: entry.mode)
         }
         guard changed.isEmpty else {
@@ -181,11 +190,12 @@ package struct PreparedHost: Sendable {
         let changes = try reverting()
         for change in changes { _ = try target(of: change.path) }
         var record = try read()
-        record.commands = changes.isEmpty ? record.commands : commands
+        record.commands += commands.filter { !record.commands.contains($0) }
         try write(record)
         for change in changes { try put(change.path, change.after, mode: change.mode) }
-        record.entries = []
         try finish(&record)
+        // Boot entries that a program wrote anew meanwhile.
+        for change in try reverting() { try put(change.path, change.after, mode: change.mode) }
         let made = (record.folders ?? []).reversed().map { "\(root)\($0)" }
         let ownFolders = made.filter { path.hasPrefix("\($0)/") }
         for folder in made where !ownFolders.contains(folder) { try Files.removeDirectoryIfEmpty(folder) }
@@ -224,13 +234,31 @@ package struct PreparedHost: Sendable {
         return missing.sorted()
     }
 
-    private func finish(_ record: inout Record) throws {
+    /// Runs the programs. One is done when what it made has been looked at.
+    private func finish(_ record: inout Record, checking setup: HostSetup? = nil) throws {
+        guard !record.commands.isEmpty else { return try write(record) }
+        record.rewritable = record.entries.filter { entry in
+            guard HostSetup.entryFolders.contains(Files.parent(of: entry.path)) else { return false }
+            guard let now = content(of: entry.path) else { return false }
+            return now == entry.original.map { [UInt8]($0) } || isOwn(now, entry, record)
+        }.map(\.path)
         try write(record)
         while let command = record.commands.first {
+            let before = bootFiles(record)
             try run?(command)
+            if let setup {
+                try check(setup, before, command, &record)
+                try checkGRUB(setup, command)
+            }
             record.commands.removeFirst()
+            if setup != nil, record.commands.isEmpty { record.rewritable = nil }
             try write(record)
         }
+    }
+
+    /// Whether nobody but this program, and those it ran, wrote these bytes.
+    private func isOwn(_ bytes: [UInt8], _ entry: Entry, _ record: Record) -> Bool {
+        hex(Digest.hash(.sha256, bytes)) == entry.written || record.rewritable?.contains(entry.path) == true
     }
 
     /// A link stays a link: what it leads to changes. Throws `failedPrecondition` for one out of another root.

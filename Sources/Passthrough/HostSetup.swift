@@ -60,8 +60,12 @@ package struct HostSetup: Sendable {
         }
         changes.removeAll { $0.before == $0.after }
         let paths = changes.map(\.path)
-        commands = Self.commands(root: root, for: paths)
+        let stale = staleMenu()
+        commands = Self.commands(root: root, for: paths + stale)
         notes += Self.notes(root: root, for: paths)
+        if !stale.isEmpty, !paths.contains(where: { $0.hasPrefix("/etc/default/grub") }) {
+            notes.append("GRUB's menu lacks what its settings have: it has to be made again")
+        }
         if commands.isEmpty, paths.contains(where: { $0.hasPrefix("/etc/default/grub") }) {
             notes.append("there is no update-grub or grub-mkconfig here: make GRUB's configuration again by hand")
         }
@@ -99,7 +103,29 @@ package struct HostSetup: Sendable {
         }
     }
 
+    /// Below another root an absolute link is one into this host. Throws `failedPrecondition` for such a file of a boot
+    /// loader, which would be overlooked or be another's.
+    private func requireNoLinksOut() throws {
+        guard !root.isEmpty else { return }
+        let top = try Files.canonical(root)
+        let files = ["/etc/default/grub.d", "/etc/default/grub", Self.commandLine] + Self.entries(below: root)
+        for path in files + Self.entryFolders {
+            var link = ""
+            for part in path.split(separator: "/") {
+                link += "/\(part)"
+                guard let target = Sysfs(root: root).linkPath(String(link.dropFirst())), target.hasPrefix("/"),
+                    !target.hasPrefix("\(root)/"), !target.hasPrefix("\(top)/")
+                else { continue }
+                throw MigrationError(
+                    .failedPrecondition,
+                    "\(root)\(link) is a link to \(target), which leads out of \(root), into this host",
+                    hint: "make it a link relative to its folder")
+            }
+        }
+    }
+
     private mutating func planBootLoaders() throws {
+        try requireNoLinksOut()
         var isKnown = false
         if let grub = text("/etc/default/grub") {
             isKnown = true
@@ -112,9 +138,7 @@ package struct HostSetup: Sendable {
         }
         if let line = text(Self.commandLine) ?? newCommandLine() {
             isKnown = true
-            let body = line.hasSuffix("\n") ? String(line.dropLast()) : line
-            let edited = kernel.edited(body)
-            try change(Self.commandLine, to: edited == body ? line : edited + "\n")
+            try change(Self.commandLine, to: kernel.edited(file: line))
         }
         guard isKnown else {
             throw MigrationError(
@@ -125,7 +149,7 @@ package struct HostSetup: Sendable {
         }
     }
 
-    private static let commandLine = "/etc/kernel/cmdline"
+    static let commandLine = "/etc/kernel/cmdline"
 
     /// Where Debian's hook has kernel-install write the entries anew as often as the initramfs is made, it must not take the
     /// running kernel's command line for them: that has none of the words yet. Nil where that is not so.
@@ -143,6 +167,17 @@ package struct HostSetup: Sendable {
     /// Whether a boot loader's file, written anew by a program, has the words all the same.
     func isMet(_ path: String, by text: String) -> Bool {
         Self.entryFolders.contains(Files.parent(of: path)) && kernel.edited(entry: text) == text
+    }
+
+    /// GRUB's settings, where the menu that is made of them lacks the words: it was not made again since.
+    private func staleMenu() -> [String] {
+        let settings = "/etc/default/grub"
+        return Self.commands(root: root, for: [settings]).contains { command in
+            guard has(settings), let menu = Self.grubConfiguration(of: command, below: root),
+                let bytes = try? Files.read("\(root)\(menu)", limit: 1 << 24)
+            else { return false }
+            return !kernel.entriesWithout(inGRUB: String(decoding: bytes, as: UTF8.self)).isEmpty
+        } ? [settings] : []
     }
 
     /// What makes GRUB's configuration. That it reads drop-ins of /etc/default is its distribution's doing (Debian's is one);
@@ -205,8 +240,8 @@ package struct HostSetup: Sendable {
 
     static let rules = "/etc/udev/rules.d/10-flotilla-vfio.rules"
     static let modprobe = "/etc/modprobe.d/flotilla-vfio.conf"
-    private static let hook = "/etc/initramfs-tools/hooks/flotilla-vfio"
-    private static let dracut = "/etc/dracut.conf.d/90-flotilla-vfio.conf"
+    static let hook = "/etc/initramfs-tools/hooks/flotilla-vfio"
+    static let dracut = "/etc/dracut.conf.d/90-flotilla-vfio.conf"
     private static let head = "# Written by `flotilla gpu prepare`; `flotilla gpu prepare --revert` takes it away.\n"
 
     /// Those of earlier runs that are still there.
@@ -263,87 +298,21 @@ package struct HostSetup: Sendable {
 
     private mutating func planInitramfs(_ devices: [DeviceFunction]) throws {
         guard !devices.isEmpty else { return }
-        if Self.program("update-initramfs", root) != nil {
+        // That of dracut's package knows none of initramfs-tools' hooks.
+        let isDracut = Self.program("dracut", root) != nil && Self.program("mkinitramfs", root) == nil
+        if !isDracut, Self.program("update-initramfs", root) != nil {
             try change(
                 Self.hook,
                 to: "#!/bin/sh\n" + Self.head
                     + "[ \"$1\" = prereqs ] && exit 0\n. /usr/share/initramfs-tools/hook-functions\n"
                     + "manual_add_modules vfio-pci\nmkdir -p \"$DESTDIR/etc/udev/rules.d\"\n"
                     + "cp -p \(Self.rules) \"$DESTDIR/etc/udev/rules.d/\"\n", mode: 0o755)
-        } else if Self.program("dracut", root) != nil {
+        } else if isDracut {
             try change(
                 Self.dracut,
                 to: Self.head + "add_drivers+=\" vfio-pci \"\ninstall_items+=\" \(Self.rules) \(Self.modprobe) \"\n")
         } else {
             notes.append("drivers in the initramfs come before the binding: add vfio_pci to what it loads first")
         }
-    }
-
-    /// Programs that carry changes of these files into the boot, as argument vectors.
-    package static func commands(root: String, for paths: [String]) -> [[String]] {
-        var commands: [[String]] = []
-        if paths.contains(where: { $0.hasPrefix("/etc/default/grub") }) {
-            if let update = program("update-grub", root) {
-                commands.append([update])
-            } else if let make = program("grub2-mkconfig", root) ?? program("grub-mkconfig", root) {
-                // Red Hat's until 8 has it on the EFI partition; later there is a stub, which reads the other.
-                let efi = "/boot/efi/EFI"
-                let onEFI = ((try? Files.list("\(root)\(efi)")) ?? []).sorted().map { "\(efi)/\($0)/grub.cfg" }
-                let targets = ["/boot/grub2/grub.cfg", "/boot/grub/grub.cfg"] + onEFI
-                let target = targets.first { Files.exists("\(root)\($0)") }
-                commands.append([make, "-o", target ?? "/boot/grub/grub.cfg"])
-            }
-        }
-        if paths.contains(commandLine), let refresh = program("proxmox-boot-tool", root) {
-            // To the EFI partitions, which are not mounted.
-            commands.append([refresh, "refresh"])
-        }
-        if paths.contains(where: [rules, modprobe, hook, dracut].contains) {
-            if let update = program("update-initramfs", root) {
-                commands.append([update, "-u", "-k", "all"])
-            } else if let dracut = program("dracut", root) {
-                commands.append([dracut, "--force", "--regenerate-all"])
-            }
-        }
-        return commands
-    }
-
-    /// What somebody has to run besides, to carry changes of these files into the boot or out of it.
-    package static func notes(root: String, for paths: [String]) -> [String] {
-        var notes: [String] = []
-        let isWords = paths.contains { path in
-            path == commandLine || path.hasPrefix("/etc/default/grub") || entryFolders.contains(Files.parent(of: path))
-        }
-        let mkinitcpio = program("mkinitcpio", root) != nil
-        for folder in ["/boot/efi/EFI/Linux", "/efi/EFI/Linux", "/boot/EFI/Linux"] where isWords {
-            if ((try? Files.list("\(root)\(folder)")) ?? []).contains(where: { $0.hasSuffix(".efi") }) {
-                notes.append(
-                    "\(folder) holds unified kernel images, which carry their command line: make them again "
-                        + (mkinitcpio ? "(mkinitcpio -P)" : "(kernel-install add, or dracut --uefi)"))
-            }
-        }
-        if paths.contains(where: [rules, modprobe].contains), commands(root: root, for: [rules]).isEmpty {
-            notes.append(
-                "neither update-initramfs nor dracut is here: make the initramfs again with the program that makes it"
-                    + (mkinitcpio ? " (mkinitcpio -P)" : ""))
-        }
-        // An initrd is made for each of its entries, in a folder of its own, which dracut leaves alone.
-        if !paths.isEmpty, program("sdbootutil", root) != nil {
-            notes.append(
-                "sdbootutil makes the boot entries here, each with an initrd of its own: run sdbootutil mkinitrd "
-                    + "(earlier versions: sdbootutil add-all-kernels) before the reboot")
-        }
-        return notes
-    }
-
-    /// Where one of these commands writes GRUB's configuration; nil for the others.
-    static func grubConfiguration(of command: [String]) -> String? {
-        guard let program = command.first.map(Files.name(of:)) else { return nil }
-        if program == "update-grub" { return "/boot/grub/grub.cfg" }
-        return program.hasSuffix("-mkconfig") ? command.last : nil
-    }
-
-    private static func program(_ name: String, _ root: String) -> String? {
-        ["/usr/sbin", "/usr/bin", "/sbin", "/bin"].map { "\($0)/\(name)" }.first { access("\(root)\($0)", X_OK) == 0 }
     }
 }

@@ -48,6 +48,24 @@ struct KernelParameters {
         return stem.isEmpty ? missing.joined(separator: " ") : ([stem] + missing).joined(separator: " ")
     }
 
+    /// A file that holds nothing but a command line, as /etc/kernel/cmdline: in one line or several, with comments.
+    func edited(file text: String) -> String {
+        var lines = text.split(omittingEmptySubsequences: false) { $0 == "\n" || $0 == "\r\n" }.map(String.init)
+        let own = lines.indices.filter { lines[$0].contains { $0 != " " && $0 != "\t" } && !lines[$0].hasPrefix("#") }
+        guard edited(own.map { lines[$0] }.joined(separator: " ")) != own.map({ lines[$0] }).joined(separator: " ")
+        else { return text }
+        guard let last = own.first(where: { Self.isEnded(lines[$0][...]) }) ?? own.last else {
+            let comments = lines.filter { $0.hasPrefix("#") }
+            return (comments + [wanted.joined(separator: " "), ""]).joined(separator: "\n")
+        }
+        for index in own where index < last { lines[index] = KernelParameters(wanted: []).edited(lines[index]) }
+        let before = own.filter { $0 < last }.flatMap { lines[$0].split { $0 == " " || $0 == "\t" } }
+        let missing = KernelParameters(wanted: wanted.filter { !before.contains(Substring($0)) })
+        lines[last] = missing.edited(lines[last])
+        if lines.last != "" { lines.append("") }
+        return lines.joined(separator: text.contains("\r\n") ? "\r\n" : "\n")
+    }
+
     /// A Boot Loader Specification entry (uapi-group.org): words of all its `options` lines are joined by the loader.
     func edited(entry text: String) -> String {
         var lines = text.split(omittingEmptySubsequences: false) { $0 == "\n" || $0 == "\r\n" }.map(String.init)

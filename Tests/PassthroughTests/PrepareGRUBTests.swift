@@ -1,3 +1,4 @@
+import Glibc
 import HostKit
 import MigrationModel
 import Passthrough
@@ -88,5 +89,46 @@ import Testing
         let host = PreparedHost(root: rig.root, run: nil)
         try host.apply(rig.setup())
         #expect(try host.pending().isEmpty && rig.text(Self.main)?.contains("iommu=pt") == true)
+    }
+
+    /// The words are in the settings, by somebody who did not make the menu again.
+    @Test func aMenuThatWasNotMadeAgain() throws {
+        let set = "GRUB_CMDLINE_LINUX=\"intel_iommu=on iommu=pt\"\n"
+        let rig = try SetupRig(
+            [Self.main: set, Self.made: Self.menu("")], programs: ["/usr/sbin/update-grub"])
+        let host = PreparedHost(root: rig.root) { [root = rig.root] _ in
+            try Files.writeAtomically(Array(Self.menu("intel_iommu=on iommu=pt").utf8), to: "\(root)\(Self.made)")
+        }
+        let setup = try rig.setup()
+        #expect(setup.commands == [["/usr/sbin/update-grub"]] && !setup.changes.contains { $0.path == Self.main })
+        #expect(setup.notes.contains { $0.contains("GRUB's menu") })
+        try host.apply(setup)
+        #expect(try rig.setup().commands.isEmpty && rig.setup().notes.isEmpty)
+    }
+
+    /// Where GRUB has its menu, and what is read back is what the program wrote.
+    @Test(arguments: [
+        ("/usr/sbin/grub2-mkconfig", "/boot/grub2/grub.cfg", ""),
+        ("/usr/sbin/grub2-mkconfig", "/boot/efi/EFI/fedora/grub.cfg", ""),
+        ("/usr/sbin/update-grub", "/boot/grub2/grub.cfg", ""),
+        ("/usr/sbin/update-grub", "/boot/grub2/grub.cfg", "exec grub2-mkconfig -o /boot/grub2/grub.cfg \"$@\"\n"),
+        ("/usr/sbin/update-grub", "/boot/efi/EFI/x/grub.cfg", "grub-mkconfig --output=/boot/efi/EFI/x/grub.cfg\n"),
+    ]) func whereTheMenuIs(_ program: String, _ made: String, _ script: String) throws {
+        let rig = try SetupRig([Self.main: PrepareTests.grub, made: Self.menu("")], programs: [program])
+        if !script.isEmpty { try rig.write(program, script) }
+        try #require(Program.run("/usr/bin/chmod", ["755", "\(rig.root)\(program)"]).status == 0)
+        let host = PreparedHost(root: rig.root) { _ in }
+        let error = failure { try host.apply(rig.setup()) }
+        #expect(error?.message.contains("\(rig.root)\(made), which") == true, "\(error?.message ?? "none")")
+    }
+
+    /// Red Hat's link tells which of two it boots by.
+    @Test(arguments: ["../boot/efi/EFI/redhat/grub.cfg", "../boot/grub2/grub.cfg"])
+    func aMenuOnTheEFIPartition(_ link: String) throws {
+        let rig = try SetupRig(
+            [Self.main: PrepareTests.grub, "/boot/grub2/grub.cfg": "", "/boot/efi/EFI/redhat/grub.cfg": ""],
+            programs: ["/usr/sbin/grub2-mkconfig"])
+        try #require(symlink(link, "\(rig.root)/etc/grub2-efi.cfg") == 0)
+        #expect(try rig.setup().commands == [["/usr/sbin/grub2-mkconfig", "-o", String(link.dropFirst(2))]])
     }
 }

@@ -1,4 +1,5 @@
 import FlotillaProtocol
+import Glibc
 import HostKit
 import MigrationModel
 import Passthrough
@@ -126,6 +127,45 @@ import Testing
         let diff = try #require(rig.setup().changes.first { $0.path == Self.entry }?.diff)
         #expect(diff.hasSuffix("-options root=x\r\n+options root=x intel_iommu=on iommu=pt\r\n"))
         #expect(!diff.contains("No newline"))
+    }
+
+    /// mkinitcpio and kernel-install read all lines as one; what is commented out is nothing.
+    @Test(arguments: [
+        ("root=x rw\n# intel_iommu=on iommu=pt\n", "root=x rw intel_iommu=on iommu=pt\n# intel_iommu=on iommu=pt\n"),
+        ("root=x intel_iommu=off\nrw\n", "root=x\nrw intel_iommu=on iommu=pt\n"),
+        ("iommu=pt\nrw", "iommu=pt\nrw intel_iommu=on\n"), ("# none\n", "# none\nintel_iommu=on iommu=pt\n"),
+        ("intel_iommu=on\niommu=pt rw", "intel_iommu=on\niommu=pt rw"), ("\n", "intel_iommu=on iommu=pt\n"),
+        ("root=x\r\nrw\r\n", "root=x\r\nrw intel_iommu=on iommu=pt\r\n"),
+    ]) func aCommandLineOfSeveralLines(_ before: String, _ after: String) throws {
+        let rig = try SetupRig(["/etc/kernel/cmdline": before])
+        try PreparedHost(root: rig.root) { _ in }.apply(rig.setup())
+        #expect(try rig.text("/etc/kernel/cmdline") == after && rig.setup().changes.isEmpty)
+    }
+
+    /// Below another root an absolute link leads into this host, whether anything is there or not.
+    @Test(arguments: ["/etc/default/grub", "/etc/kernel", "/boot/efi/loader/entries", "/boot", entry])
+    func linksOutOfTheRoot(_ path: String) throws {
+        let rig = try SetupRig(["/etc/keep": ""])
+        let link = "\(rig.root)\(path)"
+        try Files.createDirectories(Files.parent(of: link))
+        try #require(symlink("/nowhere/at/all", link) == 0)
+        let error = failure { try rig.setup() }
+        #expect(error?.code == .failedPrecondition)
+        #expect(error?.message.contains("\(link) is a link to /nowhere/at/all") == true, "\(error?.message ?? "")")
+        #expect(error?.hint?.contains("relative") == true)
+    }
+
+    /// Debian's dracut comes with an update-initramfs, which knows no hooks of initramfs-tools.
+    @Test func dracutsUpdateInitramfs() throws {
+        let programs = ["/usr/sbin/update-initramfs", "/usr/bin/dracut"]
+        for isDracut in [true, false] {
+            let rig = try SetupRig(
+                [Self.entry: PrepareTests.entry], programs: programs + (isDracut ? [] : ["/usr/sbin/mkinitramfs"]))
+            let setup = try rig.setup(["0000:01:00.0"])
+            #expect(setup.changes.contains { $0.path.hasPrefix("/etc/dracut.conf.d/") } == isDracut)
+            #expect(setup.changes.contains { $0.path.hasPrefix("/etc/initramfs-tools/") } == !isDracut)
+            #expect(setup.commands == [["/usr/sbin/update-initramfs", "-u", "-k", "all"]])
+        }
     }
 
     /// What the firmware calls it.

@@ -123,11 +123,26 @@ struct GPUPrepareCommand: AsyncParsableCommand {
                 "a recorded device tree does not tell which processes, domains or disks use devices: see what flotilla gpu "
                     + "check says on that host before you rely on it")
         }
-        report.commands = try host.pending().filter { !setup.commands.contains($0) } + setup.commands
+        try show(unfinished: host.pending(), in: &report)
+        report.commands += setup.commands.filter { !report.commands.contains($0) }
         let running = String(decoding: (try? Files.read("/proc/cmdline")) ?? [], as: UTF8.self)
-        report.needsReboot = root != nil || !setup.changes.isEmpty || !setup.isMet(byRunning: running)
+        let isMet = setup.isMet(byRunning: running) && devices.allSatisfy { isVfio(driver: $0.function.driver) }
+        report.needsReboot = root != nil || !report.changes.isEmpty || !report.commands.isEmpty || !isMet
+        let stat = String(decoding: (try? Files.read("/proc/stat")) ?? [], as: UTF8.self)
+        if root == nil, report.changes.isEmpty, !setup.isMet(byRunning: running), host.isStartedSince(stat) {
+            report.notes.append(
+                "this host was started since it was prepared, without \(setup.parameters.joined(separator: " ")): what "
+                    + "it boots by is not what was written; compare /proc/cmdline with its boot loader's menu")
+        }
         let isNothing = report.changes.isEmpty && report.commands.isEmpty
         return (report, { if !isNothing { try host.apply(setup) } })
+    }
+
+    private func show(unfinished commands: [[String]], in report: inout Report) {
+        guard !commands.isEmpty else { return }
+        let programs = commands.map { $0.joined(separator: " ") }.joined(separator: "; ")
+        report.notes.append("an earlier run did not come to the end of what it had to run: once more: \(programs)")
+        report.commands = commands
     }
 
     private func takeBack(_ host: PreparedHost) throws -> (Report, apply: () throws -> Void) {
@@ -139,8 +154,9 @@ struct GPUPrepareCommand: AsyncParsableCommand {
             "\($0) has such words too, and not from here: take them out by hand if they are to go"
         }
         report.notes += HostSetup.notes(root: folder, for: changes.map(\.path))
-        report.commands = commands
-        report.needsReboot = !changes.isEmpty
+        try show(unfinished: host.pending(), in: &report)
+        report.commands += commands.filter { !report.commands.contains($0) }
+        report.needsReboot = !changes.isEmpty || !report.commands.isEmpty
         return (report, { try host.revert(commands: commands) })
     }
 }
