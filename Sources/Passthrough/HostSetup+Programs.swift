@@ -19,7 +19,7 @@ extension HostSetup {
         if paths.contains(where: [rules, modprobe, hook, dracut].contains) {
             if let update = program("update-initramfs", root) {
                 commands.append([update, "-u", "-k", "all"])
-            } else if let dracut = program("dracut", root) {
+            } else if let dracut = program("dracut", root), !isImage(root) {
                 commands.append([dracut, "--force", "--regenerate-all"])
             }
         }
@@ -33,17 +33,30 @@ extension HostSetup {
             path == commandLine || path.hasPrefix("/etc/default/grub") || entryFolders.contains(Files.parent(of: path))
         }
         let mkinitcpio = program("mkinitcpio", root) != nil
-        for folder in ["/boot/efi/EFI/Linux", "/efi/EFI/Linux", "/boot/EFI/Linux"] where isWords {
+        let unified = ["/boot/efi/EFI/Linux", "/efi/EFI/Linux", "/boot/EFI/Linux"]
+        for folder in unified where isWords {
             if ((try? Files.list("\(root)\(folder)")) ?? []).contains(where: { $0.hasSuffix(".efi") }) {
                 notes.append(
                     "\(folder) holds unified kernel images, which carry their command line: make them again "
                         + (mkinitcpio ? "(mkinitcpio -P)" : "(kernel-install add, or dracut --uefi)"))
             }
         }
-        if paths.contains(where: [rules, modprobe].contains), commands(root: root, for: [rules]).isEmpty {
+        if paths.contains(where: [rules, modprobe].contains), isImage(root) {
+            notes.append(
+                "this system is an image, which brings its initramfs: have one made here, with what was written, before the "
+                    + "reboot (rpm-ostree initramfs --enable)")
+        } else if paths.contains(where: [rules, modprobe].contains), commands(root: root, for: [rules]).isEmpty {
             notes.append(
                 "neither update-initramfs nor dracut is here: make the initramfs again with the program that makes it"
                     + (mkinitcpio ? " (mkinitcpio -P)" : ""))
+        }
+        let booting = ["/etc/default/grub"] + unified + HostSetup.entries(below: root)
+        if paths.contains(commandLine), !booting.contains(where: { Files.exists("\(root)\($0)") }),
+            commands(root: root, for: [commandLine]).isEmpty
+        {
+            notes.append(
+                "\(commandLine) is read when a kernel is installed, and nothing was found that boots by it (a partition "
+                    + "that is not mounted?): kernel-install add, then look for the words where this system boots from")
         }
         // An initrd is made for each of its entries, in a folder of its own, which dracut leaves alone.
         if !paths.isEmpty, program("sdbootutil", root) != nil {
@@ -53,6 +66,9 @@ extension HostSetup {
         }
         return notes
     }
+
+    /// OSTree's: /usr can't be written, and an initramfs that dracut leaves in /boot is nobody's.
+    private static func isImage(_ root: String) -> Bool { Files.isDirectory("\(root)/ostree/repo") }
 
     /// The file that GRUB boots by. Red Hat's until 8 has it on the EFI partition, as its link says; later there is a stub,
     /// which reads the other.

@@ -336,7 +336,7 @@ struct SetupRig {
         #expect(isAMD(sysfs, cpuinfo: nil) == true)
         try put("vendor", "0x8086\n")
         #expect(isAMD(sysfs, cpuinfo: "AuthenticAMD") == false)
-        let rig = try SetupRig(["/etc/kernel/cmdline": "root=x\n"])
+        let rig = try SetupRig(["/etc/kernel/cmdline": "root=x\n", "/efi/loader/entries/a.conf": Self.entry])
         let unknown = try HostSetup(root: rig.root, devices: [], in: nil, amd: nil)
         #expect(unknown.parameters == ["intel_iommu=on", "iommu=pt"] && unknown.notes.count == 1)
     }

@@ -155,6 +155,30 @@ import Testing
         #expect(error?.hint?.contains("relative") == true)
     }
 
+    /// A command line that nobody reads is no boot that is prepared.
+    @Test func nothingThatBoots() throws {
+        let line = "/etc/kernel/cmdline"
+        for (path, program) in [("/etc/default/grub", ""), (Self.entry, ""), ("/x", "/usr/sbin/proxmox-boot-tool")] {
+            let rig = try SetupRig(
+                [line: "root=x\n", path: path == Self.entry ? PrepareTests.entry : PrepareTests.grub],
+                programs: program.isEmpty ? [] : [program])
+            #expect(try !rig.setup().notes.contains { $0.contains("nothing was found that boots by it") })
+        }
+        let notes = try SetupRig([line: "root=x\n"]).setup().notes
+        #expect(notes.contains { $0.contains("nothing was found that boots by it") })
+    }
+
+    /// Of an OSTree system dracut can't make the initramfs that is booted.
+    @Test func anImageBasedSystem() throws {
+        let files = [Self.entry: PrepareTests.entry, "/ostree/repo/config": ""]
+        let rig = try SetupRig(files, programs: ["/usr/bin/dracut"])
+        let setup = try rig.setup(["0000:01:00.0"])
+        #expect(setup.commands.isEmpty && setup.notes.contains { $0.contains("rpm-ostree initramfs --enable") })
+        #expect(try !rig.setup().notes.contains { $0.contains("rpm-ostree") })
+        let paths = setup.changes.map(\.path)
+        #expect(HostSetup.notes(root: rig.root, for: paths).contains { $0.contains("rpm-ostree") })
+    }
+
     /// Debian's dracut comes with an update-initramfs, which knows no hooks of initramfs-tools.
     @Test func dracutsUpdateInitramfs() throws {
         let programs = ["/usr/sbin/update-initramfs", "/usr/bin/dracut"]
