@@ -195,7 +195,11 @@ package struct PreparedHost: Sendable {
         for change in changes { try put(change.path, change.after, mode: change.mode) }
         try finish(&record)
         // Boot entries that a program wrote anew meanwhile.
-        for change in try reverting() { try put(change.path, change.after, mode: change.mode) }
+        for entry in record.entries where record.rewritable?.contains(entry.path) == true {
+            let original = entry.original.map { [UInt8]($0) }
+            guard let now = content(of: entry.path), now != original else { continue }
+            try put(entry.path, original, mode: entry.mode)
+        }
         let made = (record.folders ?? []).reversed().map { "\(root)\($0)" }
         let ownFolders = made.filter { path.hasPrefix("\($0)/") }
         for folder in made where !ownFolders.contains(folder) { try Files.removeDirectoryIfEmpty(folder) }

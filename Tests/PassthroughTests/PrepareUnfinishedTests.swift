@@ -127,6 +127,16 @@ import Testing
         #expect(try runner.take() == Self.all && host.pending().isEmpty)
     }
 
+    /// A start before what was written says nothing; one after it does.
+    @Test func startedSince() throws {
+        let rig = try Self.debian()
+        let host = PreparedHost(root: rig.root) { _ in }
+        #expect(!host.isStartedSince("cpu 1 2\nbtime 9999999999\n"))
+        try host.apply(rig.setup())
+        #expect(host.isStartedSince("cpu 1 2\nbtime 9999999999\n") && !host.isStartedSince("btime 1000\nx 1\n"))
+        #expect(!host.isStartedSince(""))
+    }
+
     static let boot = "/boot/efi/loader/entries/6.1.conf"
 
     /// kernel-install of a Debian with systemd-boot writes an entry anew, and then a program fails or all is killed.
