@@ -45,7 +45,8 @@ package struct VgpuOffer: Sendable, Encodable, Hashable {
 package struct DeviceFunction: Sendable {
     package var function: PciFunction
     package var address: PciAddress
-    /// Of the configuration header: 0 for a device, 1 for a bridge; nil where it can't be read.
+    /// Of the configuration header: 0 for a device, 1 for a bridge, 0x7f for one that does not answer; nil where it can't be
+    /// read.
     package var headerType: UInt8?
     package var bars: [BaseAddress]
     /// Empty for none.
@@ -71,6 +72,8 @@ package struct DeviceFunction: Sendable {
     /// Keeps its IOMMU group from being handed to a VM while it is as it is: bound to a driver that does DMA for the
     /// host (kernel: `driver_managed_dma`; before 5.19 `vfio_dev_driver_allowed`).
     package var blocksGroup: Bool { function.blocksGroup }
+
+    package var answers: Bool { headerType != silentHeader }
 }
 
 extension PciFunction {
@@ -160,10 +163,9 @@ package struct DeviceTree: Sendable {
             .compactMap { sysfs.linkName("\(folder)/\($0.1)").flatMap(PciAddress.init) }
         let enabled = names.contains("sriov_numvfs") ? Int(sysfs.number("\(folder)/sriov_numvfs") ?? 0) : 0
         let override = sysfs.text("\(folder)/driver_override") ?? ""
-        let header = sysfs.bytes("\(folder)/config", limit: 64).flatMap { $0.count > 0x0e ? $0[0x0e] & 0x7f : nil }
         let offers = vgpuOffers(address, names, sysfs)
         return DeviceFunction(
-            function: function, address: address, headerType: header,
+            function: function, address: address, headerType: Passthrough.headerType(sysfs, folder),
             bars: names.contains("resource") ? BaseAddress.read(wholeText(sysfs, "\(folder)/resource")) : [],
             driverOverride: override == "(null)" ? "" : override,
             physicalFunction: names.contains("physfn")

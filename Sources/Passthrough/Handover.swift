@@ -122,9 +122,16 @@ func hostObstacles(_ tree: DeviceTree) -> [Requirement] {
     return []
 }
 
-/// Of a function that was taken out just now, or of a recorded tree with holes, nobody can say that it is no bridge.
+/// Of a function that was taken out just now or answers no more, or of a recorded tree with holes, nobody can say that
+/// it is no bridge.
 func unknownObstacle(_ device: DeviceFunction) -> Requirement? {
     let function = device.function
+    if !device.answers {
+        return .fail(
+            function.address, "present",
+            "\(function.text) does not answer: its configuration reads as ones, as of a device that fell off the bus",
+            remedy: "journalctl -k tells when it stopped; turn the host off and on, and look at its slot and cables")
+    }
     guard function.id.vendor == 0 || (device.headerType == nil && function.classCode == 0) else { return nil }
     return .fail(
         function.address, "present",

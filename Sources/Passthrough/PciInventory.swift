@@ -56,9 +56,16 @@ private func pciID(_ sysfs: Sysfs, _ folder: String) -> PciId {
 /// of a chipset has a header of type 0 and vfio-pci would take it.
 private func isBridge(_ sysfs: Sysfs, _ folder: String, classCode: UInt32) -> Bool {
     if classCode >> 8 == 0x06 { return true }
-    guard let config = sysfs.bytes("\(folder)/config", limit: 64), config.count > 0x0e else { return false }
-    return config[0x0e] & 0x7f != 0
+    return ![nil, 0, silentHeader].contains(headerType(sysfs, folder))
 }
+
+/// Of a function's configuration, without the bit that says multifunction; nil where it can't be read.
+func headerType(_ sysfs: Sysfs, _ folder: String) -> UInt8? {
+    sysfs.bytes("\(folder)/config", limit: 64).flatMap { $0.count > 0x0e ? $0[0x0e] & 0x7f : nil }
+}
+
+/// What the bus returns when nobody answers: all ones.
+let silentHeader: UInt8 = 0x7f
 
 /// The address in a device link's name, `consumer:pci:0000:01:00.1`: that device needs this one awake.
 private func consumer(_ name: String) -> PciAddress? {

@@ -49,6 +49,21 @@ import Testing
         #expect(failure { _ = try devicesToPrepare(addresses, in: read, consent: []) }?.code == .failedPrecondition)
     }
 
+    /// It is no bridge, whatever the ones say, and is listed; but it goes nowhere.
+    @Test func aDeviceThatFellOffTheBus() throws {
+        let gpu = "0000:01:00.0"
+        let ones = { (sysfs: Sysfs) in
+            try Files.writeAtomically(
+                [UInt8](repeating: 0xff, count: 64), to: sysfs.path("bus/pci/devices/\(gpu)/config"))
+        }
+        let found = try check(gpu, ones).filter { $0.subject == gpu }
+        #expect(found.map(\.requirement) == ["present"] && found[0].found.contains("does not answer"))
+        try withRecordedMachine { sysfs in
+            try ones(sysfs)
+            #expect(try DeviceTree(sysfs)[pci(gpu)]?.function.bridge == false)
+        }
+    }
+
     /// Two registers whose sizes have no sum.
     @Test func registersOfAnySize() throws {
         let line = "0x0000000000000000 0xfffffffffffffff0 0x000000000014220c\n"

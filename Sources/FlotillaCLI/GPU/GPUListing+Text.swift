@@ -66,6 +66,7 @@ extension GPUListing.Function {
         if bridge { return [] }
         var details: [String] = []
         if let subsystem { details.append("board \(subsystem) [\(subsystemId ?? "")]") }
+        if !answers { details.append("does not answer: flotilla gpu check \(address)") }
         if bootVga { details.append("the boot display") }
         for use in usedBy { details.append("\(use.kind == .dirty ? "not reset:" : "used by") \(use.by)") }
         if let driverOverride { details.append("driver_override \(driverOverride)") }

@@ -29,6 +29,8 @@ struct GPUListing: Encodable {
         var numaNode: Int32?
         var bridge: Bool
         var bootVga: Bool
+        /// False: its configuration reads as ones.
+        var answers: Bool
         var gpu: Bool
         /// Listed because it shares a group with what was asked for.
         var companions: [String]
@@ -107,6 +109,7 @@ extension GPUListing.Function {
         numaNode = function.numaNode < 0 ? nil : function.numaNode
         bridge = function.bridge
         bootVga = function.bootVga
+        answers = device.answers
         gpu = device.isGPU
         companions = function.companions
         bars = device.bars
