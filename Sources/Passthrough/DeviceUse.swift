@@ -38,8 +38,10 @@ package struct DeviceUse: Sendable, Encodable, Hashable {
     package var kind: Kind
     /// "domain web", "process 4242 (Xorg)", "network interface eth0, which is up".
     package var by: String
-    /// Set for domains and reservations, to tell one's own.
+    /// Set for domains and reservations, to tell one's own; of a vGPU, who has it if that is known.
     var owner: GPUOwner?
+    /// Of a vGPU: flotilla made it, or is about to.
+    var isReserved = false
     /// Only a part of the function is theirs: a virtual function of it, or a vGPU.
     var isOfPart = false
 
@@ -272,12 +274,21 @@ struct DeviceUsers {
                     .virtualFunctions, "its \(virtualFunctions) virtual function\(virtualFunctions == 1 ? "" : "s")"))
         }
         for name in sysfs.list(folder) where isUUID(name) {
-            uses.append(DeviceUse(.vgpu, "mediated device \(name)"))
+            uses.append(vgpu("mediated device \(name)", GPUResource(mdev: name, partOf: [])))
         }
         if let type = sysfs.text("\(folder)/nvidia/current_vgpu_type"), !type.isEmpty, type != "0" {
-            uses.append(DeviceUse(.vgpu, "a vGPU of type \(type)"))
+            uses.append(vgpu("a vGPU of type \(type)", own))
         }
         return uses + (classes[address.description] ?? [])
+    }
+
+    private func vgpu(_ text: String, _ resource: GPUResource) -> DeviceUse {
+        let entry = around.reservations.first { $0.state == .reserved && $0.resource.key == resource.key }
+        let domain = around.domains.first { $0.resources.contains { $0.key == resource.key } }
+        var use = DeviceUse(.vgpu, text, owner: entry?.owner)
+        if let domain { use.owner = GPUOwner(domain: domain.name, migration: domain.migration, fence: 0) }
+        use.isReserved = entry != nil
+        return use
     }
 
     /// NVIDIA's driver numbers its device files in its own order.

@@ -223,7 +223,13 @@ package func requireWhole(_ addresses: [PciAddress], in tree: DeviceTree) throws
 }
 
 func useObstacles(of device: DeviceFunction, consent: Consent, owner: GPUOwner?) -> [Requirement] {
-    device.uses.compactMap { use in
+    let vgpus = device.uses.filter { $0.kind == .vgpu }
+    // Who has a part as one of these is named with it.
+    let named = Set(vgpus.compactMap(\.owner?.domain))
+    let others = device.uses.filter { use in
+        use.kind != .vgpu && !(use.isOfPart && use.owner.map { named.contains($0.domain) } ?? false)
+    }
+    let obstacles: [Requirement] = others.compactMap { use in
         let found = "\(device.function.text) is in use by \(use.by)"
         func fail(_ remedy: String) -> Requirement { .fail(device.function.address, "free", found, remedy: remedy) }
         switch use.kind {
@@ -239,7 +245,7 @@ func useObstacles(of device: DeviceFunction, consent: Consent, owner: GPUOwner?)
                 device.function.id.vendor == 0x10de
                     ? "remove them first, or make vGPUs on it"
                     : "remove them first, or hand over a virtual function instead")
-        case .vgpu: return fail("destroy it first")
+        case .dirty, .vgpu: return nil
         case .disk: return fail("unmount or take out the disk first")
         case .console:
             return consent.contains(.console)
@@ -250,7 +256,27 @@ func useObstacles(of device: DeviceFunction, consent: Consent, owner: GPUOwner?)
             if device.function.driver.hasPrefix("nvidia") { return fail("end that process first") }
             return consent.contains(.use) ? nil : fail("end that process, or agree with --force-in-use")
         case .network: return consent.contains(.use) ? nil : fail("set it down first, or agree with --force-in-use")
-        case .dirty: return nil
         }
     }
+    return (vgpuObstacle(vgpus, on: device).map { [$0] } ?? []) + obstacles
+}
+
+/// All of them, whose each is, and how to destroy one.
+private func vgpuObstacle(_ vgpus: [DeviceUse], on device: DeviceFunction) -> Requirement? {
+    guard let first = vgpus.first(where: \.isReserved) ?? vgpus.first else { return nil }
+    let address = device.function.address
+    let texts = vgpus.map { use in use.by + (use.owner.map { " of domain \($0.domain)" } ?? "") }
+    let command =
+        if first.isReserved, let owner = first.owner {
+            "flotilla gpu destroy --domain \(owner.domain)"
+        } else if let uuid = first.by.split(separator: " ").last.map(String.init), isUUID(uuid) {
+            "mdevctl stop --uuid \(uuid)"
+        } else {
+            "echo 0 > /sys/bus/pci/devices/\(address)/nvidia/current_vgpu_type"
+        }
+    let vms = vgpus.contains { $0.owner != nil } ? "shut down or undeploy the domains that have them, then " : ""
+    let what = vgpus.count == 1 ? "it" : "each of the \(vgpus.count) vGPUs, the first"
+    return .fail(
+        address, "free", "\(device.function.text) is in use by \(texts.joined(separator: ", "))",
+        remedy: "\(vms)destroy \(what) with: \(command)")
 }

@@ -119,4 +119,36 @@ import Testing
             #expect(tree[try pci("0000:09:00.0")]?.driverOverride == "?[31mevil?")
         }
     }
+
+    @Test func allMediatedDevicesInOneFinding() throws {
+        let machine = try VgpuMachine()
+        let card = "0000:af:00.0"
+        try machine.mdevGPU(card, [("nvidia-222", "GRID T4-1B", 16)])
+        try machine.put("bus/pci/devices/\(card)/class", "0x030200\n")
+        let uuids = (10...25).map { "11111111-2222-4333-8444-5555555555\($0)" }
+        for uuid in uuids {
+            try machine.kernel.write(
+                uuid, to: "bus/pci/devices/\(card)/mdev_supported_types/nvidia-222/create")
+        }
+        var around = Surroundings()
+        around.domains = [
+            GPULedger.Domain(
+                name: "web", migration: "", resources: [try GPUResource(mdev: uuids[3], partOf: [pci(card)])])
+        ]
+        func free() throws -> [Requirement] {
+            try checkDevices([pci(card)], vgpu: nil, in: DeviceTree(machine.sysfs, around: around)).filter {
+                $0.requirement == "free" && $0.verdict == .fail
+            }
+        }
+        let found = try free()
+        #expect(found.count == 1 && uuids.allSatisfy { found[0].found.contains($0) })
+        #expect(found[0].found.contains("\(uuids[3]) of domain web"))
+        #expect(found[0].remedy?.contains("each of the 16 vGPUs") == true)
+        #expect(found[0].remedy?.contains("mdevctl stop --uuid \(uuids[0])") == true)
+        let render = GPUOwner(domain: "render", migration: "m-2", fence: 1)
+        try machine.ledger.reserve([GPUResource(mdev: uuids[5], partOf: [pci(card)])], for: render)
+        around.reservations = try machine.ledger.reservations()
+        let ours = try free()
+        #expect(ours.count == 1 && ours[0].remedy?.hasSuffix("flotilla gpu destroy --domain render") == true)
+    }
 }
