@@ -69,14 +69,22 @@ func checkVgpu(_ profile: String, on device: DeviceFunction, in tree: DeviceTree
                     place.function.address, "IOMMU group", "\(place.function.text) is in no IOMMU group",
                     remedy: "enable SR-IOV and the IOMMU in the firmware"))
         }
-    } else if let mig, let instance = VgpuProfile(profile).gpuInstance, !mig.enabled || mig.hasRoom(for: instance) {
-        found.append(checkInstance(instance, on: physical, in: mig, places: offering))
     } else if device.physicalFunction != nil, isTaken(device) {
         let users = device.uses.map(\.by).joined(separator: ", ")
-        found.append(
-            .fail(
-                subject, "profile", "\(subject) can have one vGPU, and is in use by \(users)",
-                remedy: "destroy that vGPU, or choose another virtual function of \(physical)"))
+        // What has it without a vGPU was named above.
+        if device.uses.contains(where: { $0.kind == .vgpu }) || !found.contains(where: { $0.requirement == "free" }) {
+            found.append(
+                .fail(
+                    subject, "profile", "\(subject) can have one vGPU, and is in use by \(users)",
+                    remedy: "destroy that vGPU, or choose another virtual function of \(physical)"))
+        }
+    } else if let mig, wanted.gpuInstance != nil,
+        !mig.enabled || mig.home(of: wanted).map({ mig.hasRoom(for: $0.name) }) ?? false
+    {
+        found.append(checkInstance(mig.home(of: wanted)?.name ?? "", on: physical, in: mig, places: offering))
+    } else if let mig, mig.enabled, wanted.gpuInstance != nil, mig.home(of: wanted) == nil {
+        let (text, remedy) = missingHome(of: wanted, mig, physical)
+        found.append(.fail(physical, "profile", text, remedy: remedy))
     } else if !alike.isEmpty || offering.allSatisfy(isTaken) {
         found.append(
             .fail(

@@ -88,6 +88,13 @@ private func remedy(for profile: VgpuProfile, on host: HostProfile) -> String {
     {
         return "no GPU of it is in MIG mode: \(enableMIGHint(gpu.address)); or choose another host"
     }
+    let cut = host.pciFunctions.filter(\.mig.enabled)
+    if profile.gpuInstance != nil, let gpu = cut.first(where: { !$0.mig.tellsVgpus }),
+        cut.allSatisfy({ $0.mig.home(of: profile) == nil })
+    {
+        let (found, remedy) = missingHome(of: profile, gpu.mig, gpu.address)
+        return "\(found): \(remedy); or choose another host, or map it with --gpu-map"
+    }
     let names = Set(host.pciFunctions.flatMap { $0.vgpuTypes.filter { $0.available > 0 }.map(\.name) }).sorted()
     return names.isEmpty
         ? "turn the GPU's virtual functions on (flotilla gpu profiles --enable ADDRESS), choose another host, "

@@ -21,12 +21,7 @@ package func addVgpus(_ functions: inout [PciFunction], of vgpus: VgpuHost) thro
             functions[at].vgpuPath = place.path.rawValue
             functions[at].vgpuTypes = offers
             functions[at].hasVgpu_p = place.isOccupied
-            functions[at].vgpuProfiles = place.profiles { uuid, type in
-                records.first {
-                    uuid == nil ? $0.function == "\(place.function)" && $0.typeID == type : $0.uuid == uuid
-                }?
-                .profile ?? types.first { $0.id == type }?.name
-            }
+            functions[at].vgpuProfiles = place.profiles(records, types)
         }
         guard let at = index["\(gpu)"] else { continue }
         functions[at].mixedSizes = mixed.contains("\(gpu)")
@@ -37,7 +32,7 @@ package func addVgpus(_ functions: inout [PciFunction], of vgpus: VgpuHost) thro
 
 extension VgpuHost {
     /// How these GPUs are cut into instances. Those of which nvidia-smi does not tell are missing. Takes a second or so for
-    /// each of its four answers, however many GPUs there are, and not more than 10.
+    /// each of its five answers, however many GPUs there are, and not more than 10.
     package func migs(of gpus: [PciAddress]) -> [PciAddress: Mig] {
         var tools = tools
         tools.limit = .seconds(10)
@@ -51,9 +46,11 @@ extension VgpuHost {
         }
         for card in cards where card.mode == "disabled" { result[card.gpu] = Mig() }
         guard result.count < cards.count, let tables = try? tools.migTables(of: [], hint: "") else { return result }
+        let types = supportedVgpus(tools.ask("vgpu", "-s", "-v") ?? "")
         for card in cards where card.mode == "enabled" {
             result[card.gpu] = Mig(
-                profiles: tables.profiles, placements: tables.placements, instances: tables.instances, of: card.number)
+                profiles: tables.profiles, placements: tables.placements, instances: tables.instances, of: card.number,
+                vgpus: types.filter { $0.gpu == card.gpu })
         }
         return result
     }
@@ -61,9 +58,7 @@ extension VgpuHost {
 
 /// The largest time-sliced profile is the whole of it. A mediated device's types are all listed, whether they can be made
 /// or not.
-private func frameBuffer(
-    _ places: [VgpuPlace], _ types: [(id: String, name: String, frameBufferMiB: UInt32)]
-) -> UInt32 {
+private func frameBuffer(_ places: [VgpuPlace], _ types: [SupportedVgpu]) -> UInt32 {
     let listed = places.contains { $0.path == .vendor && !$0.isEmpty } ? [] : places.flatMap { $0.types() }.map(\.name)
     return (types.map(\.name) + listed).map { VgpuProfile($0) }
         .filter { $0.gpuInstance == nil }.compactMap(\.frameBufferMiB).max() ?? 0
@@ -72,12 +67,18 @@ private func frameBuffer(
 extension VgpuPlace {
     /// Of its vGPUs; empty where nobody tells.
     ///
-    /// - Parameter name: of a mediated device or a type.
-    fileprivate func profiles(_ name: (_ uuid: String?, _ type: String?) -> String?) -> [String] {
+    /// - Parameter types: of its GPU.
+    func profiles(_ records: [VgpuRecord], _ types: [SupportedVgpu]) -> [String] {
         switch path {
         case .mdev:
-            mediatedDevices.map { uuid in name(uuid, nil) ?? sysfs.text("\(folder)/\(uuid)/mdev_type/name") ?? "" }
-        case .vendor: currentType.map { [name(nil, $0) ?? ""] } ?? []
+            mediatedDevices.map { uuid in
+                records.first { $0.uuid == uuid }?.profile ?? sysfs.text("\(folder)/\(uuid)/mdev_type/name") ?? ""
+            }
+        case .vendor:
+            currentType.map { type in
+                let record = records.first { $0.function == "\(function)" && $0.typeID == type }
+                return [record?.profile ?? types.first { $0.id == type }?.name ?? ""]
+            } ?? []
         }
     }
 }

@@ -11,7 +11,10 @@ extension Mig {
     ///   - placements: of `-lgipp`; empty where it does not know that.
     ///   - instances: of `-lgi`.
     ///   - gpu: its number, where the tables are of all GPUs.
-    init(profiles: String, placements: String, instances: String, of gpu: String? = nil) {
+    ///   - vgpus: the types that its driver knows.
+    init(
+        profiles: String, placements: String, instances: String, of gpu: String? = nil, vgpus: [SupportedVgpu] = []
+    ) {
         self.init()
         enabled = true
         let lines = placements.split(separator: "\n").filter { line in
@@ -22,10 +25,16 @@ extension Mig {
             guard row.count > 2 else { return nil }
             let counts = row[2].split(separator: "/").compactMap { UInt32($0) }
             guard counts.count == 2 else { return nil }
-            return .with {
+            var profile = MigProfile.with {
                 ($0.name, $0.id, $0.free, $0.total) = (row[0], row[1], counts[0], counts[1])
                 if let place = places[row[1]] { ($0.starts, $0.size) = place }
             }
+            for type in vgpus where type.instance == row[1] {
+                // Older drivers only tell how many the whole GPU holds.
+                let most = type.mostPerInstance > 0 ? type.mostPerInstance : type.most / max(counts[1], 1)
+                profile.vgpus[VgpuProfile(type.name).key] = max(most, 1)
+            }
+            return profile
         }
         self.instances = migRows(instances, of: gpu).compactMap { row in
             let place = row.count > 3 ? row[3].split(separator: ":").compactMap { UInt32($0) } : []

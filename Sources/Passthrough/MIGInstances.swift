@@ -11,7 +11,9 @@ struct MIGInstances {
 
     func layout() throws -> Mig {
         let tables = try tools.migTables(of: ["-i", "\(gpu)"], hint: hint)
-        return Mig(profiles: tables.profiles, placements: tables.placements, instances: tables.instances)
+        return Mig(
+            profiles: tables.profiles, placements: tables.placements, instances: tables.instances,
+            vgpus: tools.supportedTypes(of: gpu))
     }
 
     /// Those there are: none out of MIG mode.

@@ -33,6 +33,11 @@ struct MIGRecords: Sendable {
         func isFor(_ owner: GPUOwner, _ device: String) -> Bool {
             self.owner.isSame(as: owner) && self.device == device
         }
+
+        /// One vGPU may have several: those it shared with others that are gone.
+        func isSame(_ other: Made) -> Bool {
+            isFor(other.owner, other.device) && gpu == other.gpu && instance == other.instance && boot == other.boot
+        }
     }
 
     /// Written before the first instance is touched: what to go back to after a crash.

@@ -17,17 +17,18 @@ extension VgpuHost {
         return free.filter(used.contains) + free.filter { !used.contains($0) }
     }
 
-    /// Makes an instance of this name for the owner's device, beside those there are. With `rearranging` all are made again
+    /// Makes an instance that such a vGPU needs for the owner's device, beside those there are. With `rearranging` all are made again
     /// in other places, which takes a GPU whose instances nothing uses: where one lies depends on the order in which they
     /// were made, so that a GPU with enough left may have no room.
     ///
     /// - Throws: `resourceExhausted`; the instances are as they were.
     func addInstance(
-        _ name: String, on gpu: PciAddress, for owner: GPUOwner, device: String, rearranging: Bool = false
+        for vgpu: VgpuProfile, on gpu: PciAddress, for owner: GPUOwner, device: String, rearranging: Bool = false
     ) throws {
         let card = instances(of: gpu)
         let layout = try card.layout()
-        let profile = try profile(name, in: layout, of: gpu)
+        let profile = try instance(for: vgpu, in: layout, of: gpu)
+        let name = profile.name
         var change = MIGRecords.Change(
             gpu: "\(gpu)", boot: boot, name: name, start: nil, before: layout.instances.map(MIGRecords.Instance.init),
             isRearranging: rearranging)
@@ -72,21 +73,36 @@ extension VgpuHost {
     }
 
     /// What `addInstance` does where there is room.
-    func addingInstance(_ name: String, on gpu: PciAddress) throws -> HostStep {
+    func addingInstance(for vgpu: VgpuProfile, on gpu: PciAddress) throws -> HostStep {
         let layout = try instances(of: gpu).layout()
-        let profile = try profile(name, in: layout, of: gpu)
-        guard layout.hasRoom(for: name) else { throw full(name, gpu, layout) }
-        return .run(instances(of: gpu).creating([(profile, layout.start(for: name))]))
+        let profile = try instance(for: vgpu, in: layout, of: gpu)
+        guard layout.hasRoom(for: profile.name) else { throw full(profile.name, gpu, layout) }
+        return .run(instances(of: gpu).creating([(profile, layout.start(for: profile.name))]))
     }
 
     /// Destroys the instance that was made for this vGPU, which is gone. One that another vGPU of flotilla's got meanwhile
-    /// goes with that.
-    func removeInstance(of owner: GPUOwner, device: String) throws {
+    /// goes with that, and where several share one, with the last that may be on it. What only others' may be on stays.
+    ///
+    /// - Parameter isNew: no vGPU was ever on it.
+    func removeInstance(of owner: GPUOwner, device: String, isNew: Bool = false) throws {
         for made in try migs.read().made where made.isFor(owner, device) {
+            let gpu = try isThere(made)
+            if let gpu, try !isNew && mayBeShared(made, on: gpu) {
+                let heir = try heir(of: made, isShared: true)
+                try migs.update { book in
+                    guard let index = book.made.firstIndex(where: made.isSame) else { return }
+                    if let heir {
+                        (book.made[index].owner, book.made[index].device) = (heir.owner, heir.device)
+                    } else {
+                        book.made.remove(at: index)
+                    }
+                }
+                continue
+            }
             do {
-                if let gpu = try isThere(made) { try instances(of: gpu).destroy([made.instance.message]) }
+                if let gpu { try instances(of: gpu).destroy([made.instance.message]) }
                 Failpoint.gpuMigDone.hit()
-                try migs.update { $0.made.removeAll { $0.isFor(owner, device) } }
+                try migs.update { $0.made.removeAll(where: made.isSame) }
             } catch {
                 guard let heir = try heir(of: made) else {
                     throw MigrationError(
@@ -95,7 +111,7 @@ extension VgpuHost {
                         hint: "end what uses it, and try again")
                 }
                 try migs.update { book in
-                    for index in book.made.indices where book.made[index].isFor(owner, device) {
+                    for index in book.made.indices where made.isSame(book.made[index]) {
                         (book.made[index].owner, book.made[index].device) = (heir.owner, heir.device)
                     }
                 }
@@ -110,8 +126,9 @@ extension VgpuHost {
     }
 
     func removingInstance(of record: VgpuRecord) throws -> [HostStep] {
-        try migs.read().made.filter { $0.isFor(record.owner, record.device) }.flatMap { made in
-            try isThere(made).map { instances(of: $0).destroying(made.instance.id).map(HostStep.run) } ?? []
+        try migs.read().made.filter { $0.isFor(record.owner, record.device) }.flatMap { made -> [HostStep] in
+            guard let gpu = try isThere(made), try !mayBeShared(made, on: gpu, besides: record) else { return [] }
+            return instances(of: gpu).destroying(made.instance.id).map(HostStep.run)
         }
     }
 
@@ -206,12 +223,31 @@ extension VgpuHost {
         return try instances(of: gpu).all().map(MIGRecords.Instance.init).contains(made.instance) ? gpu : nil
     }
 
-    private func heir(of made: MIGRecords.Made) throws -> VgpuRecord? {
+    /// A vGPU other than that one may be on it. Whether one is only the driver knows, and it may take the instance from a vGPU
+    /// whose VM is off.
+    private func mayBeShared(
+        _ made: MIGRecords.Made, on gpu: PciAddress, besides leaving: VgpuRecord? = nil
+    ) throws -> Bool {
+        let layout = try instances(of: gpu).layout()
+        let (records, types) = (try store.read(), tools.supportedTypes(of: gpu))
+        let there = places().filter { $0.physical == gpu }.flatMap { place -> [VgpuProfile?] in
+            var profiles = place.profiles(records, types)
+            if let leaving, leaving.function == "\(place.function)", !profiles.isEmpty { profiles.removeFirst() }
+            return profiles.map { $0.isEmpty ? nil : VgpuProfile($0) }
+        }
+        return layout.mayShare(made.instance.name, with: there)
+    }
+
+    /// - Parameter isShared: another that was made for it already is no reason against it.
+    private func heir(of made: MIGRecords.Made, isShared: Bool = false) throws -> VgpuRecord? {
+        guard let gpu = PciAddress(made.gpu) else { return nil }
+        let layout = try instances(of: gpu).layout()
         let owned = try migs.read().made
         return try store.read().first { record in
-            record.physical == made.gpu && VgpuProfile(record.profile).gpuInstance == made.instance.name
+            record.physical == made.gpu && layout.home(of: VgpuProfile(record.profile))?.name == made.instance.name
                 && !made.isFor(record.owner, record.device) && exists(record)
-                && !owned.contains { $0.gpu == made.gpu && $0.isFor(record.owner, record.device) }
+                && (isShared
+                    || !owned.contains { $0.gpu == made.gpu && $0.isFor(record.owner, record.device) })
         }
     }
 
@@ -226,11 +262,10 @@ extension VgpuHost {
         return start
     }
 
-    private func profile(_ name: String, in layout: Mig, of gpu: PciAddress) throws -> MigProfile {
-        guard let profile = layout.profile(name) else {
-            throw MigrationError(
-                .failedPrecondition, "\(gpu) has no GPU instance profile \(name)",
-                hint: "it has \(layout.profiles.map(\.name).sorted().joined(separator: ", "))")
+    private func instance(for vgpu: VgpuProfile, in layout: Mig, of gpu: PciAddress) throws -> MigProfile {
+        guard let profile = layout.home(of: vgpu).flatMap({ layout.profile($0.name) }) else {
+            let (found, remedy) = missingHome(of: vgpu, layout, "\(gpu)")
+            throw MigrationError(.failedPrecondition, found, hint: remedy)
         }
         return profile
     }

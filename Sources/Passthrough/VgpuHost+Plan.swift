@@ -138,8 +138,8 @@ extension VgpuHost {
             plan.steps += try steps.compactMap(\.self) + completion(of: record)
             return plan
         }
-        guard let instance = profile.gpuInstance else { throw try failure ?? noRoom(for: profile, on: gpu) }
-        plan.steps.append(try adding(instance, for: profile, on: gpu, besides: others))
+        guard profile.gpuInstance != nil else { throw try failure ?? noRoom(for: profile, on: gpu) }
+        plan.steps.append(try adding(for: profile, on: gpu, besides: others))
         plan.notes.append("then a \(profile) on the first virtual function that offers it")
         plan.notes.append("without room for the instance, those of a GPU without vGPUs are made again in other orders")
         return plan
@@ -149,6 +149,7 @@ extension VgpuHost {
 
     package func restorePlan() throws -> Plan {
         var plan = Plan()
+        var restored: [PciAddress: [VgpuProfile]] = [:]
         for record in try store.read() {
             if exists(record) {
                 if record.phase == .present, !isWhole(record) { plan.steps += try completion(of: record) }
@@ -160,11 +161,14 @@ extension VgpuHost {
             }
             let step = record.physical == record.function ? nil : PciAddress(record.physical).flatMap(enabling)
             if let step, !plan.steps.contains(step) { plan.steps.append(step) }
-            if let instance = VgpuProfile(record.profile).gpuInstance,
-                place(of: record)?.type(of: VgpuProfile(record.profile)) == nil
+            let profile = VgpuProfile(record.profile)
+            if profile.gpuInstance != nil, let gpu = PciAddress(record.physical),
+                place(of: record)?.type(of: profile) == nil
             {
-                plan.steps.append(
-                    try adding(instance, for: VgpuProfile(record.profile), on: PciAddress(record.physical)))
+                let alike = restored[gpu, default: []].count { $0 == profile }
+                restored[gpu, default: []].append(profile)
+                let share = try instances(of: gpu).layout().home(of: profile)?.share ?? 1
+                if alike % Int(share) == 0 { plan.steps.append(try adding(for: profile, on: gpu)) }
             }
             if let place = place(of: record), let type = place.type(of: VgpuProfile(record.profile)) {
                 let sizes = try preparingSizes(of: place).flatMap { plan.steps.contains($0) ? nil : $0 }
@@ -189,11 +193,11 @@ extension VgpuHost {
 
     /// On the first GPU that has room for one.
     private func adding(
-        _ instance: String, for profile: VgpuProfile, on gpu: PciAddress?, besides others: Set<PciAddress> = []
+        for profile: VgpuProfile, on gpu: PciAddress?, besides others: Set<PciAddress> = []
     ) throws -> HostStep {
         var failures: [MigrationError] = []
         for card in partitionable(on: gpu, besides: others) {
-            do { return try addingInstance(instance, on: card) } catch let error as MigrationError {
+            do { return try addingInstance(for: profile, on: card) } catch let error as MigrationError {
                 failures.append(error)
             }
         }

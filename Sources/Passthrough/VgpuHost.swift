@@ -84,13 +84,13 @@ package struct VgpuHost: Sendable {
                 return nil
             }
             if let made = try attempt(on: gpu) { return made }
-            guard let instance = profile.gpuInstance else { throw try failures.first ?? noRoom(for: profile, on: gpu) }
+            guard profile.gpuInstance != nil else { throw try failures.first ?? noRoom(for: profile, on: gpu) }
             for rearranging in [false, true] {
                 for card in partitionable(on: gpu, besides: others) {
                     do {
-                        try addInstance(instance, on: card, for: owner, device: device, rearranging: rearranging)
+                        try addInstance(for: profile, on: card, for: owner, device: device, rearranging: rearranging)
                         if let made = try attempt(on: card) { return made }
-                        try removeInstance(of: owner, device: device)
+                        try removeInstance(of: owner, device: device, isNew: true)
                     } catch let error as MigrationError where error.code != .aborted {
                         // While a change could not be taken back no other may begin.
                         if try migs.read().change != nil { throw error }
@@ -221,11 +221,11 @@ package struct VgpuHost: Sendable {
                     if let physical = PciAddress(record.physical), record.physical != record.function {
                         try enableVirtualFunctions(of: physical)
                     }
-                    if let instance = VgpuProfile(record.profile).gpuInstance,
-                        let physical = PciAddress(record.physical),
-                        place(of: record)?.type(of: VgpuProfile(record.profile)) == nil
+                    let profile = VgpuProfile(record.profile)
+                    if profile.gpuInstance != nil, let physical = PciAddress(record.physical),
+                        place(of: record)?.type(of: profile) == nil
                     {
-                        try addInstance(instance, on: physical, for: record.owner, device: record.device)
+                        try addInstance(for: profile, on: physical, for: record.owner, device: record.device)
                     }
                     if let place = place(of: record), let type = place.type(of: VgpuProfile(record.profile)) {
                         if type.id != record.typeID {

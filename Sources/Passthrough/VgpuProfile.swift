@@ -24,7 +24,8 @@ package struct VgpuProfile: Hashable, Sendable, CustomStringConvertible {
         return size == 0 ? 512 : size * 1024
     }
 
-    /// The GPU instance it needs, in nvidia-smi's words: "1g.5gb", "1g.5gb+me". Nil for a time-sliced profile.
+    /// The GPU instance it needs so far as its name tells, in nvidia-smi's words: "1g.5gb", "1g.5gb+me". Nil for one of a
+    /// whole GPU. See `Mig.home` for what it is on a GPU.
     package var gpuInstance: String? {
         let parts = key.split(separator: "-")
         guard parts.count >= 3, let slices = Int(parts[parts.count - 2]), (1...7).contains(slices), let size else {

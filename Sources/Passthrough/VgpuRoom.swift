@@ -5,9 +5,8 @@ import SwiftProtobuf
 /// `VgpuHost.create` tries GPUs, so that what is found to fit is made so.
 ///
 /// Source: NVIDIA's vGPU user guide. A GPU's frame buffer is shared among its vGPUs, and a virtual function holds one. Unless
-/// it mixes sizes, its first vGPU decides the size of all. A MIG-backed one takes a GPU instance. Time-sliced ones on an
-/// instance (DC-2-24Q: two on 2g.48gb+gfx) are counted only where a function offers them, as one: which instance, and how
-/// many on it, is in NVIDIA's tables and not in the names.
+/// it mixes sizes, its first vGPU decides the size of all. A MIG-backed one takes a GPU instance, or a part of one: see
+/// `Mig.home`. Where nobody tells which, it is counted only where a function offers it, as one.
 extension HostProfile {
     /// How many vGPUs of this profile could be made if nothing else were.
     ///
@@ -93,8 +92,8 @@ extension HostProfile {
         switch way {
         case .offered: return takeOffered(profile, on: gpu, user)
         case .newInstance, .rearrangedInstances:
-            guard let instance = profile.gpuInstance, let physical = gpu.physical, let mig = mig(of: gpu), mig.enabled,
-                let place = gpu.places.first(where: isFree)
+            guard let physical = gpu.physical, let mig = mig(of: gpu), mig.enabled,
+                let instance = mig.home(of: profile)?.name, let place = gpu.places.first(where: isFree)
             else { return false }
             if way == .newInstance {
                 guard mig.hasRoom(for: instance) else { return false }
@@ -115,15 +114,11 @@ extension HostProfile {
         let there = vgpus(on: gpu)
         let mig = mig(of: gpu)
         let instance = profile.gpuInstance
-        // A name that the GPU has no instance of is one of several on a larger one: where it is offered, one is certain.
-        if let mig, let instance,
-            mig.profile(instance) != nil || mig.instances.contains(where: { $0.name == instance })
-        {
+        if let mig, mig.home(of: profile) != nil {
             // The instances are known, whatever each function offers.
-            let used = there.count { $0 == nil || $0?.gpuInstance == instance }
-            guard mig.instances.count(where: { $0.name == instance }) > used,
-                let place = gpu.places.first(where: isFree)
-            else { return false }
+            guard mig.hasPlace(for: profile, beside: there), let place = gpu.places.first(where: isFree) else {
+                return false
+            }
             occupy(place, with: profile, user)
             return true
         }

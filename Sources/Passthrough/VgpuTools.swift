@@ -45,25 +45,52 @@ package struct VgpuTools: Sendable {
     /// The vGPU types that a GPU's driver knows, whether they can be made now or not. Empty where nvidia-smi does not tell.
     ///
     /// Source: NVIDIA's vGPU user guide, "Listing Supported vGPU Types".
-    func supportedTypes(of gpu: PciAddress) -> [(id: String, name: String, frameBufferMiB: UInt32)] {
-        vgpuTypes(ask("vgpu", "-s", "-v", "-i", "\(gpu)") ?? "")
+    func supportedTypes(of gpu: PciAddress) -> [SupportedVgpu] {
+        supportedVgpus(ask("vgpu", "-s", "-v", "-i", "\(gpu)") ?? "")
     }
 }
 
-/// Blocks that begin with "vGPU Type ID : 0x2e", of "Name : GRID M60-2Q", "FB Memory : 2048 MiB" and more.
-func vgpuTypes(_ output: String) -> [(id: String, name: String, frameBufferMiB: UInt32)] {
-    var types: [(id: String, name: String, frameBufferMiB: UInt32)] = []
+/// A vGPU type that a GPU's driver knows.
+struct SupportedVgpu: Equatable {
+    /// The GPU that it was listed for.
+    var gpu: PciAddress?
+    /// In decimal.
+    var id: String
+    var name = ""
+    /// How many a GPU holds; 0 where that isn't told.
+    var most: UInt32 = 0
+    /// The kind of GPU instance that it lives on, a number of `nvidia-smi mig -lgip`; nil for time-sliced ones of the whole
+    /// GPU, and of drivers that don't tell.
+    var instance: String?
+    /// How many share an instance; 0 where that isn't told.
+    var mostPerInstance: UInt32 = 0
+}
+
+/// "GPU 00000000:3B:00.0", and below it blocks that begin with "vGPU Type ID : 0x2e", of "Name : GRID M60-2Q",
+/// "GPU Instance Profile ID : N/A" and more.
+func supportedVgpus(_ output: String) -> [SupportedVgpu] {
+    var types: [SupportedVgpu] = []
+    var gpu: PciAddress?
     for line in output.split(separator: "\n") {
+        if line.hasPrefix("GPU ") {
+            gpu = PciAddress(line.dropFirst(4).filter { !$0.isWhitespace }.lowercased())
+            continue
+        }
         let sides = line.split(separator: ":", maxSplits: 1).map { side in
             side.split(whereSeparator: \.isWhitespace).joined(separator: " ")
         }
         guard sides.count == 2 else { continue }
+        if sides[0] == "vGPU Type ID" {
+            guard let id = UInt32(sides[1].replacing("0x", with: ""), radix: 16) else { continue }
+            types.append(SupportedVgpu(gpu: gpu, id: "\(id)"))
+            continue
+        }
+        guard let last = types.indices.last else { continue }
         switch sides[0] {
-        case "vGPU Type ID":
-            if let id = UInt32(sides[1].replacing("0x", with: ""), radix: 16) { types.append(("\(id)", "", 0)) }
-        case "Name" where !types.isEmpty: types[types.count - 1].name = sides[1]
-        case "FB Memory" where !types.isEmpty:
-            types[types.count - 1].frameBufferMiB = UInt32(sides[1].prefix(while: \.isNumber)) ?? 0
+        case "Name": types[last].name = sides[1]
+        case "Max Instances": types[last].most = UInt32(sides[1]) ?? 0
+        case "GPU Instance Profile ID": types[last].instance = UInt32(sides[1]).map(String.init)
+        case "Max Instances Per GI": types[last].mostPerInstance = UInt32(sides[1]) ?? 0
         default: break
         }
     }

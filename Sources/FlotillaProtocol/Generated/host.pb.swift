@@ -406,6 +406,9 @@ package nonisolated struct MigProfile: Sendable {
 
   package var total: UInt32 = 0
 
+  /// vGPU profiles that live on one, "a100-1-5c", and how many of each fit it; empty where nvidia-smi does not tell.
+  package var vgpus: Dictionary<String,UInt32> = [:]
+
   package var unknownFields = SwiftProtobuf.UnknownStorage()
 
   package init() {}
@@ -1106,7 +1109,7 @@ nonisolated extension Mig: SwiftProtobuf.Message, SwiftProtobuf._MessageImplemen
 
 nonisolated extension MigProfile: SwiftProtobuf.Message, SwiftProtobuf._MessageImplementationBase, SwiftProtobuf._ProtoNameProviding {
   package static let protoMessageName: String = _protobuf_package + ".MigProfile"
-  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{1}size\0\u{1}starts\0\u{1}free\0\u{1}total\0")
+  package static let _protobuf_nameMap = SwiftProtobuf._NameMap(bytecode: "\0\u{1}name\0\u{1}id\0\u{1}size\0\u{1}starts\0\u{1}free\0\u{1}total\0\u{1}vgpus\0")
 
   package mutating func decodeMessage<D: SwiftProtobuf.Decoder>(decoder: inout D) throws {
     while let fieldNumber = try decoder.nextFieldNumber() {
@@ -1120,6 +1123,7 @@ nonisolated extension MigProfile: SwiftProtobuf.Message, SwiftProtobuf._MessageI
       case 4: try { try decoder.decodeRepeatedUInt32Field(value: &self.starts) }()
       case 5: try { try decoder.decodeSingularUInt32Field(value: &self.free) }()
       case 6: try { try decoder.decodeSingularUInt32Field(value: &self.total) }()
+      case 7: try { try decoder.decodeMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufString,SwiftProtobuf.ProtobufUInt32>.self, value: &self.vgpus) }()
       default: break
       }
     }
@@ -1144,6 +1148,9 @@ nonisolated extension MigProfile: SwiftProtobuf.Message, SwiftProtobuf._MessageI
     if self.total != 0 {
       try visitor.visitSingularUInt32Field(value: self.total, fieldNumber: 6)
     }
+    if !self.vgpus.isEmpty {
+      try visitor.visitMapField(fieldType: SwiftProtobuf._ProtobufMap<SwiftProtobuf.ProtobufString,SwiftProtobuf.ProtobufUInt32>.self, value: self.vgpus, fieldNumber: 7)
+    }
     try unknownFields.traverse(visitor: &visitor)
   }
 
@@ -1154,6 +1161,7 @@ nonisolated extension MigProfile: SwiftProtobuf.Message, SwiftProtobuf._MessageI
     if lhs.starts != rhs.starts {return false}
     if lhs.free != rhs.free {return false}
     if lhs.total != rhs.total {return false}
+    if lhs.vgpus != rhs.vgpus {return false}
     if lhs.unknownFields != rhs.unknownFields {return false}
     return true
   }
