@@ -17,9 +17,9 @@ extension VgpuHost {
         return free.filter(used.contains) + free.filter { !used.contains($0) }
     }
 
-    /// Makes an instance that such a vGPU needs for the owner's device, beside those there are. With `rearranging` all are made again
-    /// in other places, which takes a GPU whose instances nothing uses: where one lies depends on the order in which they
-    /// were made, so that a GPU with enough left may have no room.
+    /// Makes an instance that such a vGPU needs for the owner's device, beside those there are. With `rearranging` all are
+    /// made again in other places, which takes a GPU whose instances nothing uses: where one lies depends on the order in
+    /// which they were made, so that a GPU with enough left may have no room.
     ///
     /// - Throws: `resourceExhausted`; the instances are as they were.
     func addInstance(
