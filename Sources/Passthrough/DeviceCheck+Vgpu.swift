@@ -1,10 +1,14 @@
 import FlotillaProtocol
 
 /// A vGPU profile's name without what differs between VMware, the mdev and the vendor's path: "grid_a100-40c",
-/// "GRID A100-40C" and "NVIDIA A100-40C" are one.
+/// "GRID A100-40C" and "NVIDIA A100-40C" are one, "nvidia_rtx_pro_6000_blackwell_dc-1-24q" and
+/// "NVIDIA RTX Pro 6000 Blackwell DC-1-24Q" another.
 package func vgpuProfileKey(_ name: String) -> String {
     var key = name.lowercased()
-    for prefix in ["grid_", "grid ", "nvidia "] where key.hasPrefix(prefix) { key.removeFirst(prefix.count) }
+    for prefix in ["grid_", "nvidia_"] where key.hasPrefix(prefix) {
+        key = String(key.dropFirst(prefix.count).map { $0 == "_" ? " " : $0 })
+    }
+    for prefix in ["grid ", "nvidia "] where key.hasPrefix(prefix) { key.removeFirst(prefix.count) }
     return key
 }
 

@@ -170,13 +170,7 @@ private func driverText(_ device: DeviceFunction, _ others: [DeviceFunction]) ->
 private func checkQuality(_ device: DeviceFunction, in tree: DeviceTree) -> [Requirement] {
     let subject = device.function.address
     let folder = "bus/pci/devices/\(device.address)"
-    var found: [Requirement] = []
-    for bar in device.bars where bar.isUnplaced {
-        found.append(
-            .fail(
-                subject, "memory windows", "the firmware gave BAR \(bar.index) (\(size(bar.bytes))) no address",
-                remedy: "enable \"Above 4G decoding\" (and Resizable BAR if need be) in the firmware"))
-    }
+    var found = windowObstacles(of: device)
     let memory = device.bars.filter { $0.is64bit && $0.index < 6 }.reduce(0) { $0 + $1.bytes }
     if memory > 0, !found.contains(where: { $0.verdict == .fail }) {
         found.append(.pass(subject, "memory windows", "\(size(memory)) in 64-bit BARs"))

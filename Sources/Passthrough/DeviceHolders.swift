@@ -1,13 +1,17 @@
+import CLinux
+import Glibc
 import HostKit
 
-/// Which processes hold a file below `/dev` open that leads to a PCI device: VFIO groups and devices, DRM,
-/// accelerators, framebuffers, NVIDIA's, generic ones of SCSI and NVMe, InfiniBand and UIO, and, open for writing, block
-/// devices.
+/// Which processes hold a file below `/dev` open that leads to a PCI device: those that sysfs doesn't lead from to the
+/// device, or that stand for it as a whole, by their paths (VFIO groups and devices, DRM, accelerators, framebuffers, NVIDIA's,
+/// generic ones of SCSI and NVMe, InfiniBand and UIO, and, open for writing, block devices), and any other character device.
 /// Best effort: other users' processes are invisible without CAP_SYS_PTRACE, and processes end while being looked at.
 /// Looks at no more than 65,536 processes and 262,144 descriptors.
 package struct DeviceHolders: Sendable {
     /// "process 4242 (qemu-system-x86)" by path, the first of each.
     package var byPath: [String: String] = [:]
+    /// Of other character devices, by their number, "116:4": the first process that has one, which has "snd/controlC1".
+    package var byNumber: [String: String] = [:]
 
     package init() {}
 
@@ -15,18 +19,32 @@ package struct DeviceHolders: Sendable {
         let prefixes = ["vfio/", "dri/", "accel/", "hl", "fb", "nvidia", "sg", "bsg/", "ng", "infiniband/", "uio"]
             .map { "/dev/\($0)" }
         var budget = 262_144
+        var seen: Set<String> = []
         for process in ((try? Files.list(proc)) ?? []).lazy.filter({ Int32($0) != nil }).prefix(65_536) {
             guard budget > 0 else { break }
             for descriptor in ((try? Files.list("\(proc)/\(process)/fd")) ?? []).prefix(budget) {
                 budget -= 1
-                guard let target = linkTarget("\(proc)/\(process)/fd/\(descriptor)"), target.hasPrefix("/dev/"),
-                    byPath[target] == nil,
-                    prefixes.contains(where: target.hasPrefix) || Self.isController(target)
-                        || Self.mayBeDisk(target) && isOpenForWriting("\(proc)/\(process)/fdinfo/\(descriptor)")
-                else { continue }
-                byPath[target] = Self.name(of: process, proc: proc)
+                let file = "\(proc)/\(process)/fd/\(descriptor)"
+                guard let target = linkTarget(file), target.hasPrefix("/dev/"), byPath[target] == nil else { continue }
+                let isKnown = prefixes.contains(where: target.hasPrefix) || Self.isController(target)
+                if isKnown
+                    || Self.mayBeDisk(target) && isOpenForWriting("\(proc)/\(process)/fdinfo/\(descriptor)")
+                {
+                    byPath[target] = Self.name(of: process, proc: proc)
+                }
+                if !isKnown, seen.insert(target).inserted, let number = Self.character(file) {
+                    let name = Self.name(of: process, proc: proc)
+                    byNumber[number] = byNumber[number] ?? "\(name), which has \(target.dropFirst(5))"
+                }
             }
         }
+    }
+
+    /// The number of an open character device.
+    private static func character(_ file: String) -> String? {
+        var info = stat()
+        guard stat(file, &info) == 0, info.st_mode & S_IFMT == S_IFCHR else { return nil }
+        return "\(flotilla_major(UInt64(info.st_rdev))):\(flotilla_minor(UInt64(info.st_rdev)))"
     }
 
     /// "process 4242 (Xorg)".

@@ -17,6 +17,9 @@ package struct BaseAddress: Sendable, Encodable, Hashable {
     /// The firmware gave this window no address.
     var isUnplaced: Bool { index < 6 && start == 0 && !io }
 
+    /// "BAR 1 (64 GiB)", without a size where nobody knows it.
+    var text: String { "BAR \(index)" + (bytes == 0 ? "" : " (\(size(bytes)))") }
+
     /// From an attribute `resource`: a line of start, end and flags (linux/ioport.h) per register. Unused ones are left
     /// out. Lines 7 and on describe virtual functions and bridges.
     package static func read(_ text: String) -> [BaseAddress] {
@@ -29,6 +32,31 @@ package struct BaseAddress: Sendable, Encodable, Hashable {
                 index: index, start: start, bytes: end - start + 1, io: flags & 0x100 != 0,
                 is64bit: flags & 0x10_0000 != 0, prefetchable: flags & 0x2000 != 0)
         }
+    }
+
+    /// Of a function in sysfs, also those 64-bit ones of a GPU of which only its registers tell: where the kernel finds no
+    /// room it forgets size and flags too (kernel: reset_resource).
+    static func all(_ function: PciFunction, _ sysfs: Sysfs) -> [BaseAddress] {
+        let folder = "bus/pci/devices/\(function.address)"
+        var bars = read(sysfs.bytes("\(folder)/resource").map { String(decoding: $0, as: UTF8.self) } ?? "")
+        guard [0x03, 0x12].contains(function.classCode >> 8), !sysfs.exists("\(folder)/physfn"),
+            let config = sysfs.bytes("\(folder)/config", limit: 64), config.count >= 0x28, config[0x0e] & 0x7f == 0
+        else { return bars }
+        var index = 0
+        while index < 6 {
+            let register = config[0x10 + 4 * index]
+            guard register & 7 == 4 else {
+                index += 1
+                continue
+            }
+            if !bars.contains(where: { $0.index == index }) {
+                bars.append(
+                    BaseAddress(
+                        index: index, start: 0, bytes: 0, io: false, is64bit: true, prefetchable: register & 8 != 0))
+            }
+            index += 2
+        }
+        return bars.sorted { $0.index < $1.index }
     }
 }
 
@@ -166,7 +194,7 @@ package struct DeviceTree: Sendable {
         let offers = vgpuOffers(address, names, sysfs)
         return DeviceFunction(
             function: function, address: address, headerType: Passthrough.headerType(sysfs, folder),
-            bars: names.contains("resource") ? BaseAddress.read(wholeText(sysfs, "\(folder)/resource")) : [],
+            bars: names.contains("resource") ? BaseAddress.all(function, sysfs) : [],
             driverOverride: override == "(null)" ? "" : override,
             physicalFunction: names.contains("physfn")
                 ? sysfs.linkName("\(folder)/physfn").flatMap(PciAddress.init) : nil,

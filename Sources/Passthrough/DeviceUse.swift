@@ -14,14 +14,14 @@ package struct DeviceUse: Sendable, Encodable, Hashable {
         case dirty
         /// A process holds its VFIO group or device.
         case vfio
-        /// A process has its DRM, accelerator, framebuffer, NVIDIA, NVMe, InfiniBand or UIO device open.
+        /// A process has a character device of its open: DRM, NVIDIA's, sound, InfiniBand.
         case process
         /// The kernel's text console is on it.
         case console
         case virtualFunctions
         /// A mediated device or vGPU lives on it.
         case vgpu
-        /// A network interface that is up.
+        /// A network interface that is up, or is in another network namespace.
         case network
         /// A disk that is mounted, swapped to, or part of another.
         case disk
@@ -146,8 +146,17 @@ struct DeviceUsers {
             grouping: sysfs.list("class/habanalabs"), by: { sysfs.text("class/habanalabs/\($0)/pci_addr") ?? "" }
         ).mapValues { names in names.map { "/dev/\($0)" } }
         computeNodes = KFDNodes(sysfs, proc: around.proc)
-        for name in sysfs.list("class/net") where sysfs.text("class/net/\(name)/operstate") == "up" {
+        for name in sysfs.list("class/net") {
+            // Drivers that don't tell of their link leave it "unknown", 802.1X "dormant"; an interface that is down has none.
+            let state = sysfs.text("class/net/\(name)/operstate")
+            guard state == "up" || sysfs.number("class/net/\(name)/carrier") == 1 else { continue }
             note("class/net/\(name)", DeviceUse(.network, "network interface \(name), which is up"))
+        }
+        for name in (sysfs.text("class/tty/console/active") ?? "").split(separator: " ") {
+            note("class/tty/\(name)", DeviceUse(.console, "the kernel's console on \(name)"))
+        }
+        for (number, holder) in around.holders.byNumber.sorted(by: { $0.key < $1.key }) {
+            note("dev/char/\(number)", DeviceUse(.process, holder))
         }
         noteFiles()
         noteDisks()
@@ -247,8 +256,14 @@ struct DeviceUsers {
                 }
             }
         }
+        let names = sysfs.list(folder)
+        // What sysfs has of a network interface shows in its own network namespace only.
+        for parent in [folder] + names.filter({ $0.hasPrefix("virtio") }).map({ "\(folder)/\($0)" })
+        where sysfs.exists("\(parent)/net") && sysfs.list("\(parent)/net").isEmpty {
+            uses.append(DeviceUse(.network, "a network interface in another network namespace"))
+        }
         // The firmware's framebuffer (efifb, simpledrm) is a device below it.
-        let displays = [folder] + sysfs.list(folder).filter { $0.contains("-framebuffer.") }.map { "\(folder)/\($0)" }
+        let displays = [folder] + names.filter { $0.contains("-framebuffer.") }.map { "\(folder)/\($0)" }
         let framebuffers = displays.flatMap { sysfs.list("\($0)/graphics") }.filter { $0.hasPrefix("fb") }
         let consoles = framebuffers.filter { name in
             around.consoleFramebuffers.map { $0.contains(Int(name.dropFirst(2)) ?? -1) } ?? true
@@ -273,7 +288,7 @@ struct DeviceUsers {
                 DeviceUse(
                     .virtualFunctions, "its \(virtualFunctions) virtual function\(virtualFunctions == 1 ? "" : "s")"))
         }
-        for name in sysfs.list(folder) where isUUID(name) {
+        for name in names where isUUID(name) {
             uses.append(vgpu("mediated device \(name)", GPUResource(mdev: name, partOf: [])))
         }
         if let type = sysfs.text("\(folder)/nvidia/current_vgpu_type"), !type.isEmpty, type != "0" {

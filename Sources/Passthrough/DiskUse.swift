@@ -34,6 +34,17 @@ struct DiskUse {
         for id in sysfs.list("fs/btrfs") {
             for name in sysfs.list("fs/btrfs/\(id)/devices") { add("/dev/\(name)", "a mounted file system") }
         }
+        // Neither claims what it is made of.
+        for name in sysfs.list("class/block") where name.hasPrefix("loop") {
+            if let path = sysfs.text("class/block/\(name)/loop/backing_file") { add(path, "loop device \(name)") }
+        }
+        let exports = "kernel/config/nvmet/subsystems"
+        for subsystem in sysfs.list(exports) {
+            for number in sysfs.list("\(exports)/\(subsystem)/namespaces") {
+                let path = sysfs.text("\(exports)/\(subsystem)/namespaces/\(number)/device_path")
+                if let path { add(path, "a namespace of the NVMe target \(subsystem)") }
+            }
+        }
         for domain in around.domains {
             for path in domain.disks { add(path, "domain \(domain.name)'s disk") }
         }

@@ -45,7 +45,9 @@ package struct Handover: Sendable {
         let going = Set(blockers.map(\.address)).subtracting(staying.map(\.address))
         let more = Set(going.flatMap { tree.together(with: $0).map(\.address) }).subtracting(mine)
         groupMembers = more.sorted().compactMap { tree[$0] }
-        for function in all { obstacles += handoverObstacles(of: function, consent: consent, owner: owner) }
+        for function in all {
+            obstacles += handoverObstacles(of: function, consent: consent, owner: owner) + windowObstacles(of: function)
+        }
         try refuse(obstacles)
     }
 
@@ -162,6 +164,16 @@ func handoverObstacles(of device: DeviceFunction, consent: Consent, owner: GPUOw
     return obstacles + useObstacles(of: device, consent: consent, owner: owner)
 }
 
+/// A VM sees only registers that have a place in the host's address space.
+func windowObstacles(of device: DeviceFunction) -> [Requirement] {
+    device.bars.filter(\.isUnplaced).map { bar in
+        .fail(
+            device.function.address, "memory windows",
+            "the firmware gave \(bar.text) of \(device.function.text) no address",
+            remedy: "enable \"Above 4G decoding\" (and Resizable BAR if need be) in the firmware")
+    }
+}
+
 /// vfio-pci takes any device, but gives a VM nothing of the memory that some have beside their BARs.
 ///
 /// - Parameter isAtBoot: whichever driver has it now.
@@ -176,7 +188,8 @@ func variantObstacle(_ device: DeviceFunction, isAtBoot: Bool = false) -> Requir
             + "driver_override, unbind it from its driver and echo \(address) > /sys/bus/pci/drivers_probe")
 }
 
-/// Of what the function is, whatever the host does with it now: no device that can be told, a bridge, the boot display.
+/// Of what the function is, whatever the host does with it now: no device that can be told, a bridge, memory, the boot
+/// display.
 func naturalObstacles(of device: DeviceFunction, consent: Consent) -> [Requirement] {
     let (function, address) = (device.function, device.function.address)
     if let unknown = unknownObstacle(device) { return [unknown] }
@@ -193,6 +206,15 @@ func naturalObstacles(of device: DeviceFunction, consent: Consent) -> [Requireme
             .fail(
                 address, "not a bridge",
                 "\(function.text) is a bridge (class \(padded(function.classCode, 4))), which is never handed over",
+                remedy: "name another device")
+        ]
+    }
+    // A CXL expander may be the memory that the kernel runs in.
+    if function.classCode >> 8 == 0x05 {
+        return [
+            .fail(
+                address, "not the host's memory",
+                "\(function.text) is memory of the host (class \(padded(function.classCode, 4))), which is never handed over",
                 remedy: "name another device")
         ]
     }

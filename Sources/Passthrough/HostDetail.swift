@@ -77,7 +77,7 @@ func parseCPUList(_ text: String) -> [UInt32] {
 package func addDetail(_ functions: inout [PciFunction], sysfs: Sysfs = Sysfs()) {
     for index in functions.indices where !functions[index].bridge && functions[index].classCode >> 8 != 0x06 {
         let folder = "bus/pci/devices/\(functions[index].address)"
-        let bars = BaseAddress.read(String(decoding: sysfs.bytes("\(folder)/resource") ?? [], as: UTF8.self))
+        let bars = BaseAddress.all(functions[index], sysfs)
         functions[index].largeBarBytes = bars.filter { $0.is64bit && $0.index < 6 && $0.bytes < 1 << 48 }
             .reduce(0) { $0 + $1.bytes }
         functions[index].physicalFunction = sysfs.linkName("\(folder)/physfn") ?? ""
@@ -91,6 +91,6 @@ private func firmwareObstacle(_ group: Int32, _ bars: [BaseAddress], _ sysfs: Sy
             + "group to no VM"
     }
     return bars.first(where: \.isUnplaced).map {
-        "the firmware gave its BAR \($0.index) (\(size($0.bytes))) no address"
+        "the firmware gave its \($0.text) no address"
     }
 }

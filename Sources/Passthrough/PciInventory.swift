@@ -23,7 +23,13 @@ package func pciInventory(
         function.classCode = UInt32(truncatingIfNeeded: (sysfs.number("\(folder)/class") ?? 0) >> 8) & 0xffff
         function.driver = sysfs.linkName("\(folder)/driver") ?? ""
         function.iommuGroup = sysfs.linkName("\(folder)/iommu_group").flatMap { Int32($0) } ?? -1
-        function.bootVga = sysfs.number("\(folder)/boot_vga") == 1
+        // Linux 6.18 tells it of displays without VGA too.
+        function.bootVga =
+            sysfs.number("\(folder)/boot_vga") == 1
+            || function.isDisplay
+                && sysfs.list("\(folder)/drm").contains { card in
+                    sysfs.number("\(folder)/drm/\(card)/boot_display") == 1
+                }
         function.numaNode = Int32(truncatingIfNeeded: sysfs.number("\(folder)/numa_node") ?? -1)
         function.bridge = isBridge(sysfs, folder, classCode: function.classCode)
 

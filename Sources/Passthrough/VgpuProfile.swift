@@ -1,4 +1,4 @@
-/// A vGPU profile, whatever it is spelled like: VMware's "grid_a100-40c", an mdev's "GRID A100-40C", the vendor path's
+/// A vGPU profile, whatever it is spelled like: VMware's "grid_a100-40c" and "nvidia_l40s-48q", an mdev's "GRID A100-40C", the vendor path's
 /// "NVIDIA A100-40C".
 ///
 /// Source: NVIDIA's vGPU user guide, "Virtual GPU Types": <board>-<GB><series>, and <board>-<slices>-<GB><series>[ME] for

@@ -64,6 +64,45 @@ import Testing
         }
     }
 
+    /// The kernel found no room, and forgot that there is a register.
+    @Test func aRegisterWithoutARoom() throws {
+        let tree = try MadeTree()
+        let gpu = "0000:3b:00.0"
+        let placed = "0x00000000a0000000 0x00000000a0ffffff 0x0000000000040200\n"
+        let none = "0x0000000000000000 0x0000000000000000 0x0000000000000000\n"
+        try tree.device(
+            gpu, 0x10de, 0x20b5, class: 0x0302, driver: "nvidia", group: 4, ["resource": placed + none + none])
+        var config = [UInt8](repeating: 0, count: 64)
+        try Files.writeAtomically(config, to: tree.sysfs.path("bus/pci/devices/\(gpu)/config"))
+        #expect(try tree.verdicts(gpu).filter { $0.contains("windows") }.isEmpty)
+        config[0x14] = 0x0c
+        try Files.writeAtomically(config, to: tree.sysfs.path("bus/pci/devices/\(gpu)/config"))
+        #expect(try tree.verdicts(gpu).filter { $0.contains("windows") } == ["fail \(gpu) memory windows"])
+        var functions = try pciInventory(sysfs: tree.sysfs)
+        addDetail(&functions, sysfs: tree.sysfs)
+        #expect(functions[0].unusable == "the firmware gave its BAR 1 no address")
+        // What check refuses bind refuses.
+        let folder = try TemporaryFolder()
+        let binder = Binder(sysfs: tree.sysfs, folder: folder.path, boot: "b", loadDriver: {})
+        let refused = failure { _ = try binder.plan(bind: [pci(gpu)], observe: { try DeviceTree(tree.sysfs) }) }
+        #expect(refused?.message.contains("BAR 1 of 0000:3b:00.0 (10de:20b5, nvidia) no address") == true)
+    }
+
+    /// It may be what the kernel runs in.
+    @Test func memoryIsNeverHandedOver() throws {
+        let tree = try MadeTree()
+        try tree.device("0000:35:00.0", 0x1af4, 0x0d93, class: 0x0502, driver: "cxl_pci", group: 4)
+        #expect(try tree.verdicts("0000:35:00.0").contains("fail 0000:35:00.0 not the host's memory"))
+    }
+
+    @Test func theBootDisplayWithoutVGA() throws {
+        let tree = try MadeTree()
+        let gpu = "0000:c4:00.0"
+        try tree.device(
+            gpu, 0x1002, 0x150e, class: 0x0380, driver: "amdgpu", group: 4, ["drm/card1/boot_display": "1"])
+        #expect(try tree.verdicts(gpu).contains("fail \(gpu) not the boot display"))
+    }
+
     /// Two registers whose sizes have no sum.
     @Test func registersOfAnySize() throws {
         let line = "0x0000000000000000 0xfffffffffffffff0 0x000000000014220c\n"

@@ -91,6 +91,57 @@ import Testing
         #expect(try uses(rig, around) == ["process 42 (dpdk), which has \(device)"])
     }
 
+    /// What is made of a disk without claiming it: a loop device, an export over a network.
+    @Test(arguments: [
+        ("class/block/loop3/loop/backing_file", "loop device loop3"),
+        ("kernel/config/nvmet/subsystems/nqn.x/namespaces/1/device_path", "a namespace of the NVMe target nqn.x"),
+    ]) func whatIsMadeOfADisk(_ attribute: String, _ use: String) throws {
+        let rig = try BindRig()
+        var around = Surroundings()
+        try rig.disk(&around)
+        #expect(try uses(rig, around).isEmpty)
+        try Files.createDirectories(Files.parent(of: rig.sysfs.path(attribute)))
+        try Files.writeAtomically(Array("/dev/nvme1n1\n".utf8), to: rig.sysfs.path(attribute))
+        #expect(try uses(rig, around) == ["\(use) on nvme1n1"])
+    }
+
+    /// Found by its number: sysfs leads from it to the device.
+    @Test func anyCharacterDevice() throws {
+        let rig = try BindRig()
+        var around = Surroundings()
+        try link(rig, rig.sysfs.path("dev/char/245:0"), "../../devices/\(Self.nvme)/tenstorrent/tenstorrent!0")
+        around.holders.byNumber = ["245:0": "process 42 (python3), which has tenstorrent/0", "1:3": "process 1 (init)"]
+        #expect(try uses(rig, around) == ["process 42 (python3), which has tenstorrent/0"])
+        let proc = try rig.folder.sub("proc")
+        try link(rig, "\(proc)/42/fd/0", "/dev/null")
+        #expect(DeviceHolders(proc: proc).byNumber == ["1:3": "process 42 (), which has null"])
+    }
+
+    @Test func aSerialConsole() throws {
+        let rig = try BindRig()
+        try link(rig, rig.sysfs.path("class/tty/ttyS4"), "../../devices/\(Self.nvme)/tty/ttyS4")
+        try Files.createDirectories(rig.sysfs.path("class/tty/console"))
+        try Files.writeAtomically(Array("tty0 ttyS4\n".utf8), to: rig.sysfs.path("class/tty/console/active"))
+        #expect(try uses(rig, Surroundings()) == ["the kernel's console on ttyS4"])
+    }
+
+    /// Without a word of its link, with one that 802.1X holds up, and in a namespace where it doesn't show.
+    @Test(arguments: ["unknown", "dormant", "down", "up"]) func networkInterfaces(_ state: String) throws {
+        let rig = try BindRig()
+        let device = "devices/\(Self.nvme)/virtio2/net"
+        try Files.createDirectories(rig.sysfs.path("bus/pci/devices/\(Self.nvme)/virtio2/net"))
+        let elsewhere = "a network interface in another network namespace"
+        #expect(try uses(rig, Surroundings()) == [elsewhere])
+        try Files.createDirectories(rig.sysfs.path("bus/pci/devices/\(Self.nvme)/virtio2/net/eth7"))
+        try Files.createDirectories(rig.sysfs.path("\(device)/eth7"))
+        try Files.writeAtomically(Array("\(state)\n".utf8), to: rig.sysfs.path("\(device)/eth7/operstate"))
+        if state != "down" {
+            try Files.writeAtomically(Array("1\n".utf8), to: rig.sysfs.path("\(device)/eth7/carrier"))
+        }
+        try link(rig, rig.sysfs.path("class/net/eth7"), "../../\(device)/eth7")
+        #expect(try uses(rig, Surroundings()) == (state == "down" ? [] : ["network interface eth7, which is up"]))
+    }
+
     @Test func domainsAndProcesses() throws {
         let rig = try BindRig()
         var around = Surroundings()

@@ -11,9 +11,15 @@ import Testing
     let web = GPUOwner(domain: "web", migration: "m-1", fence: 1)
     let render = GPUOwner(domain: "render", migration: "m-2", fence: 1)
 
-    @Test(arguments: ["grid_a100-40c", "GRID A100-40C", "NVIDIA A100-40C", "A100-40c"])
+    @Test(arguments: ["grid_a100-40c", "nvidia_a100-40c", "GRID A100-40C", "NVIDIA A100-40C", "A100-40c"])
     func spellingsOfOneProfile(_ name: String) {
         #expect(VgpuProfile(name) == VgpuProfile("a100-40c") && VgpuProfile(name).gpuInstance == nil)
+    }
+
+    @Test func spellingsWithMoreWords() {
+        let name = "NVIDIA RTX Pro 6000 Blackwell DC-1-24Q"
+        #expect(VgpuProfile(name) == VgpuProfile("nvidia_rtx_pro_6000_blackwell_dc-1-24q"))
+        #expect(VgpuProfile("i915-GVTg_V5_4").description == "I915-GVTG_V5_4")
     }
 
     @Test(arguments: [

@@ -73,7 +73,7 @@ extension GPUListing.Function {
         if !companions.isEmpty { details.append("goes together with \(companions.joined(separator: ", "))") }
         var facts: [String] = []
         if let numaNode { facts.append("NUMA node \(numaNode)") }
-        let memory = bars.filter { !$0.io && $0.index < 6 }.map {
+        let memory = bars.filter { !$0.io && $0.index < 6 && $0.bytes > 0 }.map {
             "\(byteText($0.bytes))\($0.is64bit ? " 64-bit" : "")\($0.prefetchable ? " prefetchable" : "")"
         }
         if !memory.isEmpty { facts.append("BARs \(memory.joined(separator: ", "))") }
