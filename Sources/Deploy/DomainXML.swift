@@ -22,6 +22,8 @@ package struct DomainXML: Sendable {
     package var bufferedDisks: Set<String> = []
     /// The host has swtpm (`tpmEmulatorInstalled`). Without, the VM's TPM is left out.
     package var tpmEmulator = true
+    /// The host's libvirt knows `<maxphysaddr>`.
+    private let hasAddressWidth: Bool
     /// Where virtlogd records the serial console; absolute. Nil: not recorded.
     package var consoleLog: String?
 
@@ -30,6 +32,8 @@ package struct DomainXML: Sendable {
         self.options = options
         domainType = host.domainType
         numaNodes = host.numaNodes
+        let version = host.libvirtVersion.split(separator: ".").compactMap { Int($0) }
+        hasAddressWidth = version.isEmpty || !version.lexicographicallyPrecedes([8, 7])
     }
 
     /// Attribute of the domain's metadata.
@@ -185,7 +189,11 @@ package struct DomainXML: Sendable {
         let topology: KeyValuePairs = [
             "sockets": "\(count / cores)", "dies": "1", "cores": "\(cores)", "threads": "1",
         ]
-        xml.element("cpu", ["mode": isKVM ? "host-passthrough" : "maximum"]) { $0.element("topology", topology) }
+        xml.element("cpu", ["mode": isKVM ? "host-passthrough" : "maximum"]) { xml in
+            // Else QEMU gives it 40 bits, 1 TiB: less than memory and the registers of some GPUs take.
+            if isKVM, largeWindow != nil, hasAddressWidth { xml.element("maxphysaddr", ["mode": "passthrough"]) }
+            xml.element("topology", topology)
+        }
     }
 
     /// Windows keeps local time in the real-time clock, everything else UTC, unless the source says.

@@ -192,6 +192,21 @@ import Testing
         #expect(xml.largeWindow == window.map { $0 << 30 })
     }
 
+    /// Where libvirt can say so: of a window beyond 1 TiB QEMU says "phys-bits too low (40)" else.
+    @Test(arguments: [("", true), ("8.0.0", false), ("8.6.9", false), ("8.7.0", true), ("10.0.0", true)])
+    func widthOfAddresses(_ version: String, _ isTold: Bool) throws {
+        var host = host()
+        host.libvirtVersion = version
+        var xml = DomainXML(manifest: linuxVM(), options: mapped(), host: host)
+        #expect(try !xml.text().contains("maxphysaddr"))
+        xml.devices = (1...8).map { [pci("0000:0\($0):00.0", bars: 128 << 30 + 32 << 20)] }
+        #expect(try xml.text().contains("<maxphysaddr mode=\"passthrough\"/>") == isTold)
+        host.domainType = "qemu"
+        xml = DomainXML(manifest: linuxVM(), options: mapped(), host: host)
+        xml.devices = [[pci("0000:01:00.0", bars: 128 << 30)]]
+        #expect(try !xml.text().contains("maxphysaddr"))
+    }
+
     @Test func lettersDisks() {
         let manifest = linuxVM { $0.disks = (0..<28).map { disk($0, .pvscsi) } }
         let text = try? DomainXML(manifest: manifest, options: mapped(), host: host()).text()
