@@ -191,7 +191,9 @@ package struct DomainXML: Sendable {
         ]
         xml.element("cpu", ["mode": isKVM ? "host-passthrough" : "maximum"]) { xml in
             // Else QEMU gives it 40 bits, 1 TiB: less than memory and the registers of some GPUs take.
-            if isKVM, largeWindow != nil, hasAddressWidth { xml.element("maxphysaddr", ["mode": "passthrough"]) }
+            if isKVM, hasAddressWidth, largeWindow != nil || vm.memory.bytes > 512 << 30 {
+                xml.element("maxphysaddr", ["mode": "passthrough"])
+            }
             xml.element("topology", topology)
         }
     }

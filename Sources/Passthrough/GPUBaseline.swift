@@ -69,6 +69,16 @@ package struct GPUBaseline: Sendable, Codable, Hashable {
         if let pattern {
             if let match = try expression(pattern).firstMatch(in: output) {
                 found = match.output.count > 1 ? match.output[1].substring : match.output[0].substring
+                // "1" of "1,234.5".
+                if let found, let after = output[found.endIndex...].first, ",.'".contains(after),
+                    output[found.endIndex...].dropFirst().first?.isNumber == true
+                {
+                    throw MigrationError(
+                        .failedPrecondition,
+                        "benchmark \(name): \"\(pattern)\" finds \(found), which may be only a part of a figure: a \(after) and "
+                            + "a digit follow",
+                        hint: "let the pattern take the whole figure, and have it printed without separators")
+                }
             }
         } else {
             let last = output.matches(of: /[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?/).last?.output

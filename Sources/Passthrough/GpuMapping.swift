@@ -16,6 +16,18 @@ package func mapped(_ device: AssignedDevice, by mappings: [GpuMapping]) -> Assi
     return result
 }
 
+/// All that the target is asked for, mapped. What the source gave of a mapped GPU's slot beside it, its audio, is no device
+/// of its own any more: it goes along with the GPU's slot on the target, and a vGPU has none.
+package func wantedDevices(_ manifest: Manifest, _ mappings: [GpuMapping]) -> [AssignedDevice] {
+    func slot(_ device: AssignedDevice) -> String? {
+        guard case .passthrough(let backing) = device.backing else { return nil }
+        return PciAddress(backing.address).map { "\(backing.systemID) \($0.slotName)" }
+    }
+    let moved = manifest.gpus.filter { gpu in mappings.contains { $0.source.fits(gpu) } }.compactMap(slot)
+    let others = manifest.otherDevices.filter { device in slot(device).map { !moved.contains($0) } ?? true }
+    return (manifest.gpus + others).map { mapped($0, by: mappings) }
+}
+
 extension GpuKind {
     fileprivate func fits(_ device: AssignedDevice) -> Bool {
         switch (kind, device.backing) {

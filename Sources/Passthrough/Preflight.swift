@@ -176,7 +176,7 @@ package func deviceMatch(manifest: Manifest, options: DeployOptions, host: HostP
     guard options.gpu != .gpuDrop else { return DeviceMatch(entries: []) }
     let name = options.domainName(for: manifest.vm)
     let isOwn = host.domains.contains { $0.name == name && Passthrough.isOwn($0, manifest) }
-    let wanted = (manifest.gpus + manifest.otherDevices).map { mapped($0, by: options.gpuMappings) }
+    let wanted = wantedDevices(manifest, options.gpuMappings)
     return matchDevices(wanted, on: host, for: isOwn ? name : "", migration: manifest.migrationID)
 }
 

@@ -28,6 +28,12 @@ import Testing
         #expect(error?.message.contains("benchmark gemm") == true)
     }
 
+    /// A pattern that ends within a number.
+    @Test(arguments: ["bw: 1,234.5 GB/s", "bw: 1'234", "bw: 1.5.2"]) func aPartOfAFigure(_ output: String) {
+        let error = #expect(throws: MigrationError.self) { try baseline("bw: ([0-9]+)").figure(in: output) }
+        #expect(error?.message.contains("only a part of a figure") == true)
+    }
+
     /// What may be a part of another figure is none.
     @Test(arguments: ["1,234.5 GB/s", "-5", "score 1'200", "1.2.3"]) func partsOfFigures(_ output: String) throws {
         let error = #expect(throws: MigrationError.self) { try baseline(nil).figure(in: output) }

@@ -27,6 +27,27 @@ import Testing
         #expect(apart.findings[0].message.contains("in one slot"))
     }
 
+    /// With the GPU mapped its audio asks for no card of its own.
+    @Test(arguments: ["10de:20f1", "A40-4Q"]) func audioOfAMappedGpu(_ target: String) throws {
+        let manifest = Manifest.with {
+            $0.gpus = [passthrough("gpu0", 0x10de, 0x2204, address: "0000:1a:00.0")]
+            $0.otherDevices = [
+                passthrough("device0", 0x10de, 0x1aef, address: "0000:1a:00.1", classCode: 0x0403),
+                passthrough("device1", 0x8086, 0x1572, address: "0000:1b:00.0", classCode: 0x0200),
+            ]
+        }
+        let mapping = try GpuMapping.with {
+            $0.source = try #require(GpuKind(parsing: "10de:2204"))
+            $0.target = try #require(GpuKind(parsing: target))
+        }
+        #expect(wantedDevices(manifest, []).map(\.id) == ["gpu0", "device0", "device1"])
+        #expect(wantedDevices(manifest, [mapping]).map(\.id) == ["gpu0", "device1"])
+        var options = DeployOptions()
+        options.gpuMappings = [mapping]
+        let match = deviceMatch(manifest: manifest, options: options, host: gpuHost())
+        #expect(!match.devices.joined().contains { $0.id.device == 0x2204 || $0.id.device == 0x1aef })
+    }
+
     @Test func aDeviceWithAChoiceMakesRoom() {
         let host = gpuHost { $0.pciFunctions.removeAll { $0.address == "0000:5e:00.0" } }
         let wanted = [dynamic("gpu0", [a100, (0x10de, 0x2204)]), passthrough("gpu1", 0x10de, 0x20f1)]
