@@ -149,7 +149,9 @@ private func checkFunction(
             found.append(
                 .warn(
                     function.function.address, "clean", "it holds \(use.by)",
-                    remedy: "flotilla gpu reset \(function.function.address), or reboot: no other VM gets it before"))
+                    remedy:
+                        "flotilla gpu reset \(function.function.address), or reboot (not by kexec): no other VM gets it before"
+                ))
         }
     }
     if !failed.contains("driver") { found.append(.pass(subject, "driver", driverText(device, others))) }
@@ -182,7 +184,7 @@ private func checkQuality(_ device: DeviceFunction, in tree: DeviceTree) -> [Req
                 subject, "reset", "the kernel can reset it (\(tree.sysfs.text("\(folder)/reset_method") ?? "reset"))")
             : .warn(
                 subject, "reset", "the kernel knows no way to reset it",
-                remedy: "after one VM had it, reboot the host before another gets it"))
+                remedy: "after one VM had it, reboot the host (not by kexec) before another gets it"))
     let nodes = tree.sysfs.list("devices/system/node").filter {
         $0.hasPrefix("node") && $0.dropFirst(4).allSatisfy(\.isNumber)
     }

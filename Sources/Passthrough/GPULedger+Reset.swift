@@ -75,6 +75,6 @@ extension GPUResource {
         else { return }
         throw MigrationError(
             .failedPrecondition, "the kernel knows no way to reset \(function) (it has no reset attribute)",
-            hint: "reboot the host before another VM gets this device")
+            hint: "reboot the host (not by kexec) before another VM gets this device")
     }
 }

@@ -27,14 +27,19 @@ package struct GPULedger: Sendable {
 
     let path: String
     let boot: String
+    private let startedByKexec: Bool
     let keeper: Keeper
 
     /// - Parameters:
     ///   - folder: made by the first change.
     ///   - boot: the running kernel's boot id.
-    package init(folder: String = GPULedger.folder, boot: String = bootID()) {
+    ///   - startedByKexec: another kernel started this one, which resets no device.
+    package init(
+        folder: String = GPULedger.folder, boot: String = bootID(), startedByKexec: Bool = wasStartedByKexec()
+    ) {
         path = "\(folder)/ledger.json"
         self.boot = boot
+        self.startedByKexec = startedByKexec
         keeper = Keeper(folder: folder)
     }
 
@@ -92,6 +97,25 @@ package struct GPULedger: Sendable {
             try book.admit(owner)
             for index in book.entries.indices where book.entries[index].owner.isSame(as: owner) {
                 book.entries[index].isUntouched = nil
+            }
+        }
+    }
+
+    /// Notes that `owner`'s domain names these, whoever put them there. What another one has, or left its data in, stays
+    /// that one's.
+    ///
+    /// - Throws: `aborted` for a stale fence.
+    package func handOver(_ resources: [GPUResource], to owner: GPUOwner) throws {
+        guard !resources.isEmpty else { return }
+        try update { book in
+            try book.admit(owner)
+            let (now, process) = (Moment.now.milliseconds, try keeper.own())
+            for resource in resources {
+                guard !book.entries.contains(where: { $0.resource.overlaps(resource) && !$0.owner.isSame(as: owner) })
+                else { continue }
+                book.entries.removeAll { $0.resource.key == resource.key }
+                book.entries.append(
+                    GPUReservation(resource: resource, owner: owner, state: .reserved, since: now, keeper: process))
             }
         }
     }
@@ -161,7 +185,7 @@ package struct GPULedger: Sendable {
                 .dataLoss, "the ledger of reserved devices, \(path), is damaged or of another version",
                 hint: "move it away and restart the worker: it is made again from libvirt's domains")
         }
-        book.entries.removeAll { $0.state == .dirty && $0.boot != boot }
+        if !startedByKexec { book.entries.removeAll { $0.state == .dirty && $0.boot != boot } }
         return book
     }
 }
@@ -186,7 +210,7 @@ extension GPULedger.Book {
             if entry.state == .dirty {
                 throw MigrationError(
                     .failedPrecondition, "\(what) still holds what \(entry.owner) left in it: it was not reset since",
-                    hint: "flotilla gpu reset \(entry.resource), or reboot the host")
+                    hint: "flotilla gpu reset \(entry.resource), or reboot the host (not by kexec)")
             }
             throw MigrationError(
                 .resourceExhausted, "\(what) is reserved for \(entry.owner)",
@@ -214,4 +238,12 @@ extension GPULedger.Book {
 package func bootID() -> String {
     let bytes = (try? Files.read("/proc/sys/kernel/random/boot_id", limit: 4096)) ?? []
     return String(decoding: bytes.prefix { $0 != 0x0a }, as: UTF8.self)
+}
+
+/// Whether a kernel that ran before started the running one, and not the firmware.
+///
+/// Source: Documentation/arch/x86/boot.rst, `type_of_loader` (0xD), and drivers/of/kexec.c for device trees.
+package func wasStartedByKexec(proc: Sysfs = Sysfs(root: "/proc")) -> Bool {
+    proc.number("sys/kernel/bootloader_type").map { $0 >> 4 == 0xd } ?? false
+        || proc.exists("device-tree/chosen/linux,booted-from-kexec")
 }

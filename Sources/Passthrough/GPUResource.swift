@@ -82,7 +82,7 @@ package struct GPUReservation: Sendable, Codable {
     package var state: State
     /// Milliseconds since 1970 of the last change.
     package var since: Int64
-    /// The kernel's id of the boot in which it became dirty: a reboot resets every device.
+    /// The kernel's id of the boot in which it became dirty: a reboot resets every device, a kexec none.
     var boot: String?
     /// Of a reserved one: the process that took it, see `Keeper`.
     var keeper: String?

@@ -194,7 +194,7 @@ struct DeployHandler: DeployService.ServiceProtocol {
                             .note, "\(function)",
                             "\(function) was given back; it may hold what the guest left in it, and no other VM gets it "
                                 + "before it was reset",
-                            remedy: "flotilla gpu reset \(function), or reboot the host")
+                            remedy: "flotilla gpu reset \(function), or reboot the host (not by kexec)")
                     }
                 })
             return [:]

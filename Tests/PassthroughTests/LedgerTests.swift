@@ -120,6 +120,44 @@ import Testing
         try rebooted.reserve([b], for: render)
     }
 
+    /// A kernel that started another one reset nothing.
+    @Test func kexecCleansNothing() throws {
+        let a = try pci("0000:3b:00.0")
+        try ledger.reserve([a], for: web)
+        try ledger.handOver(to: web)
+        try ledger.release(of: web)
+        let next = GPULedger(folder: "\(folder.path)/gpu", boot: "boot-2", startedByKexec: true)
+        #expect(try states(next) == ["pci:0000:3b:00.0 web dirty"])
+        #expect(failure { try next.reserve([a], for: render) }?.code == .failedPrecondition)
+        try GPULedger(folder: "\(folder.path)/gpu", boot: "boot-3", startedByKexec: false).reserve([a], for: render)
+
+        let proc = Sysfs(root: try folder.sub("proc"))
+        #expect(!wasStartedByKexec(proc: proc))
+        _ = try folder.sub("proc/sys/kernel")
+        for (type, isKexec) in [("114", false), ("208", true), ("209", true), ("176", false), ("3328", false)] {
+            try Files.writeAtomically(Array("\(type)\n".utf8), to: "\(folder.path)/proc/sys/kernel/bootloader_type")
+            #expect(wasStartedByKexec(proc: proc) == isKexec, "\(type)")
+        }
+        _ = try folder.sub("proc/device-tree/chosen/linux,booted-from-kexec")
+        #expect(wasStartedByKexec(proc: proc))
+    }
+
+    /// What a domain was given by hand is its own as well; what is another's is not.
+    @Test func notesWhatADomainNames() throws {
+        let (a, b, c) = (try pci("0000:3b:00.0"), try pci("0000:5e:00.0"), try pci("0000:86:00.0"))
+        try ledger.reserve([a], for: web)
+        try ledger.reserve([b], for: render)
+        try ledger.handOver([a, b, c], to: web)
+        #expect(
+            try states(ledger) == [
+                "pci:0000:3b:00.0 web reserved", "pci:0000:5e:00.0 render reserved", "pci:0000:86:00.0 web reserved",
+            ])
+        #expect(try Set(ledger.release(of: web)) == [a, c])
+        var late = web
+        late.fence = 2
+        #expect(failure { try ledger.handOver([b], to: late) }?.code == .aborted)
+    }
+
     @Test func agreesWithLibvirtAndSysfs() throws {
         for name in ["0000:3b:00.0", "0000:5e:00.0", "0000:86:00.0", "0000:86:00.1"] {
             _ = try folder.sub("sys/bus/pci/devices/\(name)")
