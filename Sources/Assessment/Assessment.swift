@@ -237,15 +237,18 @@ package struct Assessment: Sendable, Encodable {
     private func devices(_ manifest: Manifest) -> [Device] {
         let all = manifest.gpus + manifest.otherDevices
         guard !all.isEmpty else { return [] }
-        let targets = all.map(target)
-        let matches = profiles.map { ($0.name, matchDevices(targets, on: $0)) }
+        let wanted = wantedDevices(manifest, options.gpuMappings)
+        let matches = profiles.map { ($0.name, matchDevices(wanted, on: $0)) }
         return all.enumerated().map { index, device in
-            Device(
+            let target = target(device)
+            return Device(
                 id: device.id, isGPU: index < manifest.gpus.count, kind: device.kindText, name: device.name,
-                becomes: targets[index] == device ? nil : targets[index].kindText,
+                becomes: target == device ? nil : target.kindText,
                 fits: matches.compactMap { host, match in
-                    let functions = match.entries[index].functions
-                    return functions.isEmpty ? nil : Fit(host: host, functions: functions.map(\.address))
+                    guard let entry = match.entries.first(where: { $0.device.id == device.id }),
+                        !entry.functions.isEmpty
+                    else { return nil }
+                    return Fit(host: host, functions: entry.functions.map(\.address))
                 })
         }
     }

@@ -96,7 +96,8 @@ package func matchDevices(
 
     let candidates = requests.map { inventory.candidates(for: $0) }
     let servable = requests.indices.map { index in
-        requests[index].unsupported.isEmpty && inventory.hostProblem == nil ? candidates[index] : []
+        requests[index].unsupported.isEmpty && inventory.hostProblem == nil
+            ? candidates[index].filter { requests[index].unaskedGPU(in: $0.functions) == nil } : []
     }
     // A group shared only with other devices of this VM is fine, so judge sharing against all that may go with it.
     let together = Set(servable.joined().flatMap(\.addresses))

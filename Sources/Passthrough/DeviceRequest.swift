@@ -12,8 +12,7 @@ struct DeviceRequest {
         var slots: [String: Int] = [:]
         for (index, device) in wanted.enumerated() {
             if case .vgpu = device.backing { continue }
-            if case .passthrough(let backing) = device.backing, let address = PciAddress(backing.address) {
-                let slot = "\(backing.systemID) \(address.slotName)"
+            if let slot = device.slot {
                 if let request = slots[slot] {
                     requests[request].members.append(index)
                     requests[request].devices.append(device)
@@ -30,13 +29,18 @@ struct DeviceRequest {
     func isServed(by functions: [PciFunction]) -> Bool {
         var free = functions
         for device in devices {
-            let match = free.firstIndex { function in
-                device.allowedIDs.contains { $0.vendor == function.id.vendor && $0.device == function.id.device }
-            }
-            guard let match else { return false }
+            guard let match = free.firstIndex(where: device.mayBe) else { return false }
             free.remove(at: match)
         }
         return true
+    }
+
+    /// A GPU among these functions when nothing that was asked for is one: it would come along unasked.
+    func unaskedGPU(in functions: [PciFunction]) -> PciFunction? {
+        let asked = functions.contains { function in
+            function.isDisplay && devices.contains { $0.mayBe(function) }
+        }
+        return asked ? nil : functions.first(where: \.isDisplay)
     }
 
     /// The same board, not only the same chip.
@@ -53,6 +57,12 @@ struct DeviceRequest {
 
     /// What no host can serve, whatever it has.
     var unsupported: [Finding] { devices.compactMap(unsupportedBacking) }
+}
+
+extension AssignedDevice {
+    fileprivate func mayBe(_ function: PciFunction) -> Bool {
+        allowedIDs.contains { $0.vendor == function.id.vendor && $0.device == function.id.device }
+    }
 }
 
 /// A finding for a backing that isn't a whole PCI device.

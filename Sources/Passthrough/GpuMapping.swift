@@ -17,15 +17,40 @@ package func mapped(_ device: AssignedDevice, by mappings: [GpuMapping]) -> Assi
 }
 
 /// All that the target is asked for, mapped. What the source gave of a mapped GPU's slot beside it, its audio, is no device
-/// of its own any more: it goes along with the GPU's slot on the target, and a vGPU has none.
+/// of its own any more: `mappingFindings` tells.
 package func wantedDevices(_ manifest: Manifest, _ mappings: [GpuMapping]) -> [AssignedDevice] {
-    func slot(_ device: AssignedDevice) -> String? {
-        guard case .passthrough(let backing) = device.backing else { return nil }
+    let others = manifest.otherDevices.filter { mappedGPU(beside: $0, manifest, mappings) == nil }
+    return (manifest.gpus + others).map { mapped($0, by: mappings) }
+}
+
+/// A note for each device that nothing is asked for since the GPU beside it becomes another.
+func mappingFindings(_ manifest: Manifest, _ mappings: [GpuMapping]) -> [Finding] {
+    manifest.otherDevices.compactMap { device in
+        guard let gpu = mappedGPU(beside: device, manifest, mappings) else { return nil }
+        var becomes = "\(gpu.vgpu.profile), and a vGPU has no such part"
+        if case .dynamic(let target) = gpu.backing {
+            becomes = "\(target.allowed.map(\.text).joined(separator: " or ")), and gets what that has in its slot"
+        }
+        return .make(
+            .note, device.id, "\(device.text) is left out: \(gpu.id), beside which it is, becomes \(becomes)",
+            remedy: "")
+    }
+}
+
+/// The GPU of the same slot as it is on the target, where that is another.
+private func mappedGPU(beside device: AssignedDevice, _ manifest: Manifest, _ mappings: [GpuMapping]) -> AssignedDevice?
+{
+    guard let slot = device.slot else { return nil }
+    return manifest.gpus.first { gpu in gpu.slot == slot && mappings.contains { $0.source.fits(gpu) } }
+        .map { mapped($0, by: mappings) }
+}
+
+extension AssignedDevice {
+    /// Where a passed-through device is on the source: its functions share it. Nil where that is not known.
+    var slot: String? {
+        guard case .passthrough(let backing) = self.backing else { return nil }
         return PciAddress(backing.address).map { "\(backing.systemID) \($0.slotName)" }
     }
-    let moved = manifest.gpus.filter { gpu in mappings.contains { $0.source.fits(gpu) } }.compactMap(slot)
-    let others = manifest.otherDevices.filter { device in slot(device).map { !moved.contains($0) } ?? true }
-    return (manifest.gpus + others).map { mapped($0, by: mappings) }
 }
 
 extension GpuKind {

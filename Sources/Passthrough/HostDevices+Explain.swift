@@ -22,6 +22,14 @@ extension HostDevices {
         var findings: [Finding] = []
         var usedHere: [HostDevice] = []
         for unit in candidates {
+            if let gpu = request.unaskedGPU(in: unit.functions) {
+                findings.append(
+                    .blocked(
+                        device.id,
+                        "\(device.text): on host \(host.name) it is a part of \(gpu.text), which would come along unasked",
+                        remedy: "give the VM the GPU as well on the source, or leave the device out with `--gpu drop`"))
+                continue
+            }
             if unit.addresses.contains(where: taken.contains) {
                 usedHere.append(unit)
                 continue

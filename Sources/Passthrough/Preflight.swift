@@ -30,19 +30,15 @@ package func hostlessFindings(manifest: Manifest, options: DeployOptions) -> [Fi
             $0.id, "\($0.id): network \"\($0.network)\" is mapped to nothing",
             remedy: "map it, for example `--network '\($0.network)=bridge:br0'`")
     }
-    let devices = (manifest.gpus + manifest.otherDevices).map { mapped($0, by: options.gpuMappings) }
     let served =
         options.gpu == .gpuDrop
-        ? devices.map {
-            Finding.warning(
-                $0.id, "\($0.text) is left out, as asked", remedy: "the guest starts without this device")
-        }
-        : devices.map {
+        ? droppedFindings(manifest)
+        : wantedDevices(manifest, options.gpuMappings).map {
             unsupportedBacking($0)
                 ?? .warning(
                     $0.id, "\($0.text) needs a host with the same device, and no host was given to look at",
                     remedy: "give the hosts' profiles with `--hosts`")
-        }
+        } + mappingFindings(manifest, options.gpuMappings)
     return unmapped + served + guestFindings(manifest.vm, options)
 }
 
@@ -154,11 +150,7 @@ private func list(_ names: [String]) -> String {
 }
 
 private func deviceFindings(_ manifest: Manifest, _ options: DeployOptions, _ host: HostProfile) -> [Finding] {
-    guard options.gpu != .gpuDrop else {
-        return (manifest.gpus + manifest.otherDevices).map {
-            .warning($0.id, "\($0.text) is left out, as asked", remedy: "the guest starts without this device")
-        }
-    }
+    guard options.gpu != .gpuDrop else { return droppedFindings(manifest) }
     if manifest.vm.isLegacy, !(manifest.gpus + manifest.otherDevices).isEmpty {
         return [
             .blocked(
@@ -168,6 +160,13 @@ private func deviceFindings(_ manifest: Manifest, _ options: DeployOptions, _ ho
         ]
     }
     return deviceMatch(manifest: manifest, options: options, host: host).findings
+        + mappingFindings(manifest, options.gpuMappings)
+}
+
+private func droppedFindings(_ manifest: Manifest) -> [Finding] {
+    (manifest.gpus + manifest.otherDevices).map {
+        .warning($0.id, "\($0.text) is left out, as asked", remedy: "the guest starts without this device")
+    }
 }
 
 /// The devices to hand over under the GPU policy. With "drop" every assigned device is left out, GPU or not: nothing of

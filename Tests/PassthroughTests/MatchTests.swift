@@ -46,6 +46,26 @@ import Testing
         options.gpuMappings = [mapping]
         let match = deviceMatch(manifest: manifest, options: options, host: gpuHost())
         #expect(!match.devices.joined().contains { $0.id.device == 0x2204 || $0.id.device == 0x1aef })
+        for findings in [
+            preflight(manifest: manifest, options: options, pool: "main", host: gpuHost()),
+            hostlessFindings(manifest: manifest, options: options),
+        ] {
+            let audio = findings.filter { $0.subject == "device0" }
+            #expect(audio.map(\.severity) == [.note] && audio[0].message.contains("gpu0, beside which it is, becomes"))
+            #expect(audio[0].message.contains(target))
+        }
+    }
+
+    /// Its audio alone would take the GPU along, which nobody asked for.
+    @Test func aPartTakesNoGPUAlong() throws {
+        let audio = passthrough("device0", 0x10de, 0x1aef, address: "0000:1a:00.1", classCode: 0x0403)
+        let match = matchDevices([audio], on: gpuHost())
+        #expect(match.devices.isEmpty)
+        #expect(match.findings.map(\.subject) == ["device0"])
+        #expect(match.findings[0].message.contains("is a part of 0000:86:00.0 (10de:2204"), "\(match.findings)")
+        // Nor where the GPU goes to the same VM from elsewhere.
+        let gpu = passthrough("gpu0", 0x10de, 0x2204, address: "0000:3c:00.0")
+        #expect(matchDevices([audio, gpu], on: gpuHost()).findings.map(\.subject) == ["device0"])
     }
 
     @Test func aDeviceWithAChoiceMakesRoom() {
