@@ -20,6 +20,17 @@ extension LibvirtConnection {
     }
 }
 
+extension Deployment {
+    /// What this migration's domain names: in its definition, and as it runs. Empty without a domain. Blocks.
+    package func resources(of name: String, sysfs: Sysfs) throws -> [GPUResource] {
+        guard let domain = try find(name) else { return [] }
+        let defined = try assignedResources(domain.xml(), of: name, sysfs: sysfs)
+        guard try domain.state().isActive else { return defined }
+        let running = try assignedResources(domain.xml(running: true), of: name, sysfs: sysfs)
+        return defined + running.filter { !defined.contains($0) }
+    }
+}
+
 /// PCI functions and mediated devices of a domain's hostdevs, NICs from the host included.
 func assignedResources(_ xml: String, of name: String, sysfs: Sysfs) throws -> [GPUResource] {
     let functions = try assignedAddresses(xml, of: name).compactMap(PciAddress.init).map {

@@ -35,9 +35,12 @@ package final class LibvirtDomain: Sendable {
 
     /// The persistent definition.
     ///
-    /// - Parameter withSecrets: also what libvirt shows to nobody who may only look, such as a console's password.
-    package func xml(withSecrets: Bool = false) throws -> String {
-        let flags = VIR_DOMAIN_XML_INACTIVE.rawValue | (withSecrets ? VIR_DOMAIN_XML_SECURE.rawValue : 0)
+    /// - Parameters:
+    ///   - withSecrets: also what libvirt shows to nobody who may only look, such as a console's password.
+    ///   - running: as it runs now instead, where it does.
+    package func xml(withSecrets: Bool = false, running: Bool = false) throws -> String {
+        let flags =
+            (running ? 0 : VIR_DOMAIN_XML_INACTIVE.rawValue) | (withSecrets ? VIR_DOMAIN_XML_SECURE.rawValue : 0)
         guard let text = takeString(virDomainGetXMLDesc(pointer, UInt32(flags))) else {
             throw libvirtError("definition of domain \(name)")
         }

@@ -30,7 +30,7 @@ package struct VgpuRecord: Sendable, Codable, Hashable {
 }
 
 extension VgpuRecord {
-    var resource: GPUResource? {
+    package var resource: GPUResource? {
         let places = [PciAddress(function), PciAddress(physical)].compactMap(\.self)
         if let uuid { return GPUResource(mdev: uuid, partOf: Array(Set(places)).sorted()) }
         return places.first.map { GPUResource(function: $0, partOf: function == physical ? nil : places.last) }

@@ -41,7 +41,7 @@ extension DeployPlan {
                 domain.vgpus.append(try domainVgpu(record))
             }
         } catch let error as MigrationError where error.code != .aborted {
-            try giveBackUnused(owner)
+            try giveBackUnnamed(owner)
             throw error
         }
     }
@@ -87,13 +87,14 @@ extension DeployPlan {
     /// Defines the domain with what was claimed. Without it nothing stays taken.
     func define(_ owner: GPUOwner) throws -> LibvirtDomain {
         do {
+            try noteDevices(of: domain.name, owner, deployment, host)
             if takesDevices { try host.ledger.handOver(to: owner) }
             let defined = try deployment.define(domain)
             Failpoint.deployDefined.hit()
-            try giveBackSurplus(owner)
+            try giveBackUnnamed(owner)
             return defined
         } catch let error where (error as? MigrationError)?.code != .aborted {
-            if takesDevices { try? giveBackUnused(owner) }
+            try? giveBackUnnamed(owner)
             guard isDefined, var failure = error as? MigrationError,
                 case .success(nil) = Result(catching: { try deployment.find(domain.name) })
             else { throw error }
@@ -102,30 +103,19 @@ extension DeployPlan {
         }
     }
 
-    /// Gives everything back that the migration holds, unless a domain of it names them.
-    private func giveBackUnused(_ owner: GPUOwner) throws {
-        if try deployment.find(domain.name) != nil { return }
-        try host.vgpus.destroy(of: owner)
+    /// Gives back what the migration holds and its domain, as it is defined now, does not name: all of it without one.
+    private func giveBackUnnamed(_ owner: GPUOwner) throws {
+        let held = try host.ledger.reservations(of: owner.migration).map(\.resource)
+        guard try !held.isEmpty || host.vgpus.holds(owner) else { return }
+        let named = try Set(deployment.resources(of: domain.name, sysfs: host.sysfs).map(\.key))
+        if named.isEmpty { try host.vgpus.destroy(of: owner) }
+        for record in try host.vgpus.records() where record.owner.migration == owner.migration {
+            guard record.resource.map({ !named.contains($0.key) }) ?? true else { continue }
+            try host.vgpus.destroy(of: owner, device: record.device)
+        }
+        let surplus = held.filter { !named.contains($0.key) }
         // No guest had what only this attempt took: nothing is in it. A domain of an earlier one may have had the rest.
-        try host.ledger.forget(untouched, of: owner)
-        try host.ledger.release(of: owner)
-    }
-
-    /// Gives back what an earlier attempt took and the domain, as it is defined now, does not name.
-    private func giveBackSurplus(_ owner: GPUOwner) throws {
-        let held = try host.ledger.reservations(of: owner.migration)
-        guard !held.isEmpty else { return }
-        for record in try host.vgpus.records()
-        where record.owner.migration == owner.migration && !owner.migration.isEmpty {
-            if !records.contains(where: { $0.device == record.device }) {
-                try host.vgpus.destroy(of: owner, device: record.device)
-            }
-        }
-        let kept = Set(resources)
-        let surplus = try host.ledger.reservations(of: owner.migration).map(\.resource).filter { resource in
-            guard let function = resource.function else { return false }
-            return !kept.contains(resource) && !records.contains { $0.function == "\(function)" }
-        }
+        try host.ledger.forget(untouched.filter(surplus.contains), of: owner)
         try host.ledger.release(surplus, of: owner)
     }
 
@@ -134,11 +124,17 @@ extension DeployPlan {
     /// - Parameter ran: a guest may have used the devices.
     func rollBack(_ owner: GPUOwner, ran: Bool) throws {
         try host.requireNewest(owner)
+        if ran || isDefined { try noteDevices(of: domain.name, owner, deployment, host) }
         try deployment.undefine(domain.name)
         Failpoint.deployUndefined.hit()
-        guard ran || isDefined else { return try giveBackUnused(owner) }
+        guard ran || isDefined else { return try giveBackUnnamed(owner) }
         try host.giveBack(of: owner)
     }
+}
+
+/// Somebody may have given the domain another device by hand: its guest's data is in that one too.
+private func noteDevices(of name: String, _ owner: GPUOwner, _ deployment: Deployment, _ host: DeviceHost) throws {
+    try host.ledger.handOver(deployment.resources(of: name, sysfs: host.sysfs), to: owner)
 }
 
 /// Removes a migration's domain and gives its devices back; disks stay. What is gone already is fine. Blocking.
@@ -149,9 +145,13 @@ func removeDeployment(
 ) throws -> [PciAddress] {
     let deployment = Deployment(
         connection: try LibvirtConnection(uri: configuration.libvirtURI), migrationID: owner.migration)
-    try configuration.devices.requireNewest(owner)
+    let host = configuration.devices
+    try host.requireNewest(owner)
+    // What was plugged in while it runs is in no definition once it is off.
+    try noteDevices(of: owner.domain, owner, deployment, host)
     if !force { try deployment.shutDown(owner.domain, stop: stop) }
+    try noteDevices(of: owner.domain, owner, deployment, host)
     try deployment.undefine(owner.domain)
     Failpoint.deployUndefined.hit()
-    return try configuration.devices.giveBack(of: owner)
+    return try host.giveBack(of: owner)
 }

@@ -50,6 +50,14 @@ struct DeployRig: Sendable {
         try #require(symlink("\(root)/sys/bus/pci/drivers/\(driver)", link) == 0)
     }
 
+    /// The host begins to use the device: it is a network interface that is up.
+    func use(_ bus: String) throws {
+        let folder = "bus/pci/devices/0000:\(bus):00.0/net/eth9"
+        try machine.put("\(folder)/operstate", "up\n")
+        try Files.createDirectories(machine.sysfs.path("class/net"))
+        try #require(symlink("../../\(folder)", machine.sysfs.path("class/net/eth9")) == 0)
+    }
+
     func configuration() -> WorkerConfiguration {
         Self.configuration(root, uri, machine.devices)
     }

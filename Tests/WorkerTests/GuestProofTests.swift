@@ -136,18 +136,10 @@ private final class StandInAgent: Sendable {
     // MARK: - Uses that begin after the plan
 
     /// A network interface of the device comes up.
-    private func use(_ rig: DeployRig, _ bus: String) throws {
-        let folder = "bus/pci/devices/0000:\(bus):00.0/net/eth9"
-        try rig.machine.put("\(folder)/operstate", "up\n")
-        _ = try rig.machine.folder.sub("sys/class/net")
-        try Files.createDirectories(rig.machine.sysfs.path("class/net"))
-        try #require(symlink("../../\(folder)", rig.machine.sysfs.path("class/net/eth9")) == 0)
-    }
-
     @Test func aUseThatBeginsBeforeTheClaim() async throws {
         let rig = try rig()
         let error = await failure {
-            try await rig.handler { try use(rig, "3b") }.run(rig.request("late", [a100]))
+            try await rig.handler { try rig.use("3b") }.run(rig.request("late", [a100]))
         }
         #expect(error?.message.contains("in use by network interface eth9") == true, "\(error.map { "\($0)" } ?? "")")
         #expect(try rig.entries.isEmpty && rig.domain("late") == nil)
@@ -157,7 +149,7 @@ private final class StandInAgent: Sendable {
     @Test func anotherGPUIsTakenThen() async throws {
         let rig = try rig()
         try rig.gpu("5e")
-        let result = try await rig.handler { try use(rig, "3b") }.run(rig.request("other-gpu", [a100]))
+        let result = try await rig.handler { try rig.use("3b") }.run(rig.request("other-gpu", [a100]))
         #expect(result.devices == ["0000:5e:00.0"])
         #expect(try rig.entries == ["pci:0000:5e:00.0 other-gpu reserved"])
     }
@@ -168,7 +160,7 @@ private final class StandInAgent: Sendable {
         let begun = Mutex(false)
         let handler = handler(rig, StandInAgent { _, _ in "" }) {
             begun.withLock { begun in
-                if !begun { try? use(rig, "3b") }
+                if !begun { try? rig.use("3b") }
                 begun = true
             }
         }
