@@ -57,6 +57,7 @@ func checkVgpu(_ profile: String, on device: DeviceFunction, in tree: DeviceTree
     }
     let physical = (device.physicalFunction ?? device.address).description
     let wanted = VgpuProfile(profile)
+    let home = mig.flatMap { $0.enabled ? $0.home(of: wanted) : nil }
     let alike = offering.flatMap { place in
         place.vgpuOffers.filter { VgpuProfile($0.name) == wanted }.map { (place, $0) }
     }
@@ -82,11 +83,12 @@ func checkVgpu(_ profile: String, on device: DeviceFunction, in tree: DeviceTree
                     subject, "profile", "\(subject) can have one vGPU, and is in use by \(users)",
                     remedy: "destroy that vGPU, or choose another virtual function of \(physical)"))
         }
-    } else if let mig, wanted.gpuInstance != nil,
-        !mig.enabled || mig.home(of: wanted).map({ mig.hasRoom(for: $0.name) }) ?? false
-    {
-        found.append(checkInstance(mig.home(of: wanted)?.name ?? "", on: physical, in: mig, places: offering))
-    } else if let mig, mig.enabled, wanted.gpuInstance != nil, mig.home(of: wanted) == nil {
+    } else if let mig, wanted.gpuInstance != nil, !mig.enabled {
+        found.append(
+            .fail(physical, "MIG mode", "\(physical) is not in MIG mode", remedy: enableMIGHint(physical)))
+    } else if let mig, let home, mig.hasRoom(for: home.name) {
+        found.append(checkInstance(home.name, on: physical, places: offering))
+    } else if let mig, wanted.gpuInstance != nil, home == nil {
         let (text, remedy) = missingHome(of: wanted, mig, physical)
         found.append(.fail(physical, "profile", text, remedy: remedy))
     } else if !alike.isEmpty || offering.allSatisfy(isTaken) {
@@ -114,12 +116,7 @@ private func isTaken(_ place: DeviceFunction) -> Bool {
 }
 
 /// One is made with the vGPU where there is none yet.
-private func checkInstance(
-    _ instance: String, on gpu: String, in mig: Mig, places: [DeviceFunction]
-) -> Requirement {
-    guard mig.enabled else {
-        return .fail(gpu, "MIG mode", "\(gpu) is not in MIG mode", remedy: enableMIGHint(gpu))
-    }
+private func checkInstance(_ instance: String, on gpu: String, places: [DeviceFunction]) -> Requirement {
     guard !places.allSatisfy(isTaken) else {
         return .fail(
             gpu, "virtual functions", "each virtual function of \(gpu) is in use",

@@ -72,9 +72,11 @@ extension Mig {
     }
 
     /// Becomes what it is with one more of it, where there is room.
-    mutating func add(_ name: String) {
+    ///
+    /// - Parameter start: its place; nil: the one that leaves most room.
+    mutating func add(_ name: String, at start: UInt32? = nil) {
         guard let index = profiles.firstIndex(where: { $0.name == name }) else { return }
-        let start = start(for: name) ?? 0
+        let start = start ?? self.start(for: name) ?? 0
         if profiles[index].free > 0 { profiles[index].free -= 1 }
         instances.append(.with { ($0.name, $0.start, $0.size) = (name, start, profiles[index].size) })
     }

@@ -72,12 +72,18 @@ extension VgpuHost {
         }
     }
 
-    /// What `addInstance` does where there is room.
-    func addingInstance(for vgpu: VgpuProfile, on gpu: PciAddress) throws -> HostStep {
-        let layout = try instances(of: gpu).layout()
+    /// What `addInstance` does where there is room; `layout` has it then.
+    ///
+    /// - Parameter record: the vGPU that is to be made again.
+    func addingInstance(
+        for vgpu: VgpuProfile, on gpu: PciAddress, in layout: inout Mig, again record: VgpuRecord? = nil
+    ) throws -> HostStep {
         let profile = try instance(for: vgpu, in: layout, of: gpu)
         guard layout.hasRoom(for: profile.name) else { throw full(profile.name, gpu, layout) }
-        return .run(instances(of: gpu).creating([(profile, layout.start(for: profile.name))]))
+        let earlier = try record.flatMap { try earlierStart($0.owner, $0.device, gpu, layout, profile) }
+        let start = earlier ?? layout.start(for: profile.name)
+        layout.add(profile.name, at: start)
+        return .run(instances(of: gpu).creating([(profile, start)]))
     }
 
     /// Destroys the instance that was made for this vGPU, which is gone. One that another vGPU of flotilla's got meanwhile
@@ -223,19 +229,26 @@ extension VgpuHost {
         return try instances(of: gpu).all().map(MIGRecords.Instance.init).contains(made.instance) ? gpu : nil
     }
 
-    /// A vGPU other than that one may be on it. Whether one is only the driver knows, and it may take the instance from a vGPU
-    /// whose VM is off.
+    /// A vGPU other than that one is or may be on it: not every driver tells, and it may take the instance from a vGPU whose VM
+    /// is off.
     private func mayBeShared(
         _ made: MIGRecords.Made, on gpu: PciAddress, besides leaving: VgpuRecord? = nil
     ) throws -> Bool {
         let layout = try instances(of: gpu).layout()
         let (records, types) = (try store.read(), tools.supportedTypes(of: gpu))
-        let there = places().filter { $0.physical == gpu }.flatMap { place -> [VgpuProfile?] in
-            var profiles = place.profiles(records, types)
-            if let leaving, leaving.function == "\(place.function)", !profiles.isEmpty { profiles.removeFirst() }
-            return profiles.map { $0.isEmpty ? nil : VgpuProfile($0) }
-        }
+        let there = places().filter { $0.physical == gpu && !isElsewhere($0, than: made, in: layout) }
+            .flatMap { place -> [VgpuProfile?] in
+                var profiles = place.profiles(records, types)
+                if let leaving, leaving.function == "\(place.function)", !profiles.isEmpty { profiles.removeFirst() }
+                return profiles.map { $0.isEmpty ? nil : VgpuProfile($0) }
+            }
         return layout.mayShare(made.instance.name, with: there)
+    }
+
+    /// The driver says that the vGPU of this function is on another instance of the kind.
+    private func isElsewhere(_ place: VgpuPlace, than made: MIGRecords.Made, in layout: Mig) -> Bool {
+        guard let id = place.gpuInstance, id != made.instance.id else { return false }
+        return layout.instances.contains { $0.id == id && $0.name == made.instance.name }
     }
 
     /// - Parameter isShared: another that was made for it already is no reason against it.
@@ -246,6 +259,7 @@ extension VgpuHost {
         return try store.read().first { record in
             record.physical == made.gpu && layout.home(of: VgpuProfile(record.profile))?.name == made.instance.name
                 && !made.isFor(record.owner, record.device) && exists(record)
+                && !(place(of: record).map { isElsewhere($0, than: made, in: layout) } ?? false)
                 && (isShared
                     || !owned.contains { $0.gpu == made.gpu && $0.isFor(record.owner, record.device) })
         }

@@ -150,6 +150,7 @@ extension VgpuHost {
     package func restorePlan() throws -> Plan {
         var plan = Plan()
         var restored: [PciAddress: [VgpuProfile]] = [:]
+        var layouts: [PciAddress: Mig] = [:]
         for record in try store.read() {
             if exists(record) {
                 if record.phase == .present, !isWhole(record) { plan.steps += try completion(of: record) }
@@ -167,8 +168,11 @@ extension VgpuHost {
             {
                 let alike = restored[gpu, default: []].count { $0 == profile }
                 restored[gpu, default: []].append(profile)
-                let share = try instances(of: gpu).layout().home(of: profile)?.share ?? 1
-                if alike % Int(share) == 0 { plan.steps.append(try adding(for: profile, on: gpu)) }
+                var layout = try layouts[gpu] ?? instances(of: gpu).layout()
+                if alike % Int(layout.home(of: profile)?.share ?? 1) == 0 {
+                    plan.steps.append(try addingInstance(for: profile, on: gpu, in: &layout, again: record))
+                }
+                layouts[gpu] = layout
             }
             if let place = place(of: record), let type = place.type(of: VgpuProfile(record.profile)) {
                 let sizes = try preparingSizes(of: place).flatMap { plan.steps.contains($0) ? nil : $0 }
@@ -197,7 +201,10 @@ extension VgpuHost {
     ) throws -> HostStep {
         var failures: [MigrationError] = []
         for card in partitionable(on: gpu, besides: others) {
-            do { return try addingInstance(for: profile, on: card) } catch let error as MigrationError {
+            do {
+                var layout = try instances(of: card).layout()
+                return try addingInstance(for: profile, on: card, in: &layout)
+            } catch let error as MigrationError {
                 failures.append(error)
             }
         }

@@ -64,6 +64,14 @@ package struct VgpuPlace: Sendable {
         return text
     }
 
+    /// The id of the GPU instance on which the driver put its one vGPU; nil without one, and where the driver does not say.
+    ///
+    /// Source: `nvidia/gpu_instance_id` of NVIDIA's driver, from 580 on.
+    var gpuInstance: String? {
+        guard currentType != nil else { return nil }
+        return sysfs.number("\(folder)/nvidia/gpu_instance_id").map { "\($0)" }
+    }
+
     /// It holds the one vGPU it can. A physical function takes as many mediated devices as its types say.
     package var isOccupied: Bool {
         switch path {

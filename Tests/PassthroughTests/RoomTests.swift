@@ -86,20 +86,6 @@ import Testing
         #expect(fitting(["T4-8Q", "T4-4Q", "T4-4Q", "T4-4Q"], on: mixed) == [true, true, true, false])
     }
 
-    private func captured(_ machine: VgpuMachine, _ gpus: [String]) throws -> HostProfile {
-        for gpu in gpus {
-            let link = machine.sysfs.path("bus/pci/devices/0000:\(gpu):00.0/driver")
-            if machine.sysfs.linkName("bus/pci/devices/0000:\(gpu):00.0/driver") == nil {
-                try #require(symlink("../../drivers/nvidia", link) == 0)
-            }
-        }
-        var host = gpuHost()
-        host.pciFunctions = try pciInventory(sysfs: machine.sysfs)
-        addDetail(&host.pciFunctions, sysfs: machine.sysfs)
-        try addVgpus(&host.pciFunctions, of: machine.host())
-        return host
-    }
-
     @Test func instancesThatAreThereOrCouldBe() throws {
         let machine = try VgpuMachine()
         try machine.migGPU("3b")

@@ -3,6 +3,7 @@ import Foundation
 import HostKit
 import Passthrough
 import SwiftProtobuf
+import TestKit
 import Testing
 
 /// Runs `body` with a folder that is removed afterwards.
@@ -95,4 +96,19 @@ func dynamic(_ id: String, _ allowed: [(UInt32, UInt32)]) -> AssignedDevice {
             $0.allowed = allowed.map { pair in .with { ($0.vendor, $0.device) = pair } }
         }
     }
+}
+
+/// A host with this machine's devices as a worker tells of them.
+///
+/// - Parameter gpus: buses whose GPU gets NVIDIA's driver, if it has none.
+func captured(_ machine: VgpuMachine, _ gpus: [String] = []) throws -> HostProfile {
+    for bus in gpus where machine.sysfs.linkName("bus/pci/devices/0000:\(bus):00.0/driver") == nil {
+        let link = machine.sysfs.path("bus/pci/devices/0000:\(bus):00.0/driver")
+        try #require(symlink("../../drivers/nvidia", link) == 0)
+    }
+    var host = gpuHost()
+    host.pciFunctions = try pciInventory(sysfs: machine.sysfs)
+    addDetail(&host.pciFunctions, sysfs: machine.sysfs)
+    try addVgpus(&host.pciFunctions, of: machine.host())
+    return host
 }

@@ -32,14 +32,6 @@ import Testing
         try machine.host().create(profile(name), for: owner(number), device: "gpu0")
     }
 
-    private func captured(_ machine: VgpuMachine) throws -> HostProfile {
-        var host = gpuHost()
-        host.pciFunctions = try pciInventory(sysfs: machine.sysfs)
-        addDetail(&host.pciFunctions, sysfs: machine.sysfs)
-        try addVgpus(&host.pciFunctions, of: machine.host())
-        return host
-    }
-
     @Test func whatTheDriverTellsOfItsTypes() throws {
         let types = supportedVgpus(
             """
@@ -93,6 +85,34 @@ import Testing
         #expect(try machine.host().records().isEmpty && machine.ledger.reservations().isEmpty)
     }
 
+    /// A driver that tells on which instance a vGPU is: one that no other is on goes at once.
+    @Test func theInstanceIsKnown() throws {
+        let machine = try card()
+        let records = try (1...3).map { try create(machine, "DC-1-12Q", $0) }
+        // The third had to be given one of its own.
+        let ids = try [1, 3].map { number in
+            try #require(machine.host().migs.read().made.first { $0.isFor(owner(number), "gpu0") }).instance.id
+        }
+        func tell(_ record: VgpuRecord, _ id: String) throws {
+            try machine.put("bus/pci/devices/\(record.function)/nvidia/gpu_instance_id", "\(id)\n")
+        }
+        for (record, id) in zip(records, [ids[0], ids[0], ids[1]]) { try tell(record, id) }
+        try machine.host().destroy(of: owner(1))
+        #expect(machine.instances("3b").count == 2)
+        let lone = try machine.host().plan(destroy: machine.host().records(ofDomain: "d3"))
+        let told = lone.steps.map(machine.host().text)
+        #expect(told.filter { $0.contains("-gi \(ids[1]) -dgi") }.count == 1, "\(told), \(ids)")
+        // Of no instance that is there: nothing is known.
+        try tell(records[1], "77")
+        let unsure = try machine.host().plan(destroy: machine.host().records(ofDomain: "d3"))
+        #expect(!unsure.steps.map(machine.host().text).contains { $0.contains("-dgi") })
+        try tell(records[1], ids[0])
+        try machine.host().destroy(of: owner(3))
+        #expect(try machine.host().instances(of: pci(gpu)).all().map(\.id) == [ids[0]])
+        try machine.host().destroy(of: owner(2))
+        #expect(try machine.instances("3b").isEmpty && machine.host().migs.read().made.isEmpty)
+    }
+
     /// What is said to fit is made, and what is not is refused.
     @Test(arguments: [
         ["DC-1-12Q", "DC-1-12Q", "DC-1-12Q", "DC-2-24Q", "DC-1-24Q", "DC-2-24Q", "DC-1-12Q", "DC-2-24Q"],
@@ -131,6 +151,21 @@ import Testing
         #expect(machine.instances("3b").count == 1)
         try host.destroy(of: owner(2))
         #expect(try machine.instances("3b").isEmpty && host.migs.read().made.isEmpty)
+    }
+
+    /// The dry run names the places where they were, each once.
+    @Test func whereRestoreMakesThem() throws {
+        let machine = try card()
+        for number in 1...4 { try create(machine, "DC-1-24Q", number) }
+        try machine.host().destroy(of: owner(2))
+        let places = machine.instances("3b").map { "47:\($0.suffix(1))" }
+        try machine.rebootMIG("3b")
+        let host = machine.host(boot: "boot-2")
+        let steps = try host.restorePlan().steps.map(host.text).filter { $0.contains("-cgi") }
+        let planned = steps.compactMap { step in places.first { step.contains("-cgi \($0) ") } }
+        #expect(steps.count == 3 && planned.sorted() == places.sorted(), "\(steps)")
+        try host.restore()
+        #expect(machine.instances("3b").map { "47:\($0.suffix(1))" } == places)
     }
 
     /// Somebody else's vGPU may be on ours.
