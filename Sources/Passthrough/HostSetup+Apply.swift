@@ -82,7 +82,7 @@ package struct PreparedHost: Sendable {
             let known = record.entries[index]
             let before = change.before.map { hex(Digest.hash(.sha256, $0)) }
             if before == known.written || entry.original == known.original
-                || record.rewritable?.contains(change.path) == true
+                || record.rewritable?.contains(change.path) == true || HostSetup.own.contains(change.path)
             {
                 record.entries[index].written = digest
             } else {
@@ -115,9 +115,10 @@ package struct PreparedHost: Sendable {
         else { return }
         throw MigrationError(
             .internal,
-            "\(root)\(made), which \(command.joined(separator: " ")) has written, lacks what was added: \(entry)",
-            hint: "add \"\(setup.parameters.joined(separator: " "))\" where that program has the kernel's command "
-                + "line from, then run the same command again")
+            "\(root)\(made), which \(command.joined(separator: " ")) has written, lacks what was added, or has what "
+                + "undoes it: \(entry)",
+            hint: setup.wordsHint
+                + " where that program has the kernel's command line from, then run the same command again")
     }
 
     /// The program, and what an earlier run of it began, may have written boot entries anew, from what it takes for the
@@ -130,11 +131,10 @@ package struct PreparedHost: Sendable {
             guard !isRewritten || setup.isMet(path, by: String(decoding: now, as: UTF8.self)) else {
                 throw MigrationError(
                     .internal,
-                    "\(root)\(path) was written anew, without what was added, while "
+                    "\(root)\(path) was written anew, without what was added or with what undoes it, while "
                         + "\(command.joined(separator: " ")) ran",
-                    hint: "add \"\(setup.parameters.joined(separator: " "))\" where it has the kernel's command "
-                        + "line from (/etc/kernel/cmdline, or kernelstub's configuration), then run the same command "
-                        + "again")
+                    hint: setup.wordsHint + " where it has the kernel's command line from (/etc/kernel/cmdline, or "
+                        + "kernelstub's configuration), then run the same command again")
             }
             if let index = record.entries.firstIndex(where: { $0.path == path }),
                 isRewritten || record.rewritable?.contains(path) == true

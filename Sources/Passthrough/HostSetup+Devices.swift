@@ -25,10 +25,20 @@ package func devicesToPrepare(
                 }
             }
             return naturalObstacles(of: device, consent: consent)
-                + [variantObstacle(device, isAtBoot: true)].compactMap(\.self)
+                + [variantObstacle(device, isAtBoot: true), virtualObstacle(device)].compactMap(\.self)
                 + useObstacles(of: kept, consent: consent, owner: nil)
         })
     return devices
+}
+
+private func virtualObstacle(_ device: DeviceFunction) -> Requirement? {
+    guard let physical = device.physicalFunction else { return nil }
+    return .fail(
+        device.function.address, "there at boot",
+        "\(device.function.text) is a virtual function, which is not there at boot",
+        remedy:
+            "have a unit of your own write \(physical)/sriov_numvfs at boot; flotilla gpu bind, or the deploy, takes "
+            + "the function then")
 }
 
 /// Whether a machine's CPU is one of Arm's architecture: by its IOMMU's driver (arm-smmu, arm-smmu-v3), its CPUs' registers,

@@ -194,11 +194,16 @@ package struct HostSetup: Sendable {
         return parameters.allSatisfy(words.contains)
     }
 
+    /// What a person does where the words got lost, without the place.
+    var wordsHint: String {
+        "add \"\(parameters.joined(separator: " "))\", and take out what undoes it (intel_iommu=off, iommu=off),"
+    }
+
     /// Entries of a GRUB configuration made of these settings, that lack the words.
     func entriesWithout(inGRUB text: String) -> [String] { kernel.entriesWithout(inGRUB: text) }
 
     private mutating func planGRUB(_ grub: String) throws {
-        let own = "/etc/default/grub.d/90-flotilla-gpu.cfg"
+        let own = Self.grubDropIn
         let isFolderRead = (grubScripts() + [grub]).contains { $0.contains("default/grub.d") }
         let dropIns = (isFolderRead ? (try? Files.list("\(root)/etc/default/grub.d")) ?? [] : [])
             .filter { $0.hasSuffix(".cfg") }.map { "/etc/default/grub.d/\($0)" }.filter { $0 != own }.sorted()
@@ -242,6 +247,10 @@ package struct HostSetup: Sendable {
     static let modprobe = "/etc/modprobe.d/flotilla-vfio.conf"
     static let hook = "/etc/initramfs-tools/hooks/flotilla-vfio"
     static let dracut = "/etc/dracut.conf.d/90-flotilla-vfio.conf"
+    static let modules = "/etc/modules-load.d/flotilla-vfio.conf"
+    static let grubDropIn = "/etc/default/grub.d/90-flotilla-gpu.cfg"
+    /// Files of this program's name: nobody else's text in them is kept, and reverting takes them away.
+    static let own = [rules, modprobe, hook, dracut, modules, grubDropIn]
     private static let head = "# Written by `flotilla gpu prepare`; `flotilla gpu prepare --revert` takes it away.\n"
 
     /// Those of earlier runs that are still there.
@@ -258,7 +267,7 @@ package struct HostSetup: Sendable {
     }
 
     private mutating func planModules(_ devices: [DeviceFunction], _ tree: DeviceTree?) throws {
-        try change("/etc/modules-load.d/flotilla-vfio.conf", to: Self.head + "vfio-pci\n")
+        try change(Self.modules, to: Self.head + "vfio-pci\n")
         guard !devices.isEmpty else { return }
         var rules =
             Self.head + "# These functions wait for a VM. The ids keep another card in the slot with its own driver.\n"
@@ -272,6 +281,11 @@ package struct HostSetup: Sendable {
             tree?.functions.allSatisfy { $0.function.id.text != id || chosen.contains($0.address) } ?? false
         }
         if !ids.isEmpty { modprobe += "options vfio-pci ids=\(ids.sorted().joined(separator: ","))\n" }
+        for device in devices where isBuiltIn(device.function.driver, tree) {
+            notes.append(
+                "\(device.function.driver) is built into the kernel and takes \(device.address) before any rule counts: the bind "
+                    + "or deploy takes it over then")
+        }
         // By the modules' names, which modprobe knows: xhci_hcd's is xhci_pci. What is built in has none.
         var drivers = Set(
             devices.map(\.function.driver).filter { !$0.isEmpty && !isVfio(driver: $0) }.map { driver in
@@ -294,6 +308,14 @@ package struct HostSetup: Sendable {
             modprobe += "blacklist nouveau\n"
         }
         try change(Self.modprobe, to: modprobe)
+    }
+
+    /// The kernel has it without a file of its own, which modprobe would load: only a loaded one has a state.
+    package func isBuiltIn(_ driver: String, _ tree: DeviceTree?) -> Bool {
+        guard let sysfs = tree?.sysfs, let module = sysfs.linkName("bus/pci/drivers/\(driver)/module") else {
+            return false
+        }
+        return sysfs.exists("module/\(module)") && !sysfs.exists("module/\(module)/initstate")
     }
 
     private mutating func planInitramfs(_ devices: [DeviceFunction]) throws {

@@ -124,7 +124,7 @@ struct KernelParameters {
 
     private init(wanted: [String]) { self.wanted = wanted }
 
-    /// /etc/default/grub, which is shell: the last plain assignment of GRUB_CMDLINE_LINUX, or a new one. Nil when a
+    /// /etc/default/grub, which is shell: the last plain assignment of GRUB_CMDLINE_LINUX, or one that adds to it. Nil when a
     /// command line is set in another way: then nobody but its author knows what it means.
     func edited(grub text: String) -> String? {
         var lines = text.split(separator: "\n", omittingEmptySubsequences: false).map(String.init)
@@ -140,7 +140,9 @@ struct KernelParameters {
         }
         if last == nil {
             if lines.last == "" { lines.removeLast() }
-            lines += ["\(GRUBAssignment.names[0])=\"\(wanted.joined(separator: " "))\"", ""]
+            // It may be set in a way that is not seen here, and must not be lost.
+            let name = GRUBAssignment.names[0]
+            lines += ["\(name)=\"$\(name) \(wanted.joined(separator: " "))\"", ""]
         }
         return lines.joined(separator: "\n")
     }
@@ -151,8 +153,8 @@ struct KernelParameters {
         var words: [String: Set<String>] = [:]
         var ended: Set<String> = []
         var undoing: Set<String> = []
-        for line in texts.flatMap({ $0.split(separator: "\n") }) {
-            guard let found = GRUBAssignment(line) else { continue }
+        for line in texts.flatMap(Self.lines(ofShell:)) {
+            guard let found = GRUBAssignment(line[...]) else { continue }
             if !found.appends {
                 words[found.name] = []
                 ended.remove(found.name)
@@ -170,6 +172,19 @@ struct KernelParameters {
         // That of each kernel comes before the default's.
         if ended.contains(GRUBAssignment.names[0]) { words[GRUBAssignment.names[1]] = nil }
         return words.values.reduce(undoing) { $0.union($1) }
+    }
+
+    /// Lines of shell; what sets a command line in several, joined by backslashes, is one.
+    private static func lines(ofShell text: String) -> [String] {
+        var lines: [String] = []
+        for line in text.split(whereSeparator: \.isNewline) {
+            if let last = lines.last, last.hasSuffix("\\"), GRUBAssignment(last[...]) != nil {
+                lines[lines.count - 1] = "\(last.dropLast())\(line)"
+            } else {
+                lines.append(String(line))
+            }
+        }
+        return lines
     }
 
     /// Whether words that are added to GRUB_CMDLINE_LINUX after these files would be init's.

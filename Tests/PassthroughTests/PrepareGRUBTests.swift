@@ -131,4 +131,45 @@ import Testing
         try #require(symlink(link, "\(rig.root)/etc/grub2-efi.cfg") == 0)
         #expect(try rig.setup().commands == [["/usr/sbin/grub2-mkconfig", "-o", String(link.dropFirst(2))]])
     }
+
+    /// However the shell comes by the command line, it keeps what it has.
+    @Test(arguments: [
+        "GRUB_DEFAULT=0\r\nGRUB_CMDLINE_LINUX=\"root=x rd.luks.uuid=abc\"\r\n",
+        "GRUB_TIMEOUT=5\r\nGRUB_CMDLINE_LINUX=\"root=x rd.luks.uuid=abc\"\n",
+        "GRUB_TIMEOUT=5; GRUB_CMDLINE_LINUX=\"root=x rd.luks.uuid=abc\"\n",
+        "[ -e /nonexistent ] || GRUB_CMDLINE_LINUX=\"root=x rd.luks.uuid=abc\"\n",
+        "if true; then GRUB_CMDLINE_LINUX='root=x rd.luks.uuid=abc'; fi\n",
+        ": ${GRUB_CMDLINE_LINUX:=root=x rd.luks.uuid=abc}\n",
+        "readonly GRUB_X=1; export GRUB_Y=1 GRUB_CMDLINE_LINUX=\"root=x rd.luks.uuid=abc\"\n",
+        "for word in root=x rd.luks.uuid=abc; do GRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX $word\"; done\n",
+    ]) func whatTheShellSetsStays(_ settings: String) throws {
+        let rig = try SetupRig([Self.main: settings])
+        let before = try rig.snapshot()
+        let host = PreparedHost(root: rig.root) { _ in }
+        try host.apply(rig.setup())
+        let words = try Program.run(
+            "/bin/sh", ["-c", ". '\(rig.root)\(Self.main)'; printf '%s\n' $GRUB_CMDLINE_LINUX"]
+        ).output.split(whereSeparator: \.isWhitespace)
+        #expect(Set(words).isSuperset(of: ["root=x", "rd.luks.uuid=abc", "intel_iommu=on", "iommu=pt"]), "\(words)")
+        #expect(try rig.setup().changes.isEmpty)
+        try host.revert(commands: [])
+        #expect(try rig.snapshot() == before)
+    }
+
+    /// A word that undoes what is added, in a line that goes on in the next.
+    @Test func whatUndoesItInSeveralLines() throws {
+        let lines = "GRUB_CMDLINE_LINUX_DEFAULT=\"quiet \\\n  intel_iommu=off\"\nGRUB_CMDLINE_LINUX=\"\"\n"
+        let rig = try SetupRig(
+            [Self.main: lines, "/etc/default/grub.d/50-x.cfg": ""], programs: [SetupRig.debianGRUB])
+        #expect(failure { try rig.setup() }?.message.contains("in a way this program can't edit") == true)
+        // A comment does not go on.
+        try rig.write(Self.main, "# GRUB_CMDLINE_LINUX=\"\\\nGRUB_CMDLINE_LINUX=\"a\"\n")
+        #expect(try rig.setup().changes.map(\.path).contains(Self.own))
+        // It has no more to tell than that one word is wrong.
+        let menu = Self.menu("intel_iommu=on iommu=pt intel_iommu=off")
+        let other = try SetupRig([Self.main: PrepareTests.grub, Self.made: menu], programs: ["/usr/sbin/update-grub"])
+        let error = failure { try PreparedHost(root: other.root) { _ in }.apply(other.setup()) }
+        #expect(error?.message.contains("or has what undoes it") == true)
+        #expect(error?.hint?.contains("take out what undoes it (intel_iommu=off") == true)
+    }
 }

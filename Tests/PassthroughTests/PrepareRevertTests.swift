@@ -74,6 +74,25 @@ import Testing
         #expect(rig.text(path) == "linux /a\noptions root=new\n")
     }
 
+    /// Files of its own go, whatever somebody wrote into them between two runs.
+    @Test func itsOwnFilesGo() throws {
+        let rules = "/etc/udev/rules.d/10-flotilla-vfio.rules"
+        let rig = try SetupRig(
+            ["/etc/default/grub": PrepareTests.grub, "/etc/default/grub.d/50-x.cfg": ""],
+            programs: [SetupRig.debianGRUB])
+        let host = PreparedHost(root: rig.root) { _ in }
+        let before = try rig.snapshot()
+        try host.apply(rig.setup(["0000:01:00.0"]))
+        let written = try #require(rig.text(rules))
+        try rig.write(rules, written.replacing("\nACTION", with: "\n#ACTION"))
+        try rig.write(PrepareGRUBTests.own, "GRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX hugepages=8\"\n")
+        #expect(failure { try host.revert(commands: []) }?.message.contains("changed by somebody else since") == true)
+        try host.apply(rig.setup(["0000:09:00.0"]))
+        #expect(rig.text(rules)?.contains("0000:09:00.0") == true)
+        try host.revert(commands: [])
+        #expect(try rig.snapshot() == before)
+    }
+
     /// What was prepared for one device stays when another is.
     @Test func devicesPreparedBeforeStay() throws {
         let rig = try SetupRig(["/etc/kernel/cmdline": "root=x\n"])

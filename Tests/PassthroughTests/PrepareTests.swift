@@ -33,10 +33,14 @@ struct SetupRig {
         (try? Files.read("\(root)\(path)")).map { String(decoding: $0, as: UTF8.self) }
     }
 
-    func setup(_ addresses: [String] = [], amd: Bool = false) throws -> HostSetup {
+    func tree() throws -> DeviceTree {
         let sysfs = try folder.sub("sys")
         if !Files.exists("\(sysfs)/bus") { try unpackRecordedMachine(to: sysfs) }
-        let tree = try DeviceTree(Sysfs(root: sysfs))
+        return try DeviceTree(Sysfs(root: sysfs))
+    }
+
+    func setup(_ addresses: [String] = [], amd: Bool = false) throws -> HostSetup {
+        let tree = try tree()
         let devices = try addresses.flatMap { tree.together(with: try pci($0)) }
         return try HostSetup(root: root, devices: devices, in: tree, amd: amd)
     }
@@ -112,7 +116,7 @@ struct SetupRig {
             after: "GRUB_CMDLINE_LINUX='a b iommu=pt'\n", amd: true),
         Loader(
             testDescription: "no assignment", path: "/etc/default/grub", before: "GRUB_DEFAULT=0",
-            after: "GRUB_DEFAULT=0\nGRUB_CMDLINE_LINUX=\"intel_iommu=on iommu=pt\"\n"),
+            after: "GRUB_DEFAULT=0\nGRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX intel_iommu=on iommu=pt\"\n"),
         Loader(
             testDescription: "what undoes it goes", path: "/etc/default/grub",
             before: "GRUB_CMDLINE_LINUX_DEFAULT=\"quiet intel_iommu=off\"\nGRUB_CMDLINE_LINUX=\"\"\n",
@@ -207,7 +211,13 @@ struct SetupRig {
         }
         let named = try lines(rig.setup(["0000:01:00.0"]))
         #expect(named.contains("softdep bochs pre: vfio-pci") && !named.contains { $0.contains("bochs-drm") })
-        // Built in: there is nothing to order, and nothing else it could be called.
+        // Built in: it comes before any rule, and is told.
+        let module = try #require(rig.tree().sysfs.linkName("bus/pci/drivers/bochs-drm/module"))
+        try Files.createDirectories("\(rig.folder.path)/sys/module/\(module)")
+        #expect(try rig.setup(["0000:01:00.0"]).notes.contains { $0.contains("bochs-drm is built into the kernel") })
+        try Files.writeAtomically([], to: "\(rig.folder.path)/sys/module/\(module)/initstate")
+        #expect(try !rig.setup(["0000:01:00.0"]).notes.contains { $0.contains("is built into") })
+        // There is nothing to order, and nothing else it could be called.
         try Files.remove("\(rig.folder.path)/sys/bus/pci/drivers/bochs-drm/module")
         #expect(try lines(rig.setup(["0000:01:00.0"])).contains("softdep bochs-drm pre: vfio-pci"))
     }
@@ -317,6 +327,7 @@ struct SetupRig {
         #expect(try prepare(nic, DeviceUse(.domain, "domain web")) == free)
         #expect(failure { try prepare("0000:0b:00.0", nil) }?.message.contains("boot_vga") == true)
         #expect(failure { try prepare("0000:00:1f.0", nil) }?.message.contains("bridge") == true)
+        #expect(failure { try prepare("0000:03:00.1", nil) }?.message.contains("is not there at boot") == true)
         #expect(
             failure { try devicesToPrepare([pci("0000:7f:00.0")], in: tree, consent: []) }?.code == .failedPrecondition)
     }

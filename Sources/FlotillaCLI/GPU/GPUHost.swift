@@ -25,17 +25,7 @@ struct GPUHost: ParsableArguments {
 
     /// Blocks: asks libvirt, looks at every process. Of a recorded tree only what is in it is known.
     func observe() throws -> DeviceTree {
-        let devices = sysfs.path("bus/pci/devices")
-        guard !Files.isDirectory(devices) || (try? Files.list(devices)) != nil else {
-            throw MigrationError(
-                .permissionDenied, "\(devices) can't be read", hint: "run it with sudo, or make the folder readable")
-        }
-        guard Files.isDirectory(devices) else {
-            throw MigrationError(
-                .notFound, "\(sysfs.root) holds no bus/pci/devices",
-                hint: isLive
-                    ? "this machine has no PCI bus, or sysfs is not mounted" : "name the folder that stands for /sys")
-        }
+        try sysfs.requireDevices()
         guard isLive else { return try DeviceTree(sysfs) }
         let around = try Surroundings(domains: domains(), ledger: GPULedger())
         return try DeviceTree(sysfs, around: around, modules: "/lib/modules/\(kernelRelease())")
@@ -53,6 +43,23 @@ struct GPUHost: ParsableArguments {
             throw MigrationError(
                 error.code, "which domains own which devices is not known: \(error.message)",
                 hint: "start libvirt, name it with --libvirt, or say --libvirt none", cause: error.cause)
+        }
+    }
+}
+
+extension Sysfs {
+    /// Throws when this is no device tree, or one that can't be read.
+    func requireDevices() throws {
+        let devices = path("bus/pci/devices")
+        guard !Files.isDirectory(devices) || (try? Files.list(devices)) != nil else {
+            throw MigrationError(
+                .permissionDenied, "\(devices) can't be read", hint: "run it with sudo, or make the folder readable")
+        }
+        guard Files.isDirectory(devices) else {
+            throw MigrationError(
+                .notFound, "\(root) holds no bus/pci/devices",
+                hint: root == Sysfs().root
+                    ? "this machine has no PCI bus, or sysfs is not mounted" : "name the folder that stands for /sys")
         }
     }
 }

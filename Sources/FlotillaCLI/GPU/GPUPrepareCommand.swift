@@ -107,6 +107,7 @@ struct GPUPrepareCommand: AsyncParsableCommand {
 
     private func prepare(_ host: PreparedHost) throws -> (Report, apply: () throws -> Void) {
         let sysfs = Sysfs(folder: sysfsRoot ?? "/sys")
+        try sysfs.requireDevices()
         let isHere = sysfs.root == Sysfs().root
         let around = isHere ? Surroundings(proc: "/proc", sysfs: sysfs) : Surroundings()
         let tree = try DeviceTree(sysfs, around: around)
@@ -126,7 +127,9 @@ struct GPUPrepareCommand: AsyncParsableCommand {
         try show(unfinished: host.pending(), in: &report)
         report.commands += setup.commands.filter { !report.commands.contains($0) }
         let running = String(decoding: (try? Files.read("/proc/cmdline")) ?? [], as: UTF8.self)
-        let isMet = setup.isMet(byRunning: running) && devices.allSatisfy { isVfio(driver: $0.function.driver) }
+        let isMet =
+            setup.isMet(byRunning: running)
+            && devices.allSatisfy { isVfio(driver: $0.function.driver) || setup.isBuiltIn($0.function.driver, tree) }
         report.needsReboot = root != nil || !report.changes.isEmpty || !report.commands.isEmpty || !isMet
         let stat = String(decoding: (try? Files.read("/proc/stat")) ?? [], as: UTF8.self)
         if root == nil, report.changes.isEmpty, !setup.isMet(byRunning: running), host.isStartedSince(stat) {
