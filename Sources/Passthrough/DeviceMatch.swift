@@ -66,12 +66,14 @@ package func functionsOfOthers(
 /// Marks what the ledger has for somebody: reserved while no domain names it yet, or not reset since one had it. Without
 /// this a device would be chosen that can't be had, although the host has another.
 package func markReserved(_ functions: inout [PciFunction], _ reservations: [GPUReservation]) {
-    for index in functions.indices where functions[index].inUseBy.isEmpty {
-        let key = "pci:\(functions[index].address)"
+    for index in functions.indices {
+        let (key, use) = ("pci:\(functions[index].address)", functions[index].inUseBy)
+        // Its virtual functions are no owner of it.
+        guard use.isEmpty || use.hasPrefix("its ") else { continue }
         if let entry = reservations.first(where: { $0.resource.key == key }) {
             functions[index].inUseBy =
                 entry.state == .dirty ? "what \(entry.owner) left in it (not reset since)" : "\(entry.owner)"
-        } else if let part = reservations.first(where: { $0.resource.parents.contains(key) }) {
+        } else if use.isEmpty, let part = reservations.first(where: { $0.resource.parents.contains(key) }) {
             functions[index].inUseBy = "a vGPU of \(part.owner)"
         }
     }

@@ -214,7 +214,7 @@ extension GPULedger.Book {
             }
             throw MigrationError(
                 .resourceExhausted, "\(what) is reserved for \(entry.owner)",
-                hint: "choose another device, or undeploy that domain first")
+                hint: "choose another device, or undeploy that domain first; if it is gone, restart the worker")
         }
     }
 

@@ -120,7 +120,7 @@ struct HostDevices {
         }
         // A group can belong to one domain only.
         let inside = Set(unit.addresses)
-        for function in peers(unit) where !inside.contains(function.address) && function.driver.hasPrefix("vfio") {
+        for function in peers(unit) where !inside.contains(function.address) && isForVM(function) {
             if let user = foreignUser(function) {
                 problems.append(
                     (
@@ -131,6 +131,11 @@ struct HostDevices {
             }
         }
         return problems
+    }
+
+    /// A VM has it, or is to have it, whatever its driver is until then.
+    private func isForVM(_ function: PciFunction) -> Bool {
+        function.driver.hasPrefix("vfio") || ["domain ", "VM "].contains(where: function.inUseBy.hasPrefix)
     }
 
     private func foreignUser(_ function: PciFunction) -> String? {

@@ -101,6 +101,22 @@ import Testing
             one.findings.first?.message.contains("shares IOMMU group 42 with 0000:5e:00.0 (10de:20f1, nvidia)") == true)
     }
 
+    /// A group goes to one VM, also while nothing drives what is in it.
+    @Test(arguments: ["domain other", "VM other, which goes first", "domain other (migration m-1)"])
+    func aGroupOfTwoVMs(_ user: String) {
+        let host = gpuHost {
+            for index in 1...2 { ($0.pciFunctions[index].iommuGroup, $0.pciFunctions[index].driver) = (42, "") }
+            $0.pciFunctions[2].inUseBy = user
+        }
+        let gpu = passthrough("gpu0", 0x10de, 0x20f1)
+        let refused = matchDevices([gpu], on: host).findings
+        #expect(refused.contains { $0.message.contains("shares IOMMU group 42 with 0000:5e:00.0") }, "\(refused)")
+        #expect(matchDevices([gpu], on: host, for: "other", migration: "m-1").isComplete == user.hasPrefix("domain"))
+        var free = host
+        free.pciFunctions[2].inUseBy = ""
+        #expect(matchDevices([gpu], on: free).isComplete)
+    }
+
     @Test func aGroupOfItsOwnComesFirst() {
         // The first A100 shares a group with the A40, which the VM could also get but does not.
         let host = gpuHost {
