@@ -4,8 +4,8 @@ import Passthrough
 
 /// A vGPU as a domain takes it.
 package enum DomainVgpu: Sendable, Equatable {
-    /// A mediated device's UUID.
-    case mdev(uuid: String)
+    /// A mediated device's UUID, and the function it was made on.
+    case mdev(uuid: String, on: PciFunction)
     /// A virtual function whose vendor driver already made it a vGPU: libvirt must not bind another driver to it.
     case function(PciFunction)
 }
@@ -21,7 +21,15 @@ extension DomainXML {
             }
     }
 
-    private var hostFunctions: [PciFunction] { slots.flatMap(\.self) }
+    /// Where its devices are on the host.
+    private var hostFunctions: [PciFunction] {
+        devices.flatMap(\.self)
+            + vgpus.map { vgpu in
+                switch vgpu {
+                case .mdev(_, let function), .function(let function): function
+                }
+            }
+    }
 
     /// Bytes of address space above 4 GiB for the devices' 64-bit registers, a power of two. Registers are aligned to their
     /// own size, and so is the window of the port that each device is behind: behind a large register and a small one the
@@ -51,19 +59,14 @@ extension DomainXML {
         }
     }
 
-    /// VFIO pins all guest memory, and the limit also bounds QEMU's own use: guest memory and 1 GiB per device.
-    func writeMemory(_ xml: inout XMLWriter, _ memory: UInt64) {
-        if hasHostDevices {
-            let count = UInt64(devices.count + vgpus.count)
-            xml.element("memtune") { xml in
-                xml.element("hard_limit", ["unit": "KiB"], text: "\(memory + count << 20)")
-            }
-        }
-        guard hasHostDevices || options.hugepages else { return }
-        xml.element("memoryBacking") { xml in
-            if options.hugepages { xml.element("hugepages") }
-            if hasHostDevices { xml.element("locked") }
-        }
+    /// VFIO itself locks the memory that devices reach, and libvirt allows QEMU that much (its guest's and 1 GiB). A
+    /// `<hard_limit>` or `<locked/>` here would undo that: the kernel counts what `<locked/>` locks a second time, so that
+    /// QEMU without privileges does not start, and the limit holds for page tables and mapped registers too.
+    ///
+    /// Source: libvirt's qemuDomainGetMemLockLimitBytes; the kernel's vfio_lock_acct and mlockall(2).
+    func writeMemory(_ xml: inout XMLWriter) {
+        guard options.hugepages else { return }
+        xml.element("memoryBacking") { $0.element("hugepages") }
     }
 
     /// The nodes that the devices sit on, where the host has several and they hold the VM's CPUs.
@@ -109,7 +112,7 @@ extension DomainXML {
                 "function": "0x0",
             ]
             switch vgpu {
-            case .mdev(let uuid):
+            case .mdev(let uuid, _):
                 xml.element(
                     "hostdev",
                     ["mode": "subsystem", "type": "mdev", "managed": "no", "model": "vfio-pci", "display": "off"]

@@ -117,7 +117,7 @@ package struct DomainXML: Sendable {
                 xml.element("flotilla:migration", metadata)
             }
             xml.element("memory", ["unit": "KiB"], text: "\(memory)")
-            writeMemory(&xml, memory)
+            writeMemory(&xml)
             writeCPUs(&xml)
             writeOS(&xml)
             writeFeatures(&xml)

@@ -18,23 +18,34 @@ package func numaNodes(sysfs: Sysfs = Sysfs()) -> [NumaNode] {
 }
 
 /// Throws `resourceExhausted` when a VM whose memory is pinned as it starts (all of it, as VFIO does) does not fit into what
-/// is left: the kernel would look for what it could end instead, and find the largest, another VM.
+/// is left: the kernel would look for what it could end instead, and find the largest, another VM. Or when it is to come from
+/// huge pages, of which the host keeps a number, and there are not as many.
 ///
 /// - Parameters:
 ///   - nodes: that the memory is bound to; empty: any.
+///   - hugepages: of the kernel's default size.
 ///   - proc: of the same machine.
-package func requireMemory(_ bytes: UInt64, onNodes nodes: [UInt32], sysfs: Sysfs, proc: Sysfs) throws {
-    let left: UInt64
-    if nodes.isEmpty {
-        guard let available = MemoryInformation(proc, "meminfo").available else { return }
-        left = available
-    } else {
-        let each = nodes.map { MemoryInformation(sysfs, "devices/system/node/node\($0)/meminfo").available }
-        guard each.allSatisfy({ $0 != nil }) else { return }
-        left = each.reduce(0) { $0 + ($1 ?? 0) }
-    }
+package func requireMemory(
+    _ bytes: UInt64, onNodes nodes: [UInt32], hugepages: Bool = false, sysfs: Sysfs, proc: Sysfs
+) throws {
+    let whole = MemoryInformation(proc, "meminfo")
+    let each =
+        nodes.isEmpty ? [whole] : nodes.map { MemoryInformation(sysfs, "devices/system/node/node\($0)/meminfo") }
+    let sizes = each.compactMap { hugepages ? $0.hugepages(of: whole.hugepage) : $0.available }
+    guard sizes.count == each.count else { return }
+    let left = sizes.reduce(0, +)
     guard left < bytes else { return }
     let place = nodes.map { "\($0)" }.joined(separator: ",")
+    if hugepages {
+        let count = (bytes - left + whole.hugepage - 1) / whole.hugepage
+        throw MigrationError(
+            .resourceExhausted,
+            "the VM's memory of \(bytes >> 20) MiB is to come from huge pages of \(whole.hugepage >> 10) KiB, and "
+                + (nodes.isEmpty ? "the host" : "memory node \(place), where its devices are,")
+                + " has \(left >> 20) MiB of these free",
+            hint: "have the kernel keep \(count) more (sysctl vm.nr_hugepages, or a node's "
+                + "hugepages/*/nr_hugepages), then run the same command again; or leave --hugepages out")
+    }
     throw MigrationError(
         .resourceExhausted,
         "with its devices the VM's memory of \(bytes >> 20) MiB is pinned when it starts, and "
@@ -53,6 +64,17 @@ private struct MemoryInformation {
             let kibibytes = UInt64(words[name + 1]).flatMap { $0 < 1 << 50 ? $0 : nil }
             values[words[name].dropLast()] = kibibytes.map { $0 << 10 }
         }
+    }
+
+    /// Bytes of one huge page of the default size; 0 where the kernel has none.
+    var hugepage: UInt64 { values["Hugepagesize"] ?? 0 }
+
+    /// Bytes of those that nobody has and nobody was promised; a node knows of no promises.
+    func hugepages(of size: UInt64) -> UInt64? {
+        guard size > 0, let free = values["HugePages_Free"] else { return nil }
+        let promised = values["HugePages_Rsvd"] ?? 0
+        // Numbers of pages, which were taken for KiB.
+        return (free - min(free, promised)) >> 10 * size
     }
 
     /// Free, or taken for what is on a disk as well. Nodes have no figure of the kernel's own.

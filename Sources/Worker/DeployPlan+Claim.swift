@@ -25,6 +25,8 @@ extension DeployPlan {
     /// - Throws: `resourceExhausted` naming who has or uses one, `aborted` for a stale fence.
     mutating func claim(_ owner: GPUOwner) throws {
         guard takesDevices else { return }
+        // Another's domain of this name is found before anything is taken for it.
+        _ = try deployment.find(domain.name)
         do {
             try host.ledger.reserve(resources, for: owner)
             untouched = try host.ledger.reservations(of: owner.migration).filter { $0.isUntouched == true }
@@ -66,22 +68,21 @@ extension DeployPlan {
             hint: "end that use, or name another host")
     }
 
-    /// Throws `resourceExhausted` when what its devices pin does not fit. Huge pages are counted as QEMU starts.
+    /// Throws `resourceExhausted` when what its devices pin does not fit, or there are not as many huge pages.
     func requireMemory() throws {
-        guard domain.hasHostDevices, !domain.options.hugepages else { return }
+        guard domain.hasHostDevices || domain.options.hugepages else { return }
         try Passthrough.requireMemory(
-            domain.manifest.vm.memory.bytes, onNodes: domain.memoryNodes.map(\.id), sysfs: host.sysfs,
-            proc: Sysfs(root: "/proc"))
+            domain.manifest.vm.memory.bytes, onNodes: domain.memoryNodes.map(\.id),
+            hugepages: domain.options.hugepages, sysfs: host.sysfs, proc: Sysfs(root: "/proc"))
     }
 
     private func domainVgpu(_ record: VgpuRecord) throws -> DomainVgpu {
-        if let uuid = record.uuid { return .mdev(uuid: uuid) }
         guard let function = functions.first(where: { $0.address == record.function }) else {
             throw MigrationError(
                 .unavailable, "virtual function \(record.function) appeared only now",
                 hint: "run the same command again")
         }
-        return .function(function)
+        return record.uuid.map { .mdev(uuid: $0, on: function) } ?? .function(function)
     }
 
     /// Defines the domain with what was claimed. Without it nothing stays taken.

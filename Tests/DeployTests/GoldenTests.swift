@@ -80,7 +80,7 @@ import Testing
             ]),
         Case(
             testDescription: "t4-mdev", manifest: linuxVM { $0.vm.firmware = .efi },
-            vgpus: [.mdev(uuid: "11111111-2222-8333-8444-555555555555")]),
+            vgpus: [.mdev(uuid: "11111111-2222-8333-8444-555555555555", on: pci("0000:5e:00.0", node: 1))]),
         Case(
             testDescription: "l40s-vendor-windows", manifest: linuxVM { windows(&$0) },
             vgpus: [.function(pci("0000:3b:00.4", bars: 32 << 30, node: 0))]),

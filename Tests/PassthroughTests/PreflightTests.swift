@@ -289,4 +289,28 @@ import Testing
         #expect(error(6001, [])?.message.contains("the host") == true)
         #expect(error(9000, [7]) == nil)
     }
+
+    /// Huge pages are a number that the kernel keeps, whatever else is free.
+    @Test func hugePagesAreThere() throws {
+        let folder = try TemporaryFolder("proc", "sys/devices/system/node/node0")
+        let (sysfs, proc) = (Sysfs(root: "\(folder.path)/sys"), Sysfs(root: "\(folder.path)/proc"))
+        func write(_ path: String, _ text: String) throws {
+            try Files.writeAtomically(Array(text.utf8), to: "\(folder.path)/\(path)")
+        }
+        try write(
+            "proc/meminfo",
+            "MemAvailable: 90000000 kB\nHugePages_Free: 600\nHugePages_Rsvd: 88\nHugepagesize: 2048 kB\n")
+        try write("sys/devices/system/node/node0/meminfo", "Node 0 HugePages_Free:   256\n")
+        func error(_ mebibytes: UInt64, _ nodes: [UInt32]) -> MigrationError? {
+            failure { try requireMemory(mebibytes << 20, onNodes: nodes, hugepages: true, sysfs: sysfs, proc: proc) }
+        }
+        #expect(error(1024, []) == nil && error(512, [0]) == nil)
+        #expect(error(1025, [])?.message.contains("the host has 1024 MiB of these free") == true)
+        #expect(error(1025, [])?.hint?.contains("keep 1 more") == true)
+        #expect(error(516, [0])?.message.contains("memory node 0") == true)
+        #expect(error(516, [0])?.hint?.contains("keep 2 more") == true)
+        // A kernel that tells of none: QEMU says it then.
+        try write("proc/meminfo", "MemAvailable: 90000000 kB\n")
+        #expect(error(1025, []) == nil)
+    }
 }

@@ -46,6 +46,23 @@ import Testing
         try await rig.handler().takeBack("refused")
     }
 
+    /// Somebody's domain got the name meanwhile: nothing is taken.
+    @Test func theNameIsAnothers() async throws {
+        let rig = try DeployRig()
+        try rig.gpu("3b")
+        try rig.gpu("5e", device: "0x1eb8", mdev: true)
+        let connection = try LibvirtConnection(uri: rig.uri)
+        let xml = """
+            <domain type='test'><name>taken</name><memory>1024</memory><os><type>hvm</type></os></domain>
+            """
+        let handler = rig.handler { _ = try connection.define(xml, name: "taken") }
+        let refused = await failure { try await handler.run(rig.request("taken", [a100, t4Profile])) }
+        #expect(refused?.code == .alreadyExists, "\(refused.map { "\($0)" } ?? "")")
+        #expect(try rig.entries.isEmpty && rig.machine.host().records().isEmpty)
+        #expect(rig.machine.sysfs.list("bus/mdev/devices").isEmpty)
+        try rig.domain("taken")?.undefine()
+    }
+
     /// Somebody gave the domain another GPU by hand: no other VM gets that before it was reset.
     @Test(arguments: [true, false]) func whatWasAddedByHandIsDirty(_ isTakenBack: Bool) async throws {
         let rig = try DeployRig()
