@@ -235,7 +235,7 @@ package struct HostSetup: Sendable {
                     .failedPrecondition,
                     "/etc/default/grub or a file in grub.d sets the kernel's command line in a way this program can't "
                         + "edit",
-                    hint: "add \"\(kernel.wanted.joined(separator: " "))\" to GRUB_CMDLINE_LINUX by hand")
+                    hint: wordsHint + " in GRUB_CMDLINE_LINUX and GRUB_CMDLINE_LINUX_DEFAULT by hand")
             }
             try change("/etc/default/grub", to: edited)
         }

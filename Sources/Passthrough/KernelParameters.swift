@@ -56,14 +56,14 @@ struct KernelParameters {
         else { return text }
         guard let last = own.first(where: { Self.isEnded(lines[$0][...]) }) ?? own.last else {
             let comments = lines.filter { $0.hasPrefix("#") }
-            return (comments + [wanted.joined(separator: " "), ""]).joined(separator: "\n")
+            return Self.joined(comments + [wanted.joined(separator: " "), ""], as: text)
         }
         for index in own where index < last { lines[index] = KernelParameters(wanted: []).edited(lines[index]) }
         let before = own.filter { $0 < last }.flatMap { lines[$0].split { $0 == " " || $0 == "\t" } }
         let missing = KernelParameters(wanted: wanted.filter { !before.contains(Substring($0)) })
         lines[last] = missing.edited(lines[last])
         if lines.last != "" { lines.append("") }
-        return lines.joined(separator: text.contains("\r\n") ? "\r\n" : "\n")
+        return Self.joined(lines, as: text)
     }
 
     /// A Boot Loader Specification entry (uapi-group.org): words of all its `options` lines are joined by the loader.
@@ -74,12 +74,11 @@ struct KernelParameters {
         guard lines.contains(where: { Self.value(of: "linux", in: $0) != nil }) else { return text }
         let all = options.compactMap { Self.value(of: "options", in: lines[$0]) }.joined(separator: " ")
         guard edited(all) != all else { return text }
-        let end = text.contains("\r\n") ? "\r\n" : "\n"
         // Those behind the "--" are not the kernel's.
         let ending = options.first { Self.value(of: "options", in: lines[$0]).map(Self.isEnded) ?? false }
         guard let last = ending ?? options.last else {
             if lines.last == "" { lines.removeLast() }
-            return (lines + ["options \(wanted.joined(separator: " "))", ""]).joined(separator: end)
+            return Self.joined(lines + ["options \(wanted.joined(separator: " "))", ""], as: text)
         }
         for index in options where index <= last {
             guard let words = Self.value(of: "options", in: lines[index]) else { continue }
@@ -92,7 +91,15 @@ struct KernelParameters {
                 lines[index] = head + KernelParameters(wanted: []).edited(String(words))
             }
         }
-        return lines.joined(separator: end)
+        return Self.joined(lines, as: text)
+    }
+
+    /// Lines that end as those of the text; more than it had end as its first.
+    private static func joined(_ lines: [String], as text: String) -> String {
+        let ends = text.filter { $0 == "\n" || $0 == "\r\n" }.map(String.init)
+        return lines.enumerated().map { index, line in
+            index == lines.count - 1 ? line : line + (index < ends.count ? ends[index] : ends.first ?? "\n")
+        }.joined()
     }
 
     /// What an entry's line says of a key; nil when it is of another. Blanks before the key count for nothing.

@@ -207,4 +207,18 @@ import Testing
         #expect(profile.iommuRemedy.contains("SMMU") && !profile.iommuRemedy.contains("VT-d"))
         #expect(HostProfile().iommuRemedy.contains("SMMU") && HostProfile().iommuRemedy.contains("AMD-Vi"))
     }
+
+    /// Each line ends as it did.
+    @Test(arguments: [
+        ("/boot/loader/entries/a.conf", "title a\r\nlinux /a\noptions x\r\nversion 1\n", "x"),
+        ("/boot/loader/entries/a.conf", "title a\nlinux /a\r\n", ""),
+        ("/etc/kernel/cmdline", "# ours\r\nroot=a\nx\r\n", "x"),
+    ]) func mixedLineEnds(_ path: String, _ before: String, _ last: String) throws {
+        let rig = try SetupRig([path: before])
+        try PreparedHost(root: rig.root) { _ in }.apply(rig.setup())
+        let added = "intel_iommu=on iommu=pt"
+        let after = last.isEmpty ? "\(before)options \(added)\n" : before.replacing("x\r\n", with: "x \(added)\r\n")
+        #expect(rig.text(path) == after)
+        #expect(try rig.setup().changes.isEmpty)
+    }
 }
