@@ -259,22 +259,24 @@ package struct Assessment: Sendable, Encodable {
             demand[known].wanted += 1
             return
         }
-        let ids = device.allowedIDs
         let free: Int
         if case .vgpu(let vgpu) = device.backing {
             free = profiles.reduce(0) { $0 + Int($1.room(for: VgpuProfile(vgpu.profile))) }
         } else {
-            free = freeFunctions(ids)
+            free = room(for: device)
         }
         demand.append(Demand(kind: kind, wanted: 1, free: free))
     }
 
-    private func freeFunctions(_ ids: [PciId]) -> Int {
-        // Of a host without an IOMMU or vfio-pci none can be had.
-        profiles.filter { $0.iommuEnabled && $0.vfioAvailable }.flatMap(\.wholeFunctions).count { function in
-            !function.bridge && !function.bootVga && function.inUseBy.isEmpty && function.iommuGroup >= 0
-                && function.unusable.isEmpty
-                && ids.contains { $0.vendor == function.id.vendor && $0.device == function.id.device }
+    /// How many VMs with nothing but this device the hosts could serve, one after the other: of an IOMMU group only one.
+    private func room(for device: AssignedDevice) -> Int {
+        var (vm, options) = (Manifest(), DeployOptions())
+        vm.gpus = [device]
+        options.gpu = .gpuRequire
+        return profiles.reduce(0) { sum, host in
+            var (left, count) = (host, 0)
+            while left.take(vm, options) { count += 1 }
+            return sum + count
         }
     }
 }

@@ -198,13 +198,19 @@ import Testing
         #expect(assessment.vms[1].reasons.map { $0.message.contains(words) } == [true], "\(assessment.vms[1].reasons)")
     }
 
-    /// One GPU, two VMs that want it: each alone could have it.
-    @Test func togetherTheyWantMoreThanThereIs() throws {
+    /// One GPU, two VMs that want it: each alone could have it. Nor do two of one group serve two VMs, whatever drives them.
+    @Test(arguments: [nil, "", "vfio-pci"]) func togetherTheyWantMoreThanThereIs(_ second: String?) throws {
+        var host = Self.host()
+        if let second {
+            host.pciFunctions[0].driver = second
+            host.pciFunctions.append(host.pciFunctions[0])
+            host.pciFunctions[1].address = "0000:5e:00.0"
+        }
         var id = PciId()
         (id.vendor, id.device) = (0x10de, 0x20b5)
         var whole = PassthroughBacking()
         whole.id = id
-        var assessment = Assessment(hosts: [Self.host()], options: Self.mapped, pool: nil, format: "raw")
+        var assessment = Assessment(hosts: [host], options: Self.mapped, pool: nil, format: "raw")
         for name in ["first", "second"] {
             assessment.add(
                 Self.manifest {
