@@ -169,11 +169,12 @@ package func disksWithoutDirectIO(_ manifest: Manifest) -> Set<String> {
     private let openDirect: Int32 = 0o40000
 #endif
 
-/// Whether libvirt can give a domain a TPM: it refuses to define one with a TPM without swtpm.
+/// Whether libvirt can give a domain a TPM: it refuses to define one with a TPM without swtpm and the program that makes its
+/// state, which is another package's (swtpm-tools).
 ///
 /// - Parameter folders: where to look for the program.
 package func tpmEmulatorInstalled(in folders: [String] = ["/usr/bin", "/usr/local/bin", "/bin"]) -> Bool {
-    folders.contains { Files.exists("\($0)/swtpm") }
+    ["swtpm", "swtpm_setup"].allSatisfy { name in folders.contains { Files.exists("\($0)/\(name)") } }
 }
 
 /// What arrives differently for reasons of this very host, for the deploy's result: disks without direct I/O, a TPM
@@ -188,7 +189,8 @@ package func placementFindings(_ domain: DomainXML) -> [Finding] {
     if domain.manifest.vm.tpm, !domain.tpmEmulator {
         findings.append(
             .warning(
-                "vm", "the VM has a TPM and this host has no swtpm: the domain is defined without a TPM",
+                "vm",
+                "the VM has a TPM and this host has no swtpm with swtpm_setup: the domain is defined without a TPM",
                 remedy: "install swtpm and swtpm-tools, then deploy again"))
     }
     return findings

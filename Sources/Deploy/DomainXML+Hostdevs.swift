@@ -84,6 +84,9 @@ extension DomainXML {
     }
 
     /// CPUs and memory on the devices' side of the board. Memory may come from elsewhere when the node is too small for it.
+    ///
+    /// For huge pages libvirt has QEMU itself look at a node's CPUs, which Debian's AppArmor profile forbids: the binding is
+    /// left to the CPUs' control group ("restrictive"), or to where the guest's CPUs run.
     func writeCPUs(_ xml: inout XMLWriter) {
         let count = "\(max(1, vm.cpu.count))"
         let nodes = deviceNodes
@@ -94,12 +97,14 @@ extension DomainXML {
         let cpus = rangesText(nodes.flatMap(\.cpus))
         xml.element("vcpu", ["placement": "static", "cpuset": cpus], text: count)
         let fits = !memoryNodes.isEmpty
+        guard fits || !options.hugepages else { return }
+        let bound = options.hugepages && hasRestrictive ? "restrictive" : "strict"
         xml.element("numatune") { xml in
             xml.element(
                 "memory",
                 [
                     // "preferred" takes one node only.
-                    "mode": fits ? "strict" : "preferred",
+                    "mode": fits ? bound : "preferred",
                     "nodeset": fits ? rangesText(nodes.map(\.id)) : "\(nodes[0].id)",
                 ])
         }

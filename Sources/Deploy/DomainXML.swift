@@ -22,8 +22,12 @@ package struct DomainXML: Sendable {
     package var bufferedDisks: Set<String> = []
     /// The host has swtpm (`tpmEmulatorInstalled`). Without, the VM's TPM is left out.
     package var tpmEmulator = true
-    /// The host's libvirt knows `<maxphysaddr>`.
-    private let hasAddressWidth: Bool
+    /// Of the host's libvirt; empty: not known.
+    private let libvirtVersion: [Int]
+    /// Knows `<maxphysaddr>`.
+    private var hasAddressWidth: Bool { isLibvirt([8, 7]) }
+    /// Knows the mode "restrictive" of memory.
+    var hasRestrictive: Bool { isLibvirt([7, 9]) }
     /// Where virtlogd records the serial console; absolute. Nil: not recorded.
     package var consoleLog: String?
 
@@ -32,8 +36,11 @@ package struct DomainXML: Sendable {
         self.options = options
         domainType = host.domainType
         numaNodes = host.numaNodes
-        let version = host.libvirtVersion.split(separator: ".").compactMap { Int($0) }
-        hasAddressWidth = version.isEmpty || !version.lexicographicallyPrecedes([8, 7])
+        libvirtVersion = host.libvirtVersion.split(separator: ".").compactMap { Int($0) }
+    }
+
+    private func isLibvirt(_ version: [Int]) -> Bool {
+        libvirtVersion.isEmpty || !libvirtVersion.lexicographicallyPrecedes(version)
     }
 
     /// Attribute of the domain's metadata.

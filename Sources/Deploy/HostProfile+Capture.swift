@@ -42,7 +42,8 @@ package func hostProfile(
     captureDomainType(&profile, connection, proc)
     profile.networks = try connection.networks()
     profile.bridges = sysfs.list("class/net").filter { sysfs.exists("class/net/\($0)/bridge") }
-    profile.pools = pools.map(probe)
+    let user = connection.qemuUser()
+    profile.pools = pools.map { probe($0, for: user) }
     var around = Surroundings(proc: proc, sysfs: sysfs)
     profile.pciFunctions = try pciInventory(sysfs: sysfs, holders: around.holders)
     addDetail(&profile.pciFunctions, sysfs: sysfs)
@@ -93,13 +94,19 @@ func cpuHasVirtualization(_ proc: String) -> Bool {
 }
 
 /// Writes, syncs and removes a file: mode bits say nothing about a read-only mount, a full disk or an NFS server.
-private func probe(_ folder: PoolFolder) -> Pool {
+///
+/// - Parameter user: whom QEMU runs as. libvirt gives it the images, not the way to them.
+private func probe(_ folder: PoolFolder, for user: (user: uid_t, group: gid_t)?) -> Pool {
     var pool = Pool()
     pool.name = folder.name
     pool.path = folder.path
     do {
         try Files.probeWriting(folder.path)
         pool.freeBytes = try Files.freeBytes(folder.path)
+        if let user, let closed = folderClosed(to: user, on: folder.path) {
+            pool.problem = "QEMU runs as user \(user.user) here, who can't enter \(closed)"
+            return pool
+        }
         pool.writable = true
     } catch {
         pool.problem = (error as? MigrationError)?.message ?? "\(error)"

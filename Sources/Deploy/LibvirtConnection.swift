@@ -193,6 +193,11 @@ package final class LibvirtConnection: Sendable {
         return takeString(text).map { .success($0) } ?? .failure(libvirtError("capabilities of \(type) domains"))
     }
 
+    /// Whom QEMU runs as, where libvirt changes the user for it.
+    func qemuUser() -> (user: uid_t, group: gid_t)? {
+        takeString(virConnectGetCapabilities(pointer)).flatMap(qemuUser(inCapabilities:))
+    }
+
     private func version(_ number: UInt) -> String {
         "\(number / 1_000_000).\(number / 1000 % 1000).\(number % 1000)"
     }

@@ -12,8 +12,8 @@ func poolFindings(_ manifest: Manifest, _ name: String, _ format: String, _ host
     guard pool.writable else {
         return [
             .blocked(
-                "pool \(name)", "pool \(name) of host \(host.name) (\(pool.path)) can't be written: \(pool.problem)",
-                remedy: "check the owner, mode and mount of the folder")
+                "pool \(name)", "pool \(name) of host \(host.name) (\(pool.path)) can't be used: \(pool.problem)",
+                remedy: "check owner, mode and mount of the folder and of those above it, or choose another pool")
         ]
     }
     let isStaged = manifest.keepsSourceFiles

@@ -1,12 +1,38 @@
 import FlotillaProtocol
+import Glibc
 import HostKit
 import MigrationModel
 import SwiftProtobuf
+import TestKit
 import Testing
 
 @testable import Deploy
 
 @Suite struct CapabilityTests {
+    @Test func whomQEMURunsAs() throws {
+        func user(_ models: String) -> [UInt32]? {
+            qemuUser(inCapabilities: "<capabilities><host>\(models)</host></capabilities>").map { [$0.user, $0.group] }
+        }
+        let dac = """
+            <secmodel><model>dac</model><doi>0</doi><baselabel type='kvm'>+64055:+109</baselabel>
+            <baselabel type='qemu'>+64055:+109</baselabel></secmodel>
+            """
+        #expect(user("<secmodel><model>apparmor</model><doi>0</doi></secmodel>" + dac) == [64055, 109])
+        #expect(user("<secmodel><model>dac</model><doi>0</doi></secmodel>") == nil && user("") == nil)
+        #expect(qemuUser(inCapabilities: "no XML") == nil)
+
+        let folder = try TemporaryFolder("open/closed/pool")
+        let pool = "\(folder.path)/open/closed/pool"
+        let nobody: (uid_t, gid_t) = (65534, 65534)
+        for path in [folder.path, "\(folder.path)/open", pool] { try #require(chmod(path, 0o755) == 0) }
+        try #require(chmod("\(folder.path)/open/closed", 0o700) == 0)
+        // Only root may ask for others.
+        #expect(folderClosed(to: nobody, on: pool) == (geteuid() == 0 ? "\(folder.path)/open/closed" : nil))
+        #expect(folderClosed(to: (0, 0), on: pool) == nil)
+        try #require(chmod("\(folder.path)/open/closed", 0o711) == 0)
+        #expect(folderClosed(to: nobody, on: pool) == nil)
+    }
+
     @Test(arguments: [
         (
             "<enum name='firmware'><value>bios</value><value>efi</value></enum>", "<value>yes</value><value>no</value>",

@@ -306,6 +306,8 @@ import Testing
             #expect(findings.map(\.subject) == ["disk0", "vm"] && findings[1].message.contains("no swtpm"))
             #expect(try !domain.text().contains("<tpm"))
             try Files.writeAtomically([], to: "\(folder)/swtpm")
+            #expect(!tpmEmulatorInstalled(in: [folder]))
+            try Files.writeAtomically([], to: "\(folder)/swtpm_setup")
             #expect(tpmEmulatorInstalled(in: [folder]))
         }
     }

@@ -48,7 +48,7 @@ extension Integration {
             defer { _ = try? run("/usr/bin/umount", [place.pool]) }
             let outcome = try place.migrate(try web())
             #expect(outcome.status == 3)
-            #expect(outcome.output.contains(place.pool) && outcome.output.contains("can't be written"))
+            #expect(outcome.output.contains(place.pool) && outcome.output.contains("can't be used"))
         }
 
         @Test func missingPoolBlocks() throws {

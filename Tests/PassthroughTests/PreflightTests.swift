@@ -131,7 +131,7 @@ import Testing
             options: options { $0.gpu = .gpuDrop }),
         Case(testDescription: "no pool", subject: "pool fast", contains: "no pool fast; it has main", pool: "fast"),
         Case(
-            testDescription: "read-only pool", subject: "pool main", contains: "can't be written: read-only",
+            testDescription: "read-only pool", subject: "pool main", contains: "can't be used: read-only",
             host: gpuHost { ($0.pools[0].writable, $0.pools[0].problem) = (false, "read-only") }),
         Case(
             testDescription: "full pool, raw", subject: "pool main", contains: "need about 100 GiB",

@@ -63,11 +63,13 @@ import Testing
         try rig.domain("taken")?.undefine()
     }
 
+    enum After: String, CaseIterable, Sendable { case takenBack, redeployed, runningWithIt }
+
     /// Somebody gave the domain another GPU by hand: no other VM gets that before it was reset.
-    @Test(arguments: [true, false]) func whatWasAddedByHandIsDirty(_ isTakenBack: Bool) async throws {
+    @Test(arguments: After.allCases) func whatWasAddedByHandIsDirty(_ after: After) async throws {
         let rig = try DeployRig()
         for bus in ["3b", "5e", "86"] { try rig.gpu(bus) }
-        let name = "hand-\(isTakenBack)"
+        let name = "hand-\(after)"
         try await rig.handler().run(rig.request(name, [a100]))
         let other = GPUOwner(domain: "other", migration: "m-other", fence: 1)
         let reserved = GPUResource(function: try #require(PciAddress("0000:86:00.0")))
@@ -80,16 +82,23 @@ import Testing
             """
         }
         let xml = try #require(try rig.domain(name)).xml()
-        _ = try LibvirtConnection(uri: rig.uri).define(
+        let connection = try LibvirtConnection(uri: rig.uri)
+        let changed = try connection.define(
             xml.replacing("</devices>", with: added.joined() + "</devices>"), name: name)
-        if isTakenBack {
-            #expect(try await rig.handler().takeBack(name).devices.sorted() == ["0000:3b:00.0", "0000:5e:00.0"])
-        } else {
+        if after == .runningWithIt {
+            // As a device that was plugged in: no definition names it.
+            try changed.start()
+            _ = try connection.define(xml, name: name)
+        }
+        if after == .redeployed {
             try await rig.handler().run(rig.request(name, [a100]), fence: 2)
+        } else {
+            #expect(try await rig.handler().takeBack(name).devices.sorted() == ["0000:3b:00.0", "0000:5e:00.0"])
         }
         #expect(
             try rig.entries == [
-                "pci:0000:3b:00.0 \(name) \(isTakenBack ? "dirty" : "reserved")", "pci:0000:5e:00.0 \(name) dirty",
+                "pci:0000:3b:00.0 \(name) \(after == .redeployed ? "reserved" : "dirty")",
+                "pci:0000:5e:00.0 \(name) dirty",
                 "pci:0000:86:00.0 other reserved",
             ])
         try await rig.handler().takeBack(name, fence: 10)
