@@ -7,9 +7,13 @@ package enum Program {
     package struct Outcome: Sendable {
         /// Exit code; of a killed process, minus the signal.
         package var status: Int32
-        /// Standard output and error, together at most 1 MiB.
+        /// Standard output and error, together at most about 1 MiB.
         package var output: String
+        /// There was more.
+        package var isCut = false
     }
+
+    private static let limit = 1 << 20
 
     /// Where a program lies: the first of the usual folders, `PATH` not asked, that has an executable of that name.
     package static func find(
@@ -51,7 +55,7 @@ package enum Program {
         let output = Mutex<[UInt8]>([])
         let ended = MonotonicSemaphore()
         let status = Mutex<Int32>(0)
-        let isKilled = StopFlag()
+        let (isKilled, isCut) = (StopFlag(), StopFlag())
         spawnThread(name) {
             var raw: Int32 = 0
             // Ends with the last writer, which may be a child that outlives the program: wait for the program first.
@@ -61,7 +65,7 @@ package enum Program {
                 let piece = [UInt8](unsafeUninitializedCapacity: 4096) { buffer, count in
                     count = max(0, read(reading, buffer.baseAddress, 4096))
                 }
-                output.withLock { if $0.count < 1 << 20 { $0 += piece } }
+                output.withLock { if $0.count < Self.limit { $0 += piece } else { isCut.set() } }
                 if !piece.isEmpty { continue }
                 if isOver { break }
                 let waited = waitpid(child, &raw, WNOHANG)
@@ -95,6 +99,6 @@ package enum Program {
         let raw = status.withLock { $0 }
         return Outcome(
             status: raw & 0x7f == 0 ? (raw >> 8) & 0xff : -(raw & 0x7f),
-            output: output.withLock { String(decoding: $0, as: UTF8.self) })
+            output: output.withLock { String(decoding: $0, as: UTF8.self) }, isCut: isCut.isSet)
     }
 }

@@ -88,6 +88,11 @@ func checkVgpu(_ profile: String, on device: DeviceFunction, in tree: DeviceTree
             .fail(physical, "MIG mode", "\(physical) is not in MIG mode", remedy: enableMIGHint(physical)))
     } else if let mig, let home, mig.hasRoom(for: home.name) {
         found.append(checkInstance(home.name, on: physical, places: offering))
+    } else if let home, alike.isEmpty {
+        found.append(
+            .fail(
+                physical, "profile", "\(physical) has no room for a GPU instance \(home.name)",
+                remedy: "destroy a vGPU on it, or choose another GPU"))
     } else if let mig, wanted.gpuInstance != nil, home == nil {
         let (text, remedy) = missingHome(of: wanted, mig, physical)
         found.append(.fail(physical, "profile", text, remedy: remedy))

@@ -151,7 +151,9 @@ package struct GPUBaselines: Sendable {
         guard let baseline = try? JSONDecoder().decode(GPUBaseline.self, from: Data(Files.read(path, limit: 1 << 20))),
             baseline.name == name, !baseline.figures.isEmpty, baseline.figure > 0, (try? baseline.validate()) != nil
         else {
-            throw MigrationError(.dataLoss, "the GPU baseline \(path) is damaged", hint: "record it again")
+            throw MigrationError(
+                .dataLoss, "the GPU baseline \(path) is damaged",
+                hint: "record it again, or forget it: flotilla gpu baseline remove \(name)")
         }
         return baseline
     }
@@ -164,8 +166,9 @@ package struct GPUBaselines: Sendable {
         }
     }
 
+    /// Also one that is damaged.
     package func remove(_ name: String) throws {
-        _ = try read(name)
+        do { _ = try read(name) } catch let error as MigrationError where error.code == .dataLoss {}
         try Files.remove(path(of: name))
     }
 }

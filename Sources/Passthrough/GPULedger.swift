@@ -214,7 +214,10 @@ extension GPULedger.Book {
             }
             throw MigrationError(
                 .resourceExhausted, "\(what) is reserved for \(entry.owner)",
-                hint: "choose another device, or undeploy that domain first; if it is gone, restart the worker")
+                hint: entry.owner.migration.isEmpty && entry.isUntouched == true
+                    ? "choose another device; or take back what was made for it, finished or not: flotilla gpu destroy "
+                        + "--domain \(entry.owner.domain)"
+                    : "choose another device, or undeploy that domain first; if it is gone, restart the worker")
         }
     }
 

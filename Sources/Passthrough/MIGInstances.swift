@@ -67,6 +67,12 @@ struct MIGInstances {
             _ = try? run(commands[0])
             try run(commands[1])
         }
+        guard !instances.isEmpty, let left = try all().first(where: { one in instances.contains { $0.id == one.id } })
+        else { return }
+        throw MigrationError(
+            .internal,
+            "the GPU instance \(left.name) (\(left.id)) of \(gpu) is still there, although nvidia-smi destroyed it",
+            hint: "end what uses it, and try again")
     }
 
     private func run(_ command: [String]) throws {
@@ -86,12 +92,22 @@ extension VgpuTools {
         return (profiles, placements, try migTable("-lgi", of: selection, hint: hint))
     }
 
-    /// Empty where nvidia-smi says, with an error, that there is nothing to list.
+    /// Empty where nvidia-smi says, with an error, that there is nothing to list. Without one it draws a table.
     func migTable(_ flag: String, of selection: [String], hint: String) throws -> String {
-        do { return try run("nvidia-smi", ["mig"] + selection + [flag], hint: hint) } catch let error as MigrationError
-        {
-            let words = error.message.lowercased()
-            guard words.contains("instances found") || words.contains("no mig-enabled device") else { throw error }
+        func isNothing(_ text: String) -> Bool {
+            let words = text.lowercased()
+            return words.contains("instances found") || words.contains("no mig-enabled device")
+        }
+        do {
+            let table = try run("nvidia-smi", ["mig"] + selection + [flag], hint: hint)
+            guard table.contains("|") || isNothing(table) else {
+                throw MigrationError(
+                    .internal, "nvidia-smi mig \(flag) lists nothing that can be read: \(table.prefix(300))", hint: hint
+                )
+            }
+            return table
+        } catch let error as MigrationError {
+            guard isNothing(error.message) else { throw error }
             return ""
         }
     }

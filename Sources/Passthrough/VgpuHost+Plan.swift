@@ -112,8 +112,10 @@ extension VgpuHost {
         create profile: VgpuProfile, for owner: GPUOwner, device: String, on gpu: PciAddress? = nil,
         besides others: Set<PciAddress> = [], parameters: [String] = []
     ) throws -> Plan {
-        var plan = Plan()
+        if let gpu { try requireGPU(gpu) }
+        var plan = try planOfChange(profile.gpuInstance != nil)
         if let known = try store.read().first(where: { $0.owner.isSame(as: owner) && $0.device == device }) {
+            try requireSame(known, profile, on: gpu)
             if isWanted(known, profile, parameters) {
                 return isWhole(known) ? plan : Plan(steps: try completion(of: known))
             }
@@ -148,7 +150,7 @@ extension VgpuHost {
     package func plan(destroy records: [VgpuRecord]) throws -> Plan { Plan(steps: try records.flatMap(removal)) }
 
     package func restorePlan() throws -> Plan {
-        var plan = Plan()
+        var plan = try planOfChange(true)
         var restored: [PciAddress: [VgpuProfile]] = [:]
         var layouts: [PciAddress: Mig] = [:]
         for record in try store.read() {
@@ -179,10 +181,27 @@ extension VgpuHost {
                 plan.steps += [sizes, making(record, type: type.id, at: place)].compactMap(\.self)
                 plan.steps += try completion(of: record)
             } else {
+                if let type = place(of: record)?.currentType {
+                    throw MigrationError(
+                        .failedPrecondition,
+                        "\(record.function) has a vGPU of type \(type), and is to be a \(record.profile) for \(record.owner)",
+                        hint: "destroy that one, then run flotilla gpu restore")
+                }
+                if let gpu = PciAddress(record.physical), try store.mixedSizes().contains(record.physical) {
+                    let sizes = try switchingSizes(true, on: gpu)
+                    if !plan.steps.contains(sizes) { plan.steps.append(sizes) }
+                }
                 plan.notes.append("then \(record.profile) on \(record.function) for \(record.owner)")
             }
         }
         return plan
+    }
+
+    /// Tells of what a command that was killed began: that is taken back before.
+    private func planOfChange(_ isSettled: Bool) throws -> Plan {
+        guard isSettled, let change = try migs.read().change, change.boot == boot else { return Plan() }
+        return Plan(notes: ["before that the GPU instances of \(change.gpu) are put back: a change of them did not end"]
+        )
     }
 
     private func completion(of record: VgpuRecord) throws -> [HostStep] {

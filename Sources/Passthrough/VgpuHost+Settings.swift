@@ -18,7 +18,8 @@ extension VgpuHost {
 
     /// What `set` would do. Throws what it would refuse with.
     package func plan(_ setting: Setting, of gpu: PciAddress, observe: () throws -> DeviceTree) throws -> Plan {
-        switch setting {
+        try require(setting, of: gpu, observe: observe)
+        return switch setting {
         case .mig(let isOn): try plan(mig: isOn, of: gpu, in: observe())
         case .virtualFunctions(true): plan(enable: gpu)
         case .virtualFunctions(false): try plan(disable: gpu, in: observe())
@@ -43,6 +44,27 @@ extension VgpuHost {
             }
             done.append("\(setting.text) for \(gpu)")
         }
+    }
+
+    /// Throws for a device that has no such setting, or is a VM's as a whole.
+    private func require(_ setting: Setting, of gpu: PciAddress, observe: () throws -> DeviceTree) throws {
+        switch setting {
+        case .mig: return
+        case .virtualFunctions(true):
+            try requireWhole(gpu)
+            guard sysfs.number("bus/pci/devices/\(gpu)/sriov_totalvfs") ?? 0 > 0 else {
+                throw MigrationError(
+                    .failedPrecondition, "\(gpu) has no virtual functions to turn on (no sriov_totalvfs)",
+                    hint: "a GPU without them makes vGPUs by itself; for others enable SR-IOV in the firmware")
+            }
+        case .virtualFunctions(false): try requireWhole(gpu)
+        case .mixedSizes: try requireGPU(gpu)
+        }
+        let uses = try observe()[gpu]?.uses.filter { !$0.isOfPart && [.domain, .reservation, .vfio].contains($0.kind) }
+        guard let use = uses?.first else { return }
+        throw MigrationError(
+            .failedPrecondition, "\(gpu) is in use by \(use.by)",
+            hint: "undeploy that domain, or take the device out of its definition")
     }
 
     private func set(_ setting: Setting, of gpu: PciAddress, observe: () throws -> DeviceTree) throws {

@@ -6,7 +6,7 @@ extension VgpuHost {
     /// Turns the GPU's virtual functions on: NVIDIA's by its own program, which also prepares the driver, others' through
     /// `sriov_numvfs`. A GPU without any, or with some on, is left alone.
     package func enableVirtualFunctions(of gpu: PciAddress) throws {
-        guard let step = enabling(gpu) else { return }
+        guard let step = enabling(gpu) else { return try requireOffers(gpu) }
         try carryOut(step, hint: "install NVIDIA's vGPU host driver")
         guard !virtualFunctions(of: gpu).isEmpty else {
             throw MigrationError(
@@ -30,6 +30,10 @@ extension VgpuHost {
 
     package func virtualFunctions(of gpu: PciAddress) -> [String] {
         sysfs.list("bus/pci/devices/\(gpu)").filter { $0.hasPrefix("virtfn") }
+    }
+
+    package func totalVirtualFunctions(of gpu: PciAddress) -> Int {
+        Int(clamping: sysfs.number("bus/pci/devices/\(gpu)/sriov_totalvfs") ?? 0)
     }
 
     func place(of record: VgpuRecord) -> VgpuPlace? {
@@ -121,7 +125,7 @@ extension VgpuHost {
         guard let step = try persisting(record) else { return }
         do { try carryOut(step, hint: "see mdevctl(8)") } catch {
             // An earlier attempt came as far.
-            guard try keeps(record) else { throw error }
+            guard (try? keeps(record)) == true else { throw error }
         }
     }
 
@@ -129,7 +133,7 @@ extension VgpuHost {
         guard let step = forgetting(record) else { return }
         do { try carryOut(step, hint: "see mdevctl(8)") } catch {
             // An earlier attempt did it, or died before there was something to do.
-            guard try !keeps(record) else { throw error }
+            guard (try? keeps(record)) == false else { throw error }
         }
     }
 

@@ -57,8 +57,10 @@ package struct VgpuHost: Sendable {
         besides others: Set<PciAddress> = [], parameters: [String] = []
     ) throws -> VgpuRecord {
         try exclusively {
+            if let gpu { try requireGPU(gpu) }
             if profile.gpuInstance != nil { try settleInstances() }
             if let known = try store.read().first(where: { $0.owner.isSame(as: owner) && $0.device == device }) {
+                try requireSame(known, profile, on: gpu)
                 // Also checks the fence.
                 if let resource = known.resource { try ledger.reserve([resource], for: owner) }
                 if isWanted(known, profile, parameters) {
@@ -234,6 +236,11 @@ package struct VgpuHost: Sendable {
                             try store.put(record)
                         }
                         try write(record, type: type.id, at: place)
+                    } else if let type = place(of: record)?.currentType, !exists(record) {
+                        throw MigrationError(
+                            .failedPrecondition,
+                            "\(record.function) has a vGPU of type \(type), and is to be a \(record.profile) for \(record.owner)",
+                            hint: "destroy that one, then run flotilla gpu restore")
                     } else if !exists(record) {
                         // Nor did mdevctl make it as soon as its function was there.
                         throw MigrationError(
@@ -289,9 +296,11 @@ package struct VgpuHost: Sendable {
                 ? .failedPrecondition : .resourceExhausted,
             "no GPU of this host has room for a vGPU \(profile)\(there)",
             hint: causes.last?.hint
-                ?? (offers.isEmpty
-                    ? "enable the virtual functions: flotilla gpu profiles --enable ADDRESS"
-                    : "now it can make \(offers.joined(separator: ", "))"))
+                ?? (!offers.isEmpty
+                    ? "now it can make \(offers.joined(separator: ", "))"
+                    : all.isEmpty
+                        ? "enable the virtual functions: flotilla gpu profiles --enable \(gpu.map { "\($0)" } ?? "ADDRESS")"
+                        : "destroy vGPUs, or choose another \(gpu == nil ? "host" : "GPU")"))
     }
 }
 

@@ -123,5 +123,10 @@ private func measure(_ baseline: GPUBaseline) throws -> Double {
             .failedPrecondition, "benchmark \(baseline.name) ended with status \(outcome.status)\(end)",
             hint: "run \(baseline.command[0]) by hand")
     }
+    guard !outcome.isCut else {
+        throw MigrationError(
+            .failedPrecondition, "benchmark \(baseline.name) printed more than 1 MiB: the figure may be in the rest",
+            hint: "have it print less, or name a script that prints the figure alone")
+    }
     return try baseline.figure(in: outcome.output)
 }

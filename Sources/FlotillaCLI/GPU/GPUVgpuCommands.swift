@@ -75,7 +75,11 @@ struct GPUProfilesCommand: AsyncParsableCommand {
         }
         for gpu in [enable, disable].compactMap(\.self) {
             let functions = vgpus.virtualFunctions(of: gpu)
-            Console.line("\(gpu): \(functions.isEmpty ? "no" : "\(functions.count)") virtual functions")
+            let total = vgpus.totalVirtualFunctions(of: gpu)
+            let count =
+                functions.isEmpty
+                ? "no" : functions.count < total ? "\(functions.count) of \(total)" : "\(functions.count)"
+            Console.line("\(gpu): \(count) virtual functions")
         }
         let rows = places.flatMap { place in
             place.types().map { type in
@@ -119,10 +123,9 @@ struct GPUCreateCommand: AsyncParsableCommand {
         commandName: "create", abstract: "Makes a vGPU for a domain, which stays over reboots.",
         discussion: """
             A migration makes its own. Again for the same domain and device: the same vGPU. None is made on what another \
-            domain's definition names. A GPU instance is made for a profile that has one to itself (A100-1-5C); those that \
-            share one (DC-1-12Q on 1g.24gb+gfx) need it made by hand, and a migration counts on one of them. Tested on trees made from NVIDIA's \
-            documented layout with stand-ins for its programs, and on the kernel's own sample of a mediated device, never on \
-            an NVIDIA card.
+            domain's definition names, and none that is there is replaced. A MIG-backed one gets its GPU instance made where \
+            none has room. Tested on trees made from NVIDIA's documented layout with stand-ins for its programs, and on the \
+            kernel's own sample of a mediated device, never on an NVIDIA card.
             """)
 
     @OptionGroup var host: GPUHost
@@ -174,15 +177,22 @@ struct GPUDestroyCommand: AsyncParsableCommand {
         try requireRoot()
         let (domain, device, dryRun) = (domain, device, dryRun)
         let vgpus = VgpuHost()
-        let records = try await blocking("gpu") {
-            try dryRun
+        let (records, unfinished) = try await blocking("gpu") {
+            let records =
+                try dryRun
                 ? vgpus.records(ofDomain: domain, device: device) : vgpus.destroy(ofDomain: domain, device: device)
+            return (
+                records,
+                try dryRun ? vgpus.unfinished(ofDomain: domain) : vgpus.takeBackUnfinished(ofDomain: domain)
+            )
         }
-        guard !records.isEmpty else {
+        guard !records.isEmpty || !unfinished.isEmpty else {
             throw MigrationError(
-                .notFound, "flotilla made no vGPU for a domain \(domain)",
+                .notFound, "flotilla made no vGPU \(device.map { "\($0) " } ?? "")for a domain \(domain)",
                 hint: "flotilla gpu profiles lists those it made")
         }
+        for what in unfinished { Console.line("\(dryRun ? "would take back" : "took back"): \(what)") }
+        guard !records.isEmpty else { return }
         if dryRun { return show(try vgpus.plan(destroy: records), vgpus, nothing: "gone already: nothing to do") }
         Console.line("destroyed \(records.count) vGPU\(records.count == 1 ? "" : "s") of domain \(domain)")
     }
